@@ -1,0 +1,2091 @@
+/* ptst.h - fine-tune a Hugging Face chat model on a CPU, and measure what the prompt template
+   did to its helpfulness and its safety. One header, C99 (also C++17), libc + libm + pthreads.
+
+   >>docs ======================================================================================
+
+   This block is the manual: how to include the header, a complete program, what it does not do,
+   and the list of sections. Find a section by searching for its tag, for example ">>tokenizer".
+
+   INCLUDE
+       In exactly one source file, before any other include:
+           #define PTST_IMPLEMENTATION
+           #include "ptst.h"
+       Everywhere else:
+           #include "ptst.h"
+       Build: cc -O2 -pthread file.c -lm       (no -m flag is needed: the kernels of the machine
+       are chosen when a context is opened)
+
+   CONTENTS (search for the tag)
+       >>docs         this block
+       >>api          all public declarations
+       >>platform     compiler attributes, CPU features, files, memory mapping, clock
+       >>core         context, errors, allocator, checked arithmetic, arenas, text, ids, hash map
+       >>threads      the pool and the one parallel-for
+       >>random       counter-based random numbers
+       >>json         parser and writer
+       >>unicode      UTF-8, category tables, normalisation
+       >>tokenizer    tokenizer.json: text to ids and back
+       >>jinja        the template language of chat templates
+       >>template     the paper's templates, chat templates, prompt and answer spans
+       >>safetensors  reader (mapped, sharded, validating) and atomic writer
+       >>kernels      the operations: maths, scalar reference, AVX2, AVX-512, NEON
+       >>model        config.json, weights, forward, backward, KV cache
+       >>lora         adapters in PEFT format
+       >>train        batches, loss, optimiser, schedules, checkpoint and resume
+       >>generate     sampling and batched decoding
+       >>data         jsonl, json, csv, txt
+       >>judge        refusal lists, GSM8K answers, judge files, intervals
+       >>experiment   train-template x test-template matrix and its report
+       >>end          clean-up of private macros, licence
+*/
+#ifndef PTST_H
+#define PTST_H
+
+/* Must precede every system header, so it cannot wait for >>platform. */
+#if defined(PTST_IMPLEMENTATION) && !defined(_POSIX_C_SOURCE) && !defined(_GNU_SOURCE) &&          \
+    !defined(__APPLE__)
+#define _POSIX_C_SOURCE 200809L
+#endif
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifndef PTST_API
+#ifdef PTST_STATIC
+#define PTST_API static
+#else
+#define PTST_API extern
+#endif
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* >>api =========================================================================================
+   All public declarations, one block per section, in the order of the sections.
+
+   Conventions that hold everywhere
+   - The context comes first. One context is used by one thread at a time; it owns the allocator,
+     the thread pool, the chosen kernels and the last error.
+   - Functions return a ptst_code (PTST_OK is 0) or a pointer (NULL is failure). The reason is in
+     ptst_error_text(c): one sentence that names file, key, tensor or line.
+   - Option structs are zero-initialised; 0 or NULL means the default written beside the field.
+   - Models, tokenizers, templates and tensor files are constant after loading and may be shared
+     by any number of contexts with the same allocator. Sessions and trainers belong to one.
+   - What a *_new, *_load, *_open or *_parse function returned is released by the matching *_free
+     or *_close; NULL is allowed there. */
+
+#define PTST_VERSION "0.1.0"
+
+/* ---- api >>core ------------------------------------------------------------------------------ */
+
+/* Every error of the library: name and short description (PTST_OK first). */
+#define PTST_CODES(X)                                                                              \
+    X(OK, "no error")                                                                              \
+    X(ERR_ARGUMENT, "a value passed by the caller is not allowed")                                 \
+    X(ERR_MEMORY, "out of memory")                                                                 \
+    X(ERR_NOT_FOUND, "a file or folder is missing")                                                \
+    X(ERR_IO, "reading or writing a file failed")                                                  \
+    X(ERR_FORMAT, "a file is damaged or not of the expected format")                               \
+    X(ERR_UNSUPPORTED, "a file is valid but uses something that is not supported")                 \
+    X(ERR_MISMATCH, "two inputs do not fit together")                                              \
+    X(ERR_LIMIT, "a limit on size, depth or steps was reached")                                    \
+    X(ERR_NUMERIC, "a result is not finite")                                                       \
+    X(ERR_STOPPED, "stopped on request; finished work is saved")
+
+typedef enum ptst_code {
+#define PTST__X(name, text) PTST_##name,
+    PTST_CODES(PTST__X)
+#undef PTST__X
+    PTST_CODE_COUNT
+} ptst_code;
+
+/* Memory. alloc returns NULL on failure, release takes back what alloc gave (size as asked). Both
+   may be called from worker threads only while a parallel operation runs in this context. */
+typedef struct ptst_allocator {
+    void *(*alloc)(void *user, size_t size);
+    void (*release)(void *user, void *pointer, size_t size);
+    void *user;
+} ptst_allocator;
+
+/* What a long call is doing; passed to ptst_desc.progress now and then. */
+typedef struct ptst_progress {
+    const char *stage; /* "train", "generate", ...: constant text */
+    const char *item;  /* what it works on (cell, file), may be NULL */
+    double done;       /* of total, in `unit` */
+    double total;
+    const char *unit; /* "step", "answer", ... */
+    double loss;      /* train: last loss, otherwise 0 */
+    double rate;      /* tokens per second, 0 = unknown */
+} ptst_progress;
+
+typedef enum ptst_log_level { PTST_LOG_INFO, PTST_LOG_WARNING } ptst_log_level;
+
+/* Options of ptst_open. */
+typedef struct ptst_desc {
+    ptst_allocator allocator; /* all NULL = malloc and free */
+    int threads;              /* 0 = all cores, 1 = no worker threads */
+    const char *simd;         /* NULL = best; "scalar", "avx2", "avx512", "neon" */
+    /* NULL = none. Called from the thread that made the call. A value other than 0 asks the call
+       to save its work and return PTST_ERR_STOPPED. */
+    int (*progress)(void *user, const ptst_progress *progress);
+    /* NULL = none. One sentence without newline. */
+    void (*log)(void *user, ptst_log_level level, const char *text);
+    void *user; /* first argument of both */
+} ptst_desc;
+
+typedef struct ptst_ctx ptst_ctx;
+
+/* Opens a context; desc may be NULL. On failure *out is NULL and the code says why
+   (PTST_ERR_MEMORY, or PTST_ERR_ARGUMENT for an unknown or absent instruction set). */
+PTST_API ptst_code ptst_open(const ptst_desc *desc, ptst_ctx **out);
+/* Ends the threads and releases the context. Everything made with it must be freed before. */
+PTST_API void ptst_close(ptst_ctx *c);
+/* Code and sentence of the last failure in this context; PTST_OK and "" if there was none. The
+   text is owned by the context and valid until the next failure. */
+PTST_API ptst_code ptst_error_code(const ptst_ctx *c);
+PTST_API const char *ptst_error_text(const ptst_ctx *c);
+/* "ERR_FORMAT", ...; "unknown" for a value out of range. Static text. */
+PTST_API const char *ptst_code_name(ptst_code code);
+/* "scalar", "avx2", "avx512", "neon": the kernels that this context uses. */
+PTST_API const char *ptst_simd_name(const ptst_ctx *c);
+/* Number of threads that this context uses, at least 1. */
+PTST_API int ptst_thread_count(const ptst_ctx *c);
+
+/* Growable bytes; data is NUL-terminated (or NULL while empty), size does not count the NUL.
+   Zero-initialise before the first use, release with ptst_text_free. */
+typedef struct ptst_text {
+    char *data;
+    size_t size;
+    size_t capacity;
+} ptst_text;
+
+/* Growable token ids, same rules. */
+typedef struct ptst_ids {
+    int32_t *data;
+    size_t count;
+    size_t capacity;
+} ptst_ids;
+
+PTST_API ptst_code ptst_text_append(ptst_ctx *c, ptst_text *t, const char *bytes, size_t size);
+PTST_API void ptst_text_free(ptst_ctx *c, ptst_text *t);
+PTST_API ptst_code ptst_ids_append(ptst_ctx *c, ptst_ids *t, int32_t id);
+PTST_API void ptst_ids_free(ptst_ctx *c, ptst_ids *t);
+
+/* Element types of tensors, named as in safetensors ("F32", "F16", "BF16"); I8 and I4 are block
+   formats that exist only in memory. PTST_DTYPE_FILE as an option = "as in the file". */
+typedef enum ptst_dtype {
+    PTST_DTYPE_FILE,
+    PTST_F32,
+    PTST_F16,
+    PTST_BF16,
+    PTST_I8,
+    PTST_I4
+} ptst_dtype;
+
+/* ---- api >>random ---------------------------------------------------------------------------- */
+
+/* Counter-based generator (Philox4x32-10, Salmon et al. 2011): number i of stream (seed, stream)
+   is a pure function, so results do not depend on threads, and resuming needs only the counter. */
+typedef struct ptst_rng {
+    uint64_t seed;
+    uint64_t stream;
+    uint64_t counter; /* numbers drawn so far */
+} ptst_rng;
+
+PTST_API uint32_t ptst_rng_u32(ptst_rng *r);
+/* Uniform in [0, 1) with 24 bits. */
+PTST_API float ptst_rng_uniform(ptst_rng *r);
+/* Mean 0, variance 1: sum of 12 uniforms minus 6 (integer arithmetic, so the same bits on every
+   machine; never beyond +-6). Draws 12 numbers. */
+PTST_API float ptst_rng_normal(ptst_rng *r);
+/* Uniform in 0..n-1 without bias; n = 0 gives 0. */
+PTST_API uint32_t ptst_rng_below(ptst_rng *r, uint32_t n);
+
+/* ---- api >>json ------------------------------------------------------------------------------ */
+
+typedef enum ptst_json_type {
+    PTST_JSON_NULL,
+    PTST_JSON_FALSE,
+    PTST_JSON_TRUE,
+    PTST_JSON_NUMBER,
+    PTST_JSON_STRING,
+    PTST_JSON_ARRAY,
+    PTST_JSON_OBJECT
+} ptst_json_type;
+
+/* A parsed document: a constant tree of nodes. Node 0 is the root; a node is an index, -1 means
+   "not there" and is accepted by every function below. */
+typedef struct ptst_json ptst_json;
+
+/* Parses size bytes of UTF-8 (RFC 8259, strict; nesting up to 256). name is used in errors only
+   ("config.json"). The text is copied. */
+PTST_API ptst_json *ptst_json_parse(ptst_ctx *c, const char *text, size_t size, const char *name);
+/* The same for a file. */
+PTST_API ptst_json *ptst_json_load(ptst_ctx *c, const char *path);
+PTST_API void ptst_json_free(ptst_ctx *c, ptst_json *j);
+/* Type of a node; PTST_JSON_NULL for -1. */
+PTST_API ptst_json_type ptst_json_kind(const ptst_json *j, int32_t node);
+/* Value of a key in an object (the last one if it is there twice), -1 if absent or no object. */
+PTST_API int32_t ptst_json_get(const ptst_json *j, int32_t object, const char *key);
+/* Members of an object, elements of an array, bytes of a string; 0 otherwise. */
+PTST_API size_t ptst_json_size(const ptst_json *j, int32_t node);
+/* First child of an array or object (in an object: the key, a string node whose value follows),
+   and the node after a given one; -1 at the end. Walk an object by key = first;
+   value = next(key); key = next(value). */
+PTST_API int32_t ptst_json_first(const ptst_json *j, int32_t node);
+PTST_API int32_t ptst_json_next(const ptst_json *j, int32_t node);
+/* Element i of an array, -1 if out of range. Linear time. */
+PTST_API int32_t ptst_json_at(const ptst_json *j, int32_t array, size_t i);
+/* Unescaped bytes of a string, NUL-terminated (and possibly with NUL inside: ask for the size);
+   NULL if it is no string. Owned by the document. size may be NULL. */
+PTST_API const char *ptst_json_string(const ptst_json *j, int32_t node, size_t *size);
+/* Value of a number; fallback if it is none. */
+PTST_API double ptst_json_number(const ptst_json *j, int32_t node, double fallback);
+/* Source text of a number ("1e5"), NULL if it is none. */
+PTST_API const char *ptst_json_number_text(const ptst_json *j, int32_t node, size_t *size);
+/* true or false; fallback if it is neither. */
+PTST_API bool ptst_json_bool(const ptst_json *j, int32_t node, bool fallback);
+/* Line of the node in the source, from 1. */
+PTST_API int ptst_json_line(const ptst_json *j, int32_t node);
+
+/* ---- api >>tokenizer ------------------------------------------------------------------------- */
+
+/* ---- api >>jinja ----------------------------------------------------------------------------- */
+
+/* ---- api >>template -------------------------------------------------------------------------- */
+
+/* ---- api >>safetensors ----------------------------------------------------------------------- */
+
+/* ---- api >>kernels --------------------------------------------------------------------------- */
+
+/* ---- api >>model ----------------------------------------------------------------------------- */
+
+/* ---- api >>lora ------------------------------------------------------------------------------ */
+
+/* ---- api >>train ----------------------------------------------------------------------------- */
+
+/* ---- api >>generate -------------------------------------------------------------------------- */
+
+/* ---- api >>data ------------------------------------------------------------------------------ */
+
+/* ---- api >>judge ----------------------------------------------------------------------------- */
+
+/* ---- api >>experiment ------------------------------------------------------------------------ */
+
+/* ---- api end --------------------------------------------------------------------------------- */
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* PTST_H */
+
+/* ================================================================================================
+   The implementation starts here.
+   ============================================================================================= */
+#if defined(PTST_IMPLEMENTATION) && !defined(PTST_IMPLEMENTATION_DONE)
+#define PTST_IMPLEMENTATION_DONE
+
+/* >>platform ====================================================================================
+   What differs between compilers, processors and operating systems: attributes, CPU features,
+   files, memory mapping, the clock. Relies on POSIX.1-2008. Afterwards no other section mentions
+   a system call. Tested by tests/test_core.c. */
+
+#include <errno.h>
+#include <fcntl.h>
+#include <locale.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include <dirent.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#ifndef PTST_NO_THREADS
+#include <pthread.h>
+#endif
+
+#if defined(__STRICT_ANSI__) && (!defined(_POSIX_C_SOURCE) || _POSIX_C_SOURCE < 200809L)
+#error "ptst.h: include the implementation before any other header, or define _POSIX_C_SOURCE 200809L"
+#endif
+
+/* PTST__X86 / PTST__NEON: SIMD variants are compiled. TinyCC has no intrinsics. */
+#if !defined(PTST_NO_SIMD) && !defined(__TINYC__) && (defined(__GNUC__) || defined(__clang__))
+#if defined(__x86_64__)
+#define PTST__X86 1
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#define PTST__NEON 1
+#include <arm_neon.h>
+#endif
+#endif
+#ifndef PTST__X86
+#define PTST__X86 0
+#endif
+#ifndef PTST__NEON
+#define PTST__NEON 0
+#endif
+
+/* Functions compiled for one instruction set inside a file compiled for the baseline. */
+#if PTST__X86
+#define PTST__AVX2 __attribute__((target("avx2,fma,f16c")))
+#define PTST__AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define PTST__PRINTF(text, first) __attribute__((format(printf, text, first)))
+#define PTST__UNUSED __attribute__((unused))
+#define PTST__RESTRICT __restrict__
+#else
+#define PTST__PRINTF(text, first)
+#define PTST__UNUSED
+#define PTST__RESTRICT
+#endif
+
+/* Relaxed and acquire/release operations for the thread pool. TinyCC has no builtins; there the
+   pool takes its lock instead (see >>threads). */
+#if (defined(__GNUC__) || defined(__clang__)) && !defined(__TINYC__)
+#define PTST__ATOMICS 1
+#else
+#define PTST__ATOMICS 0
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { PTST__CPU_AVX2 = 1, PTST__CPU_AVX512 = 2, PTST__CPU_NEON = 4 };
+
+/* Bits of PTST__CPU_*: what this processor (and operating system) can run. */
+static int ptst__cpu_features(void) {
+    int bits = 0;
+#if PTST__X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        bits |= PTST__CPU_AVX2; /* every processor with AVX2 has F16C */
+    }
+    if ((bits & PTST__CPU_AVX2) && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+        bits |= PTST__CPU_AVX512;
+    }
+#elif PTST__NEON
+    bits |= PTST__CPU_NEON; /* part of the AArch64 baseline */
+#endif
+    return bits;
+}
+
+static int ptst__core_count(void) {
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : n > 1024 ? 1024 : (int)n;
+}
+
+/* Seconds of a clock that never goes back. */
+PTST__UNUSED static double ptst__seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* 1 file, 2 folder, 0 neither or absent. */
+static int ptst__path_kind(const char *path) {
+    struct stat s;
+    if (stat(path, &s) != 0) {
+        return 0;
+    }
+    return S_ISDIR(s.st_mode) ? 2 : S_ISREG(s.st_mode) ? 1 : 0;
+}
+
+/* Maps a whole file for reading. Returns 0, or an errno value. An empty file gives data NULL. */
+PTST__UNUSED static int ptst__map_file(const char *path, const void **data, size_t *size) {
+    struct stat s;
+    void *p;
+    int fd = open(path, O_RDONLY);
+    *data = NULL;
+    *size = 0;
+    if (fd < 0) {
+        return errno;
+    }
+    if (fstat(fd, &s) != 0 || S_ISDIR(s.st_mode)) {
+        int e = S_ISDIR(s.st_mode) ? EISDIR : errno;
+        close(fd);
+        return e;
+    }
+    if (s.st_size == 0) {
+        close(fd);
+        return 0;
+    }
+    if ((uint64_t)s.st_size > SIZE_MAX) {
+        close(fd);
+        return EFBIG;
+    }
+    p = mmap(NULL, (size_t)s.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    close(fd);
+    if (p == MAP_FAILED) {
+        return errno;
+    }
+    *data = p;
+    *size = (size_t)s.st_size;
+    return 0;
+}
+
+PTST__UNUSED static void ptst__unmap_file(const void *data, size_t size) {
+    if (data != NULL) {
+        munmap((void *)(uintptr_t)data, size);
+    }
+}
+
+/* Flushes a folder entry (after a rename) to the disk; failure is harmless and ignored. */
+static void ptst__sync_folder_of(const char *path) {
+    char folder[4096];
+    const char *slash = strrchr(path, '/');
+    size_t n = slash == NULL ? 0 : (size_t)(slash - path);
+    int fd;
+    if (n >= sizeof folder) {
+        return;
+    }
+    memcpy(folder, path, n);
+    folder[n] = 0;
+    fd = open(slash == NULL ? "." : n == 0 ? "/" : folder, O_RDONLY);
+    if (fd >= 0) {
+        (void)fsync(fd);
+        close(fd);
+    }
+}
+
+/* >>core ========================================================================================
+   The context and what everything is built from: errors, allocation, checked arithmetic, arenas,
+   growable text and ids, a hash map, reading and atomically writing whole files. Relies on
+   >>platform. Afterwards no other section calls malloc, free or fopen. Tested by
+   tests/test_core.c. */
+
+typedef struct ptst__pool ptst__pool;
+struct ptst__kernels;
+
+struct ptst_ctx {
+    ptst_allocator allocator;
+    ptst_desc desc;
+    ptst_code code;
+    char error[1024];
+    int threads;
+    ptst__pool *pool;
+    const struct ptst__kernels *kernels; /* chosen in ptst_open, see >>kernels */
+    void *scratch;                       /* packing buffers of the kernels, see >>kernels */
+    size_t scratch_size;
+};
+
+/* The largest number of threads of a context. */
+enum { PTST__THREADS_MAX = 256 };
+
+/* Records the reason of a failure and returns its code, so that `return ptst__fail(...)` works. */
+PTST__PRINTF(3, 4)
+static ptst_code ptst__fail(ptst_ctx *c, ptst_code code, const char *format, ...) {
+    va_list args;
+    c->code = code;
+    va_start(args, format);
+    vsnprintf(c->error, sizeof c->error, format, args);
+    va_end(args);
+    return code;
+}
+
+static ptst_code ptst__fail_memory(ptst_ctx *c, size_t size) {
+    return ptst__fail(c, PTST_ERR_MEMORY, "out of memory: %llu more bytes were needed",
+                      (unsigned long long)size);
+}
+
+/* Failure of a system call on a path. */
+static ptst_code ptst__fail_errno(ptst_ctx *c, const char *path, const char *verb, int error) {
+    ptst_code code = error == ENOENT || error == ENOTDIR ? PTST_ERR_NOT_FOUND
+                     : error == ENOMEM                   ? PTST_ERR_MEMORY
+                                                         : PTST_ERR_IO;
+    return ptst__fail(c, code, "%s: cannot %s: %s", path, verb, strerror(error));
+}
+
+PTST__PRINTF(3, 4)
+PTST__UNUSED static void ptst__log(ptst_ctx *c, ptst_log_level level, const char *format, ...) {
+    char text[1024];
+    va_list args;
+    if (c->desc.log == NULL) {
+        return;
+    }
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    c->desc.log(c->desc.user, level, text);
+}
+
+/* Tells the caller how far a long call is; PTST_ERR_STOPPED if it wants to stop. */
+PTST__UNUSED static ptst_code ptst__report(ptst_ctx *c, const ptst_progress *p) {
+    if (c->desc.progress != NULL && c->desc.progress(c->desc.user, p) != 0) {
+        return ptst__fail(c, PTST_ERR_STOPPED, "stopped on request while in %s", p->stage);
+    }
+    return PTST_OK;
+}
+
+/* ---- checked arithmetic ---- */
+
+/* *out = a * b (a + b); false if it does not fit. */
+static bool ptst__mul(size_t a, size_t b, size_t *out) {
+    if (a != 0 && b > SIZE_MAX / a) {
+        return false;
+    }
+    *out = a * b;
+    return true;
+}
+
+static bool ptst__add(size_t a, size_t b, size_t *out) {
+    if (b > SIZE_MAX - a) {
+        return false;
+    }
+    *out = a + b;
+    return true;
+}
+
+/* ---- allocation ----
+   Each block is preceded by its true start and size, so that releasing needs only the pointer;
+   blocks are aligned to 64 bytes (a cache line, a 512-bit register). */
+
+enum { PTST__ALIGN = 64 };
+
+typedef struct ptst__block {
+    void *base;
+    size_t size;
+} ptst__block;
+
+static void *ptst__malloc(void *user, size_t size) {
+    (void)user;
+    return malloc(size);
+}
+
+static void ptst__mfree(void *user, void *pointer, size_t size) {
+    (void)user;
+    (void)size;
+    free(pointer);
+}
+
+static void *ptst__alloc_with(const ptst_allocator *a, size_t size) {
+    size_t total;
+    char *base, *p;
+    ptst__block block;
+    if (!ptst__add(size, sizeof block + PTST__ALIGN, &total)) {
+        return NULL;
+    }
+    base = (char *)a->alloc(a->user, total);
+    if (base == NULL) {
+        return NULL;
+    }
+    p = base + sizeof block;
+    p += (PTST__ALIGN - (uintptr_t)p % PTST__ALIGN) % PTST__ALIGN;
+    block.base = base;
+    block.size = total;
+    memcpy(p - sizeof block, &block, sizeof block);
+    return p;
+}
+
+static void ptst__free_with(const ptst_allocator *a, void *p) {
+    ptst__block block;
+    if (p != NULL) {
+        memcpy(&block, (char *)p - sizeof block, sizeof block);
+        a->release(a->user, block.base, block.size);
+    }
+}
+
+/* n * size bytes, uninitialised; NULL (and the error is set) on failure or overflow. */
+static void *ptst__alloc(ptst_ctx *c, size_t n, size_t size) {
+    size_t bytes = 0;
+    void *p = ptst__mul(n, size, &bytes) ? ptst__alloc_with(&c->allocator, bytes) : NULL;
+    if (p == NULL) {
+        ptst__fail_memory(c, bytes);
+    }
+    return p;
+}
+
+/* The same, zeroed. */
+static void *ptst__calloc(ptst_ctx *c, size_t n, size_t size) {
+    void *p = ptst__alloc(c, n, size);
+    if (p != NULL) {
+        memset(p, 0, n * size);
+    }
+    return p;
+}
+
+static void ptst__free(ptst_ctx *c, void *p) { ptst__free_with(&c->allocator, p); }
+
+/* Makes room for `need` elements in a growable array: *data moves, *capacity at least doubles.
+   On failure nothing changes. */
+static ptst_code ptst__grow(ptst_ctx *c, void **data, size_t *capacity, size_t need, size_t size) {
+    size_t n = *capacity < 16 ? 16 : *capacity;
+    void *p;
+    if (need <= *capacity) {
+        return PTST_OK;
+    }
+    while (n < need) {
+        if (n > SIZE_MAX / 2) {
+            return ptst__fail_memory(c, need);
+        }
+        n *= 2;
+    }
+    p = ptst__alloc(c, n, size);
+    if (p == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    if (*capacity != 0) {
+        memcpy(p, *data, *capacity * size);
+    }
+    ptst__free(c, *data);
+    *data = p;
+    *capacity = n;
+    return PTST_OK;
+}
+
+/* ---- arena: many small blocks that die together ---- */
+
+typedef struct ptst__chunk {
+    struct ptst__chunk *next;
+    size_t used, size; /* of the bytes after this header */
+} ptst__chunk;
+
+typedef struct ptst__arena {
+    ptst__chunk *first;
+} ptst__arena;
+
+enum { PTST__CHUNK_SIZE = 64 * 1024, PTST__CHUNK_HEAD = 64 };
+
+/* n * size zeroed bytes, aligned to 16 and never moved. */
+PTST__UNUSED static void *ptst__arena_alloc(ptst_ctx *c, ptst__arena *a, size_t n, size_t size) {
+    size_t bytes, total, fresh;
+    ptst__chunk *k = a->first;
+    char *p;
+    if (!ptst__mul(n, size, &bytes) || !ptst__add(bytes, 15, &total)) {
+        ptst__fail_memory(c, SIZE_MAX);
+        return NULL;
+    }
+    bytes = total / 16 * 16;
+    if (k == NULL || bytes > k->size - k->used) {
+        fresh = bytes > PTST__CHUNK_SIZE / 4 ? bytes : (size_t)PTST__CHUNK_SIZE;
+        if (!ptst__add(fresh, PTST__CHUNK_HEAD, &total)) {
+            ptst__fail_memory(c, bytes);
+            return NULL;
+        }
+        k = (ptst__chunk *)ptst__alloc(c, total, 1);
+        if (k == NULL) {
+            return NULL;
+        }
+        k->used = 0;
+        k->size = fresh;
+        if (a->first != NULL && fresh == bytes) { /* a large block: keep filling the old chunk */
+            k->next = a->first->next;
+            a->first->next = k;
+        } else {
+            k->next = a->first;
+            a->first = k;
+        }
+    }
+    p = (char *)k + PTST__CHUNK_HEAD + k->used;
+    k->used += bytes;
+    return memset(p, 0, bytes);
+}
+
+/* A NUL-terminated copy of size bytes. */
+PTST__UNUSED static char *ptst__arena_copy(ptst_ctx *c, ptst__arena *a, const char *s, size_t size) {
+    size_t total;
+    char *p;
+    if (!ptst__add(size, 1, &total)) {
+        ptst__fail_memory(c, size);
+        return NULL;
+    }
+    p = (char *)ptst__arena_alloc(c, a, total, 1);
+    if (p != NULL && size != 0) {
+        memcpy(p, s, size);
+    }
+    return p;
+}
+
+PTST__UNUSED static void ptst__arena_free(ptst_ctx *c, ptst__arena *a) {
+    while (a->first != NULL) {
+        ptst__chunk *next = a->first->next;
+        ptst__free(c, a->first);
+        a->first = next;
+    }
+}
+
+/* ---- hash map from byte strings to 32-bit values ----
+   Open addressing, linear probing, at most half full. Keys are borrowed: they must outlive the
+   map (they live in an arena or in a parsed document). */
+
+typedef struct ptst__map_slot {
+    const char *key; /* NULL = free */
+    uint32_t size;
+    int32_t value;
+} ptst__map_slot;
+
+typedef struct ptst__map {
+    ptst__map_slot *slots;
+    size_t capacity, count; /* capacity is a power of two or 0 */
+} ptst__map;
+
+/* FNV-1a, finished with a multiply-shift mix so that the low bits depend on all bytes. */
+static uint64_t ptst__hash(const char *key, size_t size) {
+    uint64_t h = 1469598103934665603u;
+    size_t i;
+    for (i = 0; i < size; i++) {
+        h = (h ^ (unsigned char)key[i]) * 1099511628211u;
+    }
+    h ^= h >> 32;
+    h *= 0x9E3779B97F4A7C15u;
+    return h ^ (h >> 29);
+}
+
+static ptst__map_slot *ptst__map_probe(const ptst__map *m, const char *key, size_t size) {
+    size_t mask = m->capacity - 1, i = (size_t)ptst__hash(key, size) & mask;
+    while (m->slots[i].key != NULL &&
+           (m->slots[i].size != size || memcmp(m->slots[i].key, key, size) != 0)) {
+        i = (i + 1) & mask;
+    }
+    return &m->slots[i];
+}
+
+/* Value of a key, or fallback. */
+PTST__UNUSED static int32_t ptst__map_get(const ptst__map *m, const char *key, size_t size,
+                                          int32_t fallback) {
+    const ptst__map_slot *s;
+    if (m->capacity == 0) {
+        return fallback;
+    }
+    s = ptst__map_probe(m, key, size);
+    return s->key == NULL ? fallback : s->value;
+}
+
+/* Makes room for `count` keys at once. */
+PTST__UNUSED static ptst_code ptst__map_reserve(ptst_ctx *c, ptst__map *m, size_t count) {
+    ptst__map bigger;
+    size_t i, capacity = m->capacity < 16 ? 16 : m->capacity;
+    if (count > SIZE_MAX / 4) {
+        return ptst__fail_memory(c, count);
+    }
+    while (capacity < 2 * count) {
+        capacity *= 2;
+    }
+    if (capacity == m->capacity) {
+        return PTST_OK;
+    }
+    bigger.slots = (ptst__map_slot *)ptst__calloc(c, capacity, sizeof *bigger.slots);
+    if (bigger.slots == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    bigger.capacity = capacity;
+    bigger.count = m->count;
+    for (i = 0; i < m->capacity; i++) {
+        if (m->slots[i].key != NULL) {
+            *ptst__map_probe(&bigger, m->slots[i].key, m->slots[i].size) = m->slots[i];
+        }
+    }
+    ptst__free(c, m->slots);
+    *m = bigger;
+    return PTST_OK;
+}
+
+/* Adds or replaces. */
+PTST__UNUSED static ptst_code ptst__map_put(ptst_ctx *c, ptst__map *m, const char *key, size_t size,
+                                            int32_t value) {
+    ptst__map_slot *s;
+    ptst_code code = ptst__map_reserve(c, m, m->count + 1);
+    if (code != PTST_OK) {
+        return code;
+    }
+    if (size > UINT32_MAX) {
+        return ptst__fail(c, PTST_ERR_LIMIT, "a key of more than 4 GiB");
+    }
+    s = ptst__map_probe(m, key, size);
+    if (s->key == NULL) {
+        s->key = key;
+        s->size = (uint32_t)size;
+        m->count++;
+    }
+    s->value = value;
+    return PTST_OK;
+}
+
+PTST__UNUSED static void ptst__map_free(ptst_ctx *c, ptst__map *m) {
+    ptst__free(c, m->slots);
+    memset(m, 0, sizeof *m);
+}
+
+/* ---- UTF-8 ---- */
+
+/* Reads one code point at s (left >= 1 bytes remain). Returns its length 1..4, or 0 if the bytes
+   are not valid UTF-8 (overlong, surrogate, beyond U+10FFFF, cut off). Unicode 15, table 3-7. */
+static size_t ptst__utf8_read(const char *s, size_t left, uint32_t *point) {
+    const unsigned char *p = (const unsigned char *)s;
+    uint32_t low = 0x80, high = 0xBF, value;
+    size_t n, i;
+    if (p[0] < 0x80) {
+        *point = p[0];
+        return 1;
+    }
+    if (p[0] < 0xC2 || p[0] > 0xF4) {
+        return 0;
+    }
+    n = p[0] < 0xE0 ? 2 : p[0] < 0xF0 ? 3 : 4;
+    if (n > left) {
+        return 0;
+    }
+    low = p[0] == 0xE0 ? 0xA0 : p[0] == 0xF0 ? 0x90 : 0x80;
+    high = p[0] == 0xED ? 0x9F : p[0] == 0xF4 ? 0x8F : 0xBF;
+    value = p[0] & (0xFFu >> (n + 1));
+    for (i = 1; i < n; i++) {
+        if (p[i] < low || p[i] > high) {
+            return 0;
+        }
+        value = value << 6 | (p[i] & 0x3Fu);
+        low = 0x80;
+        high = 0xBF;
+    }
+    *point = value;
+    return n;
+}
+
+/* Writes one code point (not checked) and returns its length 1..4. */
+static size_t ptst__utf8_write(char *s, uint32_t point) {
+    if (point < 0x80) {
+        s[0] = (char)point;
+        return 1;
+    }
+    if (point < 0x800) {
+        s[0] = (char)(0xC0 | point >> 6);
+        s[1] = (char)(0x80 | (point & 0x3F));
+        return 2;
+    }
+    if (point < 0x10000) {
+        s[0] = (char)(0xE0 | point >> 12);
+        s[1] = (char)(0x80 | (point >> 6 & 0x3F));
+        s[2] = (char)(0x80 | (point & 0x3F));
+        return 3;
+    }
+    s[0] = (char)(0xF0 | point >> 18);
+    s[1] = (char)(0x80 | (point >> 12 & 0x3F));
+    s[2] = (char)(0x80 | (point >> 6 & 0x3F));
+    s[3] = (char)(0x80 | (point & 0x3F));
+    return 4;
+}
+
+/* ---- numbers as text, whatever the locale ---- */
+
+/* Shortest decimal text that reads back as the same double ("0.1", "1e+20"); "nan", "inf". buffer
+   holds at least 32 bytes. Returns the length. */
+PTST__UNUSED static size_t ptst__number_text(char *buffer, double value) {
+    int digits;
+    size_t i, n = 0;
+    for (digits = 15; digits <= 17; digits++) {
+        n = (size_t)snprintf(buffer, 32, "%.*g", digits, value);
+        if (strtod(buffer, NULL) == value) {
+            break;
+        }
+    }
+    for (i = 0; i < n; i++) { /* the locale's decimal point */
+        if (strchr("0123456789+-eEinfa", buffer[i]) == NULL) {
+            buffer[i] = '.';
+        }
+    }
+    return n;
+}
+
+/* Reads size bytes of a JSON number (already validated); correctly rounded, whatever the locale.
+   Short numbers are exact in double arithmetic (Clinger 1990); the rest goes to strtod with the
+   locale's decimal point put in. */
+static double ptst__number_read(const char *s, size_t size) {
+    static const double ten[] = {1e0,  1e1,  1e2,  1e3,  1e4,  1e5,  1e6,  1e7,
+                                 1e8,  1e9,  1e10, 1e11, 1e12, 1e13, 1e14, 1e15,
+                                 1e16, 1e17, 1e18, 1e19, 1e20, 1e21, 1e22};
+    uint64_t mantissa = 0;
+    int exponent = 0, digits = 0, written = 0;
+    bool negative = size > 0 && s[0] == '-', point = false, minus = false;
+    size_t i = negative ? 1 : 0, k = 0;
+    char copy[512];
+    for (; i < size && s[i] != 'e' && s[i] != 'E'; i++) {
+        if (s[i] == '.') {
+            point = true;
+        } else {
+            digits += mantissa != 0 || s[i] != '0';
+            mantissa = digits <= 18 ? mantissa * 10 + (uint64_t)(s[i] - '0') : mantissa;
+            exponent -= point ? 1 : 0;
+        }
+    }
+    if (i < size) {
+        minus = s[++i] == '-';
+        for (i += s[i] == '-' || s[i] == '+'; i < size; i++) {
+            written = written < 100000 ? written * 10 + (s[i] - '0') : written;
+        }
+        exponent += minus ? -written : written;
+    }
+    if (digits <= 18 && mantissa < (uint64_t)1 << 53 && exponent >= -22 && exponent <= 22) {
+        double v = exponent < 0 ? (double)mantissa / ten[-exponent]
+                                : (double)mantissa * ten[exponent];
+        return negative ? -v : v;
+    }
+    for (i = 0; i < size && k < sizeof copy - 8; i++) { /* 500 digits decide any rounding we meet */
+        const char *decimal = s[i] == '.' ? localeconv()->decimal_point : NULL;
+        if (decimal != NULL && strlen(decimal) < 8) {
+            memcpy(copy + k, decimal, strlen(decimal));
+            k += strlen(decimal);
+        } else {
+            copy[k++] = s[i];
+        }
+    }
+    copy[k] = 0;
+    return strtod(copy, NULL);
+}
+
+/* ---- text and ids ---- */
+
+PTST_API ptst_code ptst_text_append(ptst_ctx *c, ptst_text *t, const char *bytes, size_t size) {
+    size_t need;
+    void *data = t->data;
+    ptst_code code;
+    if (!ptst__add(t->size, size, &need) || !ptst__add(need, 1, &need)) {
+        return ptst__fail_memory(c, size);
+    }
+    code = ptst__grow(c, &data, &t->capacity, need, 1);
+    if (code != PTST_OK) {
+        return code;
+    }
+    t->data = (char *)data;
+    if (size != 0) {
+        memcpy(t->data + t->size, bytes, size);
+    }
+    t->size += size;
+    t->data[t->size] = 0;
+    return PTST_OK;
+}
+
+PTST_API void ptst_text_free(ptst_ctx *c, ptst_text *t) {
+    if (t != NULL) {
+        ptst__free(c, t->data);
+        memset(t, 0, sizeof *t);
+    }
+}
+
+/* Appends a C string; formatted text of at most 1000 bytes. */
+static ptst_code ptst__text_add(ptst_ctx *c, ptst_text *t, const char *s) {
+    return ptst_text_append(c, t, s, strlen(s));
+}
+
+PTST__PRINTF(3, 4)
+PTST__UNUSED static ptst_code ptst__text_format(ptst_ctx *c, ptst_text *t, const char *format, ...) {
+    char line[1001];
+    va_list args;
+    int n;
+    va_start(args, format);
+    n = vsnprintf(line, sizeof line, format, args);
+    va_end(args);
+    if (n < 0 || n >= (int)sizeof line) {
+        return ptst__fail(c, PTST_ERR_LIMIT, "a formatted line is longer than 1000 bytes");
+    }
+    return ptst_text_append(c, t, line, (size_t)n);
+}
+
+PTST__UNUSED static ptst_code ptst__text_number(ptst_ctx *c, ptst_text *t, double value) {
+    char buffer[32];
+    size_t n = ptst__number_text(buffer, value);
+    return ptst_text_append(c, t, buffer, n);
+}
+
+PTST_API ptst_code ptst_ids_append(ptst_ctx *c, ptst_ids *t, int32_t id) {
+    void *data = t->data;
+    ptst_code code = ptst__grow(c, &data, &t->capacity, t->count + 1, sizeof *t->data);
+    if (code == PTST_OK) {
+        t->data = (int32_t *)data;
+        t->data[t->count++] = id;
+    }
+    return code;
+}
+
+PTST_API void ptst_ids_free(ptst_ctx *c, ptst_ids *t) {
+    if (t != NULL) {
+        ptst__free(c, t->data);
+        memset(t, 0, sizeof *t);
+    }
+}
+
+/* ---- files ---- */
+
+/* folder + "/" + name, as new text in *out (which is emptied first). */
+PTST__UNUSED static ptst_code ptst__path_join(ptst_ctx *c, ptst_text *out, const char *folder,
+                                              const char *name) {
+    ptst_code code;
+    size_t n = strlen(folder);
+    out->size = 0;
+    code = ptst__text_add(c, out, folder);
+    if (code == PTST_OK && n != 0 && folder[n - 1] != '/') {
+        code = ptst__text_add(c, out, "/");
+    }
+    return code == PTST_OK ? ptst__text_add(c, out, name) : code;
+}
+
+/* Appends a whole file to *out. Reads until the end, so pipes work as well. */
+static ptst_code ptst__read_file(ptst_ctx *c, const char *path, ptst_text *out) {
+    char buffer[16384];
+    ssize_t n = 0;
+    ptst_code code = PTST_OK;
+    int fd = open(path, O_RDONLY);
+    if (fd < 0) {
+        return ptst__fail_errno(c, path, "open", errno);
+    }
+    while (code == PTST_OK) {
+        n = read(fd, buffer, sizeof buffer);
+        if (n < 0 && errno == EINTR) {
+            continue;
+        }
+        if (n < 0) {
+            code = ptst__fail_errno(c, path, "read", errno);
+        }
+        if (n <= 0) {
+            break;
+        }
+        code = ptst_text_append(c, out, buffer, (size_t)n);
+    }
+    close(fd);
+    return code == PTST_OK ? ptst_text_append(c, out, "", 0) : code;
+}
+
+/* A file that appears whole or not at all: written under a temporary name in the same folder,
+   flushed, renamed. After any failure call ptst__out_abort; after ptst__out_commit nothing. */
+typedef struct ptst__out {
+    FILE *file;
+    ptst_text path, temporary;
+} ptst__out;
+
+static void ptst__out_abort(ptst_ctx *c, ptst__out *o) {
+    if (o->file != NULL) {
+        fclose(o->file);
+        unlink(o->temporary.data);
+    }
+    ptst_text_free(c, &o->path);
+    ptst_text_free(c, &o->temporary);
+    memset(o, 0, sizeof *o);
+}
+
+static ptst_code ptst__out_open(ptst_ctx *c, ptst__out *o, const char *path) {
+    ptst_code code;
+    memset(o, 0, sizeof *o);
+    code = ptst__text_add(c, &o->path, path);
+    if (code == PTST_OK) {
+        code = ptst__text_format(c, &o->temporary, "%.900s.tmp.%ld", path, (long)getpid());
+    }
+    if (code == PTST_OK) {
+        o->file = fopen(o->temporary.data, "wb");
+        if (o->file == NULL) {
+            code = ptst__fail_errno(c, path, "write", errno);
+        }
+    }
+    if (code != PTST_OK) {
+        ptst__out_abort(c, o);
+    }
+    return code;
+}
+
+static ptst_code ptst__out_write(ptst_ctx *c, ptst__out *o, const void *data, size_t size) {
+    if (size != 0 && fwrite(data, 1, size, o->file) != size) {
+        return ptst__fail_errno(c, o->path.data, "write", errno);
+    }
+    return PTST_OK;
+}
+
+/* Flushes, renames; on failure the old file (if any) is untouched and the temporary is gone. */
+static ptst_code ptst__out_commit(ptst_ctx *c, ptst__out *o) {
+    int error = 0;
+    ptst_code code = PTST_OK;
+    if (fflush(o->file) != 0 || fsync(fileno(o->file)) != 0) {
+        error = errno;
+    }
+    if (fclose(o->file) != 0 && error == 0) {
+        error = errno;
+    }
+    o->file = NULL;
+    if (error == 0 && rename(o->temporary.data, o->path.data) != 0) {
+        error = errno;
+    }
+    if (error != 0) {
+        unlink(o->temporary.data);
+        code = ptst__fail_errno(c, o->path.data, "write", error);
+    } else {
+        ptst__sync_folder_of(o->path.data);
+    }
+    ptst__out_abort(c, o);
+    return code;
+}
+
+/* Writes a whole file atomically. */
+PTST__UNUSED static ptst_code ptst__write_file(ptst_ctx *c, const char *path, const void *data,
+                                               size_t size) {
+    ptst__out o;
+    ptst_code code = ptst__out_open(c, &o, path);
+    if (code != PTST_OK) {
+        return code;
+    }
+    code = ptst__out_write(c, &o, data, size);
+    if (code != PTST_OK) {
+        ptst__out_abort(c, &o);
+        return code;
+    }
+    return ptst__out_commit(c, &o);
+}
+
+/* Makes a folder and its parents. */
+PTST__UNUSED static ptst_code ptst__make_folders(ptst_ctx *c, const char *path) {
+    char part[4096];
+    size_t i, n = strlen(path);
+    if (n == 0 || n >= sizeof part) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "%.200s: not a folder name of 1 to 4095 bytes",
+                          path);
+    }
+    for (i = 1; i <= n; i++) {
+        if (path[i] == '/' || path[i] == 0) {
+            memcpy(part, path, i);
+            part[i] = 0;
+            if (mkdir(part, 0777) != 0 && errno != EEXIST) {
+                return ptst__fail_errno(c, part, "make the folder", errno);
+            }
+        }
+    }
+    if (ptst__path_kind(path) != 2) {
+        return ptst__fail(c, PTST_ERR_IO, "%s: is a file, a folder was expected", path);
+    }
+    return PTST_OK;
+}
+
+/* ---- public part ---- */
+
+PTST_API ptst_code ptst_error_code(const ptst_ctx *c) { return c->code; }
+
+PTST_API const char *ptst_error_text(const ptst_ctx *c) { return c->error; }
+
+PTST_API int ptst_thread_count(const ptst_ctx *c) { return c->threads; }
+
+PTST_API const char *ptst_code_name(ptst_code code) {
+    static const char *const names[] = {
+#define PTST__X(name, text) #name,
+        PTST_CODES(PTST__X)
+#undef PTST__X
+    };
+    return (unsigned)code < (unsigned)PTST_CODE_COUNT ? names[code] : "unknown";
+}
+
+/* >>threads =====================================================================================
+   The pool of a context and the one parallel-for. A parallel operation is cut into numbered
+   tasks; which thread runs a task is open, what a task computes is not, so results are the same
+   bits for any number of threads. Relies on >>core. Tested by tests/test_core.c.
+
+   With PTST_USE_OPENMP (and -fopenmp) the same function runs on OpenMP's threads; with
+   PTST_NO_THREADS, or inside another parallel operation, the tasks run one after another. */
+
+/* task: 0..count-1; thread: 0..ptst_thread_count-1, for private scratch. */
+typedef void (*ptst__task)(void *arg, size_t task, int thread);
+
+#if !defined(PTST_NO_THREADS) && !(defined(PTST_USE_OPENMP) && defined(_OPENMP))
+#define PTST__PTHREADS 1
+#else
+#define PTST__PTHREADS 0
+#endif
+
+#if PTST__PTHREADS
+
+typedef struct ptst__worker {
+    ptst__pool *pool;
+    pthread_t thread;
+    int index;
+} ptst__worker;
+
+struct ptst__pool {
+    pthread_mutex_t lock;
+    pthread_cond_t wake, done;
+    ptst__worker *workers;
+    int count;           /* workers besides the caller */
+    ptst__task run;      /* the current operation */
+    void *arg;
+    size_t tasks;
+    size_t next;         /* first task that nobody has taken; atomic */
+    unsigned generation; /* of the current operation; atomic, written under the lock */
+    int working;         /* workers that have not finished it; atomic */
+    bool quit, busy;
+};
+
+/* How often a waiting thread looks before it goes to sleep: about the length of one small
+   operation, so that a chain of them does not pay for a wake-up each. */
+enum { PTST__SPINS = 4000 };
+
+#if PTST__ATOMICS
+#define PTST__LOAD(p) __atomic_load_n(&(p), __ATOMIC_ACQUIRE)
+#else
+#define PTST__LOAD(p) (p)
+#endif
+
+static void ptst__relax(void) {
+#if PTST__X86
+    _mm_pause();
+#elif PTST__NEON
+    __asm__ __volatile__("yield");
+#endif
+}
+
+static size_t ptst__pool_take(ptst__pool *p) {
+#if PTST__ATOMICS
+    return __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED);
+#else
+    size_t task;
+    pthread_mutex_lock(&p->lock);
+    task = p->next++;
+    pthread_mutex_unlock(&p->lock);
+    return task;
+#endif
+}
+
+static void ptst__pool_work(ptst__pool *p, int thread) {
+    size_t task;
+    while ((task = ptst__pool_take(p)) < p->tasks) {
+        p->run(p->arg, task, thread);
+    }
+}
+
+/* Waits until the operation number changes; looks for a while, then sleeps. */
+static unsigned ptst__pool_wait(ptst__pool *p, unsigned seen) {
+    unsigned now = seen;
+#if PTST__ATOMICS
+    int spin;
+    for (spin = 0; spin < PTST__SPINS && now == seen; spin++) {
+        ptst__relax();
+        now = PTST__LOAD(p->generation);
+    }
+    if (now != seen) {
+        return now;
+    }
+#endif
+    pthread_mutex_lock(&p->lock);
+    while (p->generation == seen) {
+        pthread_cond_wait(&p->wake, &p->lock);
+    }
+    now = p->generation;
+    pthread_mutex_unlock(&p->lock);
+    return now;
+}
+
+static void *ptst__worker_main(void *arg) {
+    ptst__worker *w = (ptst__worker *)arg;
+    ptst__pool *p = w->pool;
+    unsigned seen = 0;
+    for (;;) {
+        seen = ptst__pool_wait(p, seen);
+        if (p->quit) {
+            return NULL;
+        }
+        ptst__pool_work(p, w->index);
+        pthread_mutex_lock(&p->lock);
+#if PTST__ATOMICS
+        __atomic_sub_fetch(&p->working, 1, __ATOMIC_RELEASE);
+#else
+        p->working--;
+#endif
+        if (p->working == 0) {
+            pthread_cond_signal(&p->done);
+        }
+        pthread_mutex_unlock(&p->lock);
+    }
+}
+
+/* Publishes an operation (or the wish to quit) to all workers. */
+static void ptst__pool_publish(ptst__pool *p, bool quit) {
+    pthread_mutex_lock(&p->lock);
+    p->quit = quit;
+    p->next = 0;
+    p->working = p->count;
+#if PTST__ATOMICS
+    __atomic_add_fetch(&p->generation, 1, __ATOMIC_RELEASE);
+#else
+    p->generation++;
+#endif
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void ptst__pool_finish(ptst__pool *p) {
+#if PTST__ATOMICS
+    int spin;
+    for (spin = 0; spin < PTST__SPINS && PTST__LOAD(p->working) != 0; spin++) {
+        ptst__relax();
+    }
+#endif
+    pthread_mutex_lock(&p->lock);
+    while (p->working != 0) {
+        pthread_cond_wait(&p->done, &p->lock);
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void ptst__pool_close(ptst_ctx *c) {
+    ptst__pool *p = c->pool;
+    int i;
+    if (p == NULL) {
+        return;
+    }
+    ptst__pool_publish(p, true);
+    for (i = 0; i < p->count; i++) {
+        pthread_join(p->workers[i].thread, NULL);
+    }
+    pthread_cond_destroy(&p->wake);
+    pthread_cond_destroy(&p->done);
+    pthread_mutex_destroy(&p->lock);
+    ptst__free(c, p->workers);
+    ptst__free(c, p);
+    c->pool = NULL;
+}
+
+/* Starts c->threads - 1 workers; fewer if the system refuses more. */
+static ptst_code ptst__pool_open(ptst_ctx *c) {
+    ptst__pool *p;
+    int i, wanted = c->threads - 1;
+    if (wanted == 0) {
+        return PTST_OK;
+    }
+    p = (ptst__pool *)ptst__calloc(c, 1, sizeof *p);
+    if (p == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    p->workers = (ptst__worker *)ptst__calloc(c, (size_t)wanted, sizeof *p->workers);
+    if (p->workers == NULL) {
+        ptst__free(c, p);
+        return PTST_ERR_MEMORY;
+    }
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    pthread_cond_init(&p->done, NULL);
+    c->pool = p;
+    for (i = 0; i < wanted; i++) {
+        p->workers[i].pool = p;
+        p->workers[i].index = i + 1;
+        if (pthread_create(&p->workers[i].thread, NULL, ptst__worker_main, &p->workers[i]) != 0) {
+            break;
+        }
+        p->count = i + 1;
+    }
+    c->threads = p->count + 1;
+    return PTST_OK;
+}
+
+/* Runs run(arg, 0..tasks-1, thread) on all threads and returns when all are done. */
+PTST__UNUSED static void ptst__parallel_for(ptst_ctx *c, size_t tasks, ptst__task run, void *arg) {
+    ptst__pool *p = c->pool;
+    size_t i;
+    if (p == NULL || p->busy || tasks < 2) {
+        for (i = 0; i < tasks; i++) {
+            run(arg, i, 0);
+        }
+        return;
+    }
+    p->busy = true;
+    p->run = run;
+    p->arg = arg;
+    p->tasks = tasks;
+    ptst__pool_publish(p, false);
+    ptst__pool_work(p, 0);
+    ptst__pool_finish(p);
+    p->busy = false;
+}
+
+#else /* OpenMP or no threads */
+
+static ptst_code ptst__pool_open(ptst_ctx *c) {
+#ifdef PTST_NO_THREADS
+    c->threads = 1;
+#endif
+    (void)c;
+    return PTST_OK;
+}
+
+static void ptst__pool_close(ptst_ctx *c) { (void)c; }
+
+PTST__UNUSED static void ptst__parallel_for(ptst_ctx *c, size_t tasks, ptst__task run, void *arg) {
+#if defined(PTST_USE_OPENMP) && defined(_OPENMP)
+    ptrdiff_t i, n = (ptrdiff_t)tasks;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(c->threads) if (!omp_in_parallel())
+    for (i = 0; i < n; i++) {
+        run(arg, (size_t)i, omp_get_thread_num());
+    }
+#else
+    size_t i;
+    (void)c;
+    for (i = 0; i < tasks; i++) {
+        run(arg, i, 0);
+    }
+#endif
+}
+
+#endif
+
+/* >>random ======================================================================================
+   Random numbers as a pure function of (seed, stream, index): Philox4x32-10. Relies on nothing.
+   Afterwards no random decision of the library depends on threads, on the machine or on how often
+   it was interrupted. Tested by tests/test_core.c against the published known answers. */
+
+/* Ten rounds on a counter of four words with a key of two (Salmon et al., SC 2011). */
+static void ptst__philox(uint32_t x[4], uint32_t key0, uint32_t key1) {
+    int round;
+    for (round = 0; round < 10; round++) {
+        uint64_t a = (uint64_t)0xD2511F53u * x[0], b = (uint64_t)0xCD9E8D57u * x[2];
+        uint32_t y0 = (uint32_t)(b >> 32) ^ x[1] ^ key0, y2 = (uint32_t)(a >> 32) ^ x[3] ^ key1;
+        x[0] = y0;
+        x[1] = (uint32_t)b;
+        x[2] = y2;
+        x[3] = (uint32_t)a;
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+    }
+}
+
+/* Four numbers of block `block` of stream (seed, stream). */
+static void ptst__rng_block(uint64_t seed, uint64_t stream, uint64_t block, uint32_t out[4]) {
+    out[0] = (uint32_t)block;
+    out[1] = (uint32_t)(block >> 32);
+    out[2] = (uint32_t)stream;
+    out[3] = (uint32_t)(stream >> 32);
+    ptst__philox(out, (uint32_t)seed, (uint32_t)(seed >> 32));
+}
+
+PTST_API uint32_t ptst_rng_u32(ptst_rng *r) {
+    uint32_t x[4];
+    ptst__rng_block(r->seed, r->stream, r->counter / 4, x);
+    return x[r->counter++ % 4];
+}
+
+PTST_API float ptst_rng_uniform(ptst_rng *r) {
+    return (float)(ptst_rng_u32(r) >> 8) * (1.0f / 16777216.0f);
+}
+
+PTST_API float ptst_rng_normal(ptst_rng *r) {
+    int64_t sum = 0;
+    int i;
+    for (i = 0; i < 12; i++) {
+        sum += (int64_t)(ptst_rng_u32(r) >> 8);
+    }
+    return (float)(sum - 6 * (int64_t)16777216) * (1.0f / 16777216.0f);
+}
+
+PTST_API uint32_t ptst_rng_below(ptst_rng *r, uint32_t n) {
+    uint32_t x, limit = n == 0 ? 0 : UINT32_MAX - (UINT32_MAX % n + 1) % n;
+    if (n == 0) {
+        return 0;
+    }
+    do { /* numbers above the last whole multiple of n are thrown away */
+        x = ptst_rng_u32(r);
+    } while (x > limit);
+    return x % n;
+}
+
+/* >>json ========================================================================================
+   RFC 8259 text to a flat array of nodes, and the two functions a writer needs. The parser is
+   strict (it validates everything, UTF-8 included), never recurses, and limits nesting. Strings
+   are unescaped in place in a private copy of the text, which is why a node is just a range of it.
+   Relies on >>core. Afterwards every string handed out is valid UTF-8 and NUL-terminated. Tested
+   by tests/test_json.c. */
+
+/* Nodes lie in the order of the text, so the first child of a container is the node after it:
+
+       {"a": [1, 2], "b": null}
+       0      1   2  3 4   5    6       node
+       object "a" [] 1 2   "b"  null
+       size 2     size 2                members, elements
+       next 7  2  5  4 5   6    7       node after the whole value */
+typedef struct ptst__json_node {
+    uint32_t start; /* first byte of a string or number in the text */
+    uint32_t size;  /* bytes of a string or number, children of a container */
+    uint32_t next;
+    uint32_t line;
+    uint8_t type;
+    uint8_t last; /* last child of its parent */
+} ptst__json_node;
+
+struct ptst_json {
+    char *text;
+    ptst__json_node *nodes;
+    size_t count, capacity;
+};
+
+enum { PTST__JSON_DEPTH = 256 };
+
+typedef struct ptst__json_reader {
+    ptst_ctx *c;
+    ptst_json *j;
+    const char *name;
+    size_t at, end; /* in j->text */
+    uint32_t line;
+    uint32_t stack[PTST__JSON_DEPTH];  /* open containers */
+    uint32_t recent[PTST__JSON_DEPTH]; /* the newest child (value) of each */
+    size_t depth;
+} ptst__json_reader;
+
+static ptst_code ptst__json_fail(ptst__json_reader *r, const char *expected) {
+    return ptst__fail(r->c, PTST_ERR_FORMAT, "%s: line %u: %s", r->name, (unsigned)r->line,
+                      expected);
+}
+
+static void ptst__json_space(ptst__json_reader *r) {
+    const char *s = r->j->text;
+    for (; r->at < r->end; r->at++) {
+        if (s[r->at] == '\n') {
+            r->line++;
+        } else if (s[r->at] != ' ' && s[r->at] != '\t' && s[r->at] != '\r') {
+            break;
+        }
+    }
+}
+
+static ptst_code ptst__json_add(ptst__json_reader *r, ptst_json_type type, size_t start,
+                                size_t size) {
+    ptst_json *j = r->j;
+    void *nodes = j->nodes;
+    ptst_code code = ptst__grow(r->c, &nodes, &j->capacity, j->count + 1, sizeof *j->nodes);
+    ptst__json_node *n;
+    if (code != PTST_OK) {
+        return code;
+    }
+    j->nodes = (ptst__json_node *)nodes;
+    n = &j->nodes[j->count++];
+    n->type = (uint8_t)type;
+    n->start = (uint32_t)start;
+    n->size = (uint32_t)size;
+    n->next = (uint32_t)j->count;
+    n->line = r->line;
+    n->last = 0;
+    return PTST_OK;
+}
+
+/* Four hexadecimal digits at s; false if they are not. */
+static bool ptst__json_hex(const char *s, size_t left, uint32_t *value) {
+    size_t i;
+    *value = 0;
+    for (i = 0; i < 4; i++) {
+        char ch = i < left ? s[i] : 0;
+        uint32_t d = ch >= '0' && ch <= '9'   ? (uint32_t)(ch - '0')
+                     : ch >= 'a' && ch <= 'f' ? (uint32_t)(ch - 'a' + 10)
+                     : ch >= 'A' && ch <= 'F' ? (uint32_t)(ch - 'A' + 10)
+                                              : 16;
+        if (d == 16) {
+            return false;
+        }
+        *value = *value << 4 | d;
+    }
+    return true;
+}
+
+/* The escape whose backslash is at r->at: writes its bytes at s[*to], moves both. */
+static ptst_code ptst__json_escape(ptst__json_reader *r, size_t *to) {
+    static const char plain[] = "\"\\/bfnrt", value[] = "\"\\/\b\f\n\r\t";
+    char *s = r->j->text;
+    char ch = r->at + 1 < r->end ? s[r->at + 1] : 0;
+    const char *known = ch == 0 ? NULL : strchr(plain, ch);
+    uint32_t point, low;
+    if (known != NULL) {
+        s[(*to)++] = value[known - plain];
+        r->at += 2;
+        return PTST_OK;
+    }
+    if (ch != 'u' || !ptst__json_hex(s + r->at + 2, r->end - r->at - 2, &point)) {
+        return ptst__json_fail(r, "an unknown escape in a string");
+    }
+    r->at += 6;
+    if (point >= 0xD800 && point <= 0xDBFF) {
+        if (r->end - r->at < 6 || s[r->at] != '\\' || s[r->at + 1] != 'u' ||
+            !ptst__json_hex(s + r->at + 2, r->end - r->at - 2, &low) || low < 0xDC00 ||
+            low > 0xDFFF) {
+            return ptst__json_fail(r, "half of a surrogate pair in a string");
+        }
+        point = 0x10000 + ((point - 0xD800) << 10) + (low - 0xDC00);
+        r->at += 6;
+    } else if (point >= 0xDC00 && point <= 0xDFFF) {
+        return ptst__json_fail(r, "half of a surrogate pair in a string");
+    }
+    *to += ptst__utf8_write(s + *to, point);
+    return PTST_OK;
+}
+
+/* A string whose opening quote is at r->at. Unescaped in place: it never gets longer. */
+static ptst_code ptst__json_read_string(ptst__json_reader *r) {
+    char *s = r->j->text;
+    size_t start = r->at + 1, to = start;
+    ptst_code code;
+    uint32_t point;
+    for (r->at = start; r->at < r->end && s[r->at] != '"';) {
+        if (s[r->at] == '\\') {
+            code = ptst__json_escape(r, &to);
+            if (code != PTST_OK) {
+                return code;
+            }
+        } else {
+            size_t n = ptst__utf8_read(s + r->at, r->end - r->at, &point);
+            if (n == 0 || point < 0x20) {
+                return ptst__json_fail(r, n == 0 ? "a string is not valid UTF-8"
+                                                 : "a control character in a string");
+            }
+            memmove(s + to, s + r->at, n);
+            to += n;
+            r->at += n;
+        }
+    }
+    if (r->at == r->end) {
+        return ptst__json_fail(r, "a string without end");
+    }
+    code = ptst__json_add(r, PTST_JSON_STRING, start, to - start);
+    s[to] = 0; /* at most the closing quote is overwritten */
+    r->at++;
+    return code;
+}
+
+/* -?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)? */
+static ptst_code ptst__json_read_number(ptst__json_reader *r) {
+    const char *s = r->j->text; /* s[r->end] is NUL, so looking at it is safe */
+    size_t start = r->at, i = start + (s[start] == '-'), digits = i;
+    bool bad = s[i] < '0' || s[i] > '9' || (s[i] == '0' && s[i + 1] >= '0' && s[i + 1] <= '9');
+    for (; s[i] >= '0' && s[i] <= '9'; i++) {
+    }
+    if (s[i] == '.') {
+        for (digits = ++i; s[i] >= '0' && s[i] <= '9'; i++) {
+        }
+        bad = bad || i == digits;
+    }
+    if (s[i] == 'e' || s[i] == 'E') {
+        i++;
+        i += s[i] == '+' || s[i] == '-';
+        for (digits = i; s[i] >= '0' && s[i] <= '9'; i++) {
+        }
+        bad = bad || i == digits;
+    }
+    if (bad) {
+        return ptst__json_fail(r, "a number is not of JSON's form");
+    }
+    r->at = i;
+    return ptst__json_add(r, PTST_JSON_NUMBER, start, i - start);
+}
+
+/* One value; a container is only opened. */
+static ptst_code ptst__json_value(ptst__json_reader *r) {
+    static const char *const words[] = {"null", "false", "true"};
+    const char *s = r->j->text;
+    char ch = r->at < r->end ? s[r->at] : 0;
+    size_t i, n;
+    if (ch == '{' || ch == '[') {
+        if (r->depth == PTST__JSON_DEPTH) {
+            return ptst__fail(r->c, PTST_ERR_LIMIT, "%s: line %u: nested deeper than %d", r->name,
+                              (unsigned)r->line, (int)PTST__JSON_DEPTH);
+        }
+        r->stack[r->depth++] = (uint32_t)r->j->count;
+        return ptst__json_add(r, ch == '{' ? PTST_JSON_OBJECT : PTST_JSON_ARRAY, r->at++, 0);
+    }
+    if (ch == '"') {
+        return ptst__json_read_string(r);
+    }
+    if (ch == '-' || (ch >= '0' && ch <= '9')) {
+        return ptst__json_read_number(r);
+    }
+    for (i = 0; i < 3; i++) {
+        n = strlen(words[i]);
+        if (r->end - r->at >= n && memcmp(s + r->at, words[i], n) == 0) {
+            r->at += n;
+            return ptst__json_add(r, (ptst_json_type)(PTST_JSON_NULL + (int)i), r->at, 0);
+        }
+    }
+    return ptst__json_fail(r, r->at == r->end ? "ends where a value was expected"
+                                              : "a value was expected");
+}
+
+/* After a value: closes containers, or steps over a comma. *more = another value must follow. */
+static ptst_code ptst__json_close(ptst__json_reader *r, bool *more) {
+    ptst_json *j = r->j;
+    *more = false;
+    for (;;) {
+        ptst__json_node *top;
+        char ch, closer;
+        ptst__json_space(r);
+        if (r->depth == 0) {
+            return r->at == r->end ? PTST_OK
+                                   : ptst__json_fail(r, "more text after the end of the value");
+        }
+        top = &j->nodes[r->stack[r->depth - 1]];
+        closer = top->type == PTST_JSON_OBJECT ? '}' : ']';
+        ch = r->at < r->end ? j->text[r->at] : 0;
+        top->size++;
+        if (ch == ',') {
+            r->at++;
+            *more = true;
+            return PTST_OK;
+        }
+        if (ch != closer) {
+            return ptst__json_fail(r, closer == '}' ? "',' or '}' was expected"
+                                                    : "',' or ']' was expected");
+        }
+        r->at++;
+        r->depth--;
+        top->next = (uint32_t)j->count;
+        j->nodes[r->recent[r->depth]].last = 1;
+    }
+}
+
+/* The key of an object's member and its colon. */
+static ptst_code ptst__json_key(ptst__json_reader *r) {
+    ptst_code code;
+    ptst__json_space(r);
+    if (r->at == r->end || r->j->text[r->at] != '"') {
+        return ptst__json_fail(r, "a key in quotes was expected");
+    }
+    code = ptst__json_read_string(r);
+    ptst__json_space(r);
+    if (code == PTST_OK && (r->at == r->end || r->j->text[r->at++] != ':')) {
+        return ptst__json_fail(r, "':' was expected after a key");
+    }
+    return code;
+}
+
+static ptst_code ptst__json_document(ptst__json_reader *r) {
+    bool more = true;
+    while (more) {
+        size_t depth = r->depth;
+        ptst_code code = PTST_OK;
+        if (depth != 0 && r->j->nodes[r->stack[depth - 1]].type == PTST_JSON_OBJECT) {
+            code = ptst__json_key(r);
+        }
+        ptst__json_space(r);
+        if (depth != 0) {
+            r->recent[depth - 1] = (uint32_t)r->j->count;
+        }
+        if (code == PTST_OK) {
+            code = ptst__json_value(r);
+        }
+        if (code != PTST_OK) {
+            return code;
+        }
+        if (r->depth > depth) { /* opened a container: is it empty? */
+            ptst__json_node *top = &r->j->nodes[r->stack[depth]];
+            char closer = top->type == PTST_JSON_OBJECT ? '}' : ']';
+            ptst__json_space(r);
+            if (r->at == r->end || r->j->text[r->at] != closer) {
+                continue;
+            }
+            r->at++;
+            r->depth--;
+        }
+        code = ptst__json_close(r, &more);
+        if (code != PTST_OK) {
+            return code;
+        }
+    }
+    return PTST_OK;
+}
+
+PTST_API ptst_json *ptst_json_parse(ptst_ctx *c, const char *text, size_t size, const char *name) {
+    ptst__json_reader r;
+    ptst_json *j;
+    memset(&r, 0, sizeof r);
+    if (size >= UINT32_MAX) {
+        ptst__fail(c, PTST_ERR_LIMIT, "%s: JSON of 4 GiB or more", name);
+        return NULL;
+    }
+    j = (ptst_json *)ptst__calloc(c, 1, sizeof *j);
+    if (j == NULL) {
+        return NULL;
+    }
+    j->text = (char *)ptst__alloc(c, size + 1, 1);
+    if (j->text == NULL) {
+        ptst__free(c, j);
+        return NULL;
+    }
+    if (size != 0) {
+        memcpy(j->text, text, size);
+    }
+    j->text[size] = 0;
+    r.c = c;
+    r.j = j;
+    r.name = name;
+    r.end = size;
+    r.line = 1;
+    if (ptst__json_document(&r) != PTST_OK) {
+        ptst_json_free(c, j);
+        return NULL;
+    }
+    return j;
+}
+
+PTST_API ptst_json *ptst_json_load(ptst_ctx *c, const char *path) {
+    ptst_text text = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    if (ptst__read_file(c, path, &text) == PTST_OK) {
+        j = ptst_json_parse(c, text.data, text.size, path);
+    }
+    ptst_text_free(c, &text);
+    return j;
+}
+
+PTST_API void ptst_json_free(ptst_ctx *c, ptst_json *j) {
+    if (j != NULL) {
+        ptst__free(c, j->text);
+        ptst__free(c, j->nodes);
+        ptst__free(c, j);
+    }
+}
+
+static const ptst__json_node *ptst__json_node_at(const ptst_json *j, int32_t node) {
+    return node < 0 || (size_t)node >= j->count ? NULL : &j->nodes[node];
+}
+
+PTST_API ptst_json_type ptst_json_kind(const ptst_json *j, int32_t node) {
+    const ptst__json_node *n = ptst__json_node_at(j, node);
+    return n == NULL ? PTST_JSON_NULL : (ptst_json_type)n->type;
+}
+
+PTST_API size_t ptst_json_size(const ptst_json *j, int32_t node) {
+    const ptst__json_node *n = ptst__json_node_at(j, node);
+    return n == NULL || n->type == PTST_JSON_NUMBER ? 0 : n->size;
+}
+
+PTST_API int32_t ptst_json_first(const ptst_json *j, int32_t node) {
+    const ptst__json_node *n = ptst__json_node_at(j, node);
+    bool container = n != NULL && (n->type == PTST_JSON_ARRAY || n->type == PTST_JSON_OBJECT);
+    return container && n->size != 0 ? node + 1 : -1;
+}
+
+PTST_API int32_t ptst_json_next(const ptst_json *j, int32_t node) {
+    const ptst__json_node *n = ptst__json_node_at(j, node);
+    return n == NULL || n->last || n->next >= j->count ? -1 : (int32_t)n->next;
+}
+
+PTST_API int32_t ptst_json_at(const ptst_json *j, int32_t array, size_t i) {
+    int32_t node = ptst_json_kind(j, array) == PTST_JSON_ARRAY ? ptst_json_first(j, array) : -1;
+    for (; node >= 0 && i > 0; i--) {
+        node = ptst_json_next(j, node);
+    }
+    return node;
+}
+
+PTST_API int32_t ptst_json_get(const ptst_json *j, int32_t object, const char *key) {
+    int32_t k, found = -1;
+    size_t size = strlen(key);
+    if (ptst_json_kind(j, object) != PTST_JSON_OBJECT) {
+        return -1;
+    }
+    for (k = ptst_json_first(j, object); k >= 0;) {
+        int32_t value = (int32_t)j->nodes[k].next;
+        if (j->nodes[k].size == size && memcmp(j->text + j->nodes[k].start, key, size) == 0) {
+            found = value;
+        }
+        k = ptst_json_next(j, value);
+    }
+    return found;
+}
+
+PTST_API const char *ptst_json_string(const ptst_json *j, int32_t node, size_t *size) {
+    const ptst__json_node *n = ptst__json_node_at(j, node);
+    if (n == NULL || n->type != PTST_JSON_STRING) {
+        return NULL;
+    }
+    if (size != NULL) {
+        *size = n->size;
+    }
+    return j->text + n->start;
+}
+
+PTST_API const char *ptst_json_number_text(const ptst_json *j, int32_t node, size_t *size) {
+    const ptst__json_node *n = ptst__json_node_at(j, node);
+    if (n == NULL || n->type != PTST_JSON_NUMBER) {
+        return NULL;
+    }
+    *size = n->size;
+    return j->text + n->start;
+}
+
+PTST_API double ptst_json_number(const ptst_json *j, int32_t node, double fallback) {
+    size_t size;
+    const char *s = ptst_json_number_text(j, node, &size);
+    return s == NULL ? fallback : ptst__number_read(s, size);
+}
+
+PTST_API bool ptst_json_bool(const ptst_json *j, int32_t node, bool fallback) {
+    ptst_json_type type = ptst_json_kind(j, node);
+    return type == PTST_JSON_TRUE ? true : type == PTST_JSON_FALSE ? false : fallback;
+}
+
+PTST_API int ptst_json_line(const ptst_json *j, int32_t node) {
+    const ptst__json_node *n = ptst__json_node_at(j, node);
+    return n == NULL ? 0 : (int)n->line;
+}
+
+/* ---- writer ---- */
+
+/* Appends s as a JSON string with its quotes, as Python's json.dumps(ensure_ascii=False) writes
+   it. Bytes that are no UTF-8 become U+FFFD. */
+PTST__UNUSED static ptst_code ptst__json_quote(ptst_ctx *c, ptst_text *t, const char *s,
+                                               size_t size) {
+    static const char plain[] = "\"\\\b\f\n\r\t", letter[] = "\"\\bfnrt";
+    char out[8];
+    size_t i = 0, n;
+    uint32_t point = 0;
+    ptst_code code = ptst_text_append(c, t, "\"", 1);
+    while (code == PTST_OK && i < size) {
+        const char *known = s[i] == 0 ? NULL : strchr(plain, s[i]);
+        n = ptst__utf8_read(s + i, size - i, &point);
+        if (known != NULL) {
+            out[0] = '\\';
+            out[1] = letter[known - plain];
+            code = ptst_text_append(c, t, out, 2);
+        } else if (n == 1 && point < 0x20) {
+            code = ptst__text_format(c, t, "\\u%04x", (unsigned)point);
+        } else if (n == 0) {
+            code = ptst_text_append(c, t, "\xEF\xBF\xBD", 3);
+        } else {
+            code = ptst_text_append(c, t, s + i, n);
+        }
+        i += n == 0 ? 1 : n;
+    }
+    return code == PTST_OK ? ptst_text_append(c, t, "\"", 1) : code;
+}
+
+/* Appends a finite number, or null. */
+PTST__UNUSED static ptst_code ptst__json_put_number(ptst_ctx *c, ptst_text *t, double value) {
+    if (!(value - value == 0)) {
+        return ptst__text_add(c, t, "null");
+    }
+    return ptst__text_number(c, t, value);
+}
+
+/* >>unicode =======================================================================================
+   Not written yet. */
+
+/* >>tokenizer =====================================================================================
+   Not written yet. */
+
+/* >>jinja =========================================================================================
+   Not written yet. */
+
+/* >>template ======================================================================================
+   Not written yet. */
+
+/* >>safetensors ===================================================================================
+   Not written yet. */
+
+/* >>kernels =======================================================================================
+   Not written yet, except for the choice of instruction set when a context opens. */
+
+struct ptst__kernels {
+    const char *name; /* "scalar", ... */
+};
+
+static const struct ptst__kernels ptst__kernels_scalar = {"scalar"};
+#if PTST__X86
+static const struct ptst__kernels ptst__kernels_avx2 = {"avx2"};
+static const struct ptst__kernels ptst__kernels_avx512 = {"avx512"};
+#elif PTST__NEON
+static const struct ptst__kernels ptst__kernels_neon = {"neon"};
+#endif
+
+/* The table called name, or the best one (name NULL); NULL if this machine cannot run it. */
+static const struct ptst__kernels *ptst__kernels_choose(const char *name) {
+    const struct ptst__kernels *list[4];
+    size_t i, n = 0;
+    int features = ptst__cpu_features();
+#if PTST__X86
+    if (features & PTST__CPU_AVX512) {
+        list[n++] = &ptst__kernels_avx512;
+    }
+    if (features & PTST__CPU_AVX2) {
+        list[n++] = &ptst__kernels_avx2;
+    }
+#elif PTST__NEON
+    list[n++] = &ptst__kernels_neon;
+#endif
+    (void)features;
+    list[n++] = &ptst__kernels_scalar;
+    for (i = 0; i < n; i++) {
+        if (name == NULL || strcmp(name, list[i]->name) == 0) {
+            return list[i];
+        }
+    }
+    return NULL;
+}
+
+PTST_API const char *ptst_simd_name(const ptst_ctx *c) { return c->kernels->name; }
+
+PTST_API ptst_code ptst_open(const ptst_desc *desc, ptst_ctx **out) {
+    static const ptst_allocator standard = {ptst__malloc, ptst__mfree, NULL};
+    bool own = desc != NULL && desc->allocator.alloc != NULL && desc->allocator.release != NULL;
+    ptst_allocator allocator = own ? desc->allocator : standard;
+    const struct ptst__kernels *kernels;
+    ptst_ctx *c;
+    *out = NULL;
+    kernels = ptst__kernels_choose(desc == NULL ? NULL : desc->simd);
+    if (kernels == NULL || (desc != NULL && desc->threads < 0)) {
+        return PTST_ERR_ARGUMENT;
+    }
+    c = (ptst_ctx *)ptst__alloc_with(&allocator, sizeof *c);
+    if (c == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    memset(c, 0, sizeof *c);
+    c->allocator = allocator;
+    if (desc != NULL) {
+        c->desc = *desc;
+    }
+    c->kernels = kernels;
+    c->threads = c->desc.threads == 0 ? ptst__core_count() : c->desc.threads;
+    c->threads = c->threads > PTST__THREADS_MAX ? PTST__THREADS_MAX : c->threads;
+    if (ptst__pool_open(c) != PTST_OK) {
+        ptst_close(c);
+        return PTST_ERR_MEMORY;
+    }
+    *out = c;
+    return PTST_OK;
+}
+
+PTST_API void ptst_close(ptst_ctx *c) {
+    if (c != NULL) {
+        ptst_allocator allocator = c->allocator;
+        ptst__pool_close(c);
+        ptst__free(c, c->scratch);
+        ptst__free_with(&allocator, c);
+    }
+}
+
+/* >>model =========================================================================================
+   Not written yet. */
+
+/* >>lora ==========================================================================================
+   Not written yet. */
+
+/* >>train =========================================================================================
+   Not written yet. */
+
+/* >>generate ======================================================================================
+   Not written yet. */
+
+/* >>data ==========================================================================================
+   Not written yet. */
+
+/* >>judge =========================================================================================
+   Not written yet. */
+
+/* >>experiment ====================================================================================
+   Not written yet. */
+
+/* >>end =========================================================================================
+   Private helper macros end here, so that a file that includes this one keeps its own names.
+
+   Licence: MIT, see the file LICENSE. */
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+#endif /* PTST_IMPLEMENTATION */

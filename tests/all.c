@@ -1,0 +1,11 @@
+/* All suites in one program, so that the implementation is compiled once (see test.h). */
+#define TEST_ALL
+#include "test_core.c"
+#include "test_json.c"
+
+int main(int argc, char **argv) {
+    test_filter = argc > 1 ? argv[1] : NULL;
+    suite_core();
+    suite_json();
+    return test_summary();
+}

@@ -1,0 +1,215 @@
+/* Tests of >>platform, >>core, >>threads and >>random. */
+#include "test.h"
+
+static void core_errors(void) {
+    ptst_ctx *c = test_open(1, NULL);
+    CHECK(ptst_error_code(c) == PTST_OK);
+    CHECK_TEXT(ptst_error_text(c), "");
+    CHECK(ptst__fail(c, PTST_ERR_FORMAT, "%s: bad %d", "x.json", 7) == PTST_ERR_FORMAT);
+    CHECK(ptst_error_code(c) == PTST_ERR_FORMAT);
+    CHECK_TEXT(ptst_error_text(c), "x.json: bad 7");
+    CHECK_TEXT(ptst_code_name(PTST_ERR_LIMIT), "ERR_LIMIT");
+    CHECK_TEXT(ptst_code_name((ptst_code)999), "unknown");
+    ptst_close(c);
+    ptst_close(NULL);
+}
+
+static void core_open_refuses(void) {
+    ptst_desc desc;
+    ptst_ctx *c;
+    memset(&desc, 0, sizeof desc);
+    desc.simd = "mmx";
+    CHECK(ptst_open(&desc, &c) == PTST_ERR_ARGUMENT);
+    CHECK(c == NULL);
+    desc.simd = "scalar";
+    desc.threads = -1;
+    CHECK(ptst_open(&desc, &c) == PTST_ERR_ARGUMENT);
+}
+
+static void core_checked_arithmetic(void) {
+    size_t n;
+    CHECK(ptst__mul(3, 4, &n) && n == 12);
+    CHECK(ptst__mul(0, SIZE_MAX, &n) && n == 0);
+    CHECK(!ptst__mul(SIZE_MAX, 2, &n));
+    CHECK(!ptst__add(SIZE_MAX, 1, &n));
+    CHECK(ptst__add(SIZE_MAX, 0, &n) && n == SIZE_MAX);
+}
+
+static void core_text_and_arena(void) {
+    ptst_ctx *c = test_open(1, NULL);
+    ptst_text t = {NULL, 0, 0};
+    ptst__arena a = {NULL};
+    int i;
+    char *first = ptst__arena_copy(c, &a, "first", 5);
+    for (i = 0; i < 10000; i++) {
+        char *p = (char *)ptst__arena_alloc(c, &a, (size_t)(i % 97) + 1, 3);
+        CHECK(p != NULL && (uintptr_t)p % 16 == 0 && p[0] == 0);
+        memset(p, 1, ((size_t)(i % 97) + 1) * 3);
+        CHECK(ptst__text_add(c, &t, "ab") == PTST_OK);
+    }
+    CHECK_TEXT(first, "first");
+    CHECK(t.size == 20000 && strlen(t.data) == 20000);
+    CHECK(ptst__arena_alloc(c, &a, SIZE_MAX, 2) == NULL);
+    ptst__arena_free(c, &a);
+    ptst_text_free(c, &t);
+    ptst_close(c);
+}
+
+static void core_map(void) {
+    ptst_ctx *c = test_open(1, NULL);
+    ptst__map m = {NULL, 0, 0};
+    static char keys[5000][8];
+    int i;
+    for (i = 0; i < 5000; i++) {
+        snprintf(keys[i], sizeof keys[i], "k%d", i);
+        CHECK(ptst__map_put(c, &m, keys[i], strlen(keys[i]), i) == PTST_OK);
+    }
+    CHECK(ptst__map_put(c, &m, "k77", 3, -5) == PTST_OK);
+    CHECK(m.count == 5000);
+    for (i = 0; i < 5000; i++) {
+        CHECK(ptst__map_get(&m, keys[i], strlen(keys[i]), -1) == (i == 77 ? -5 : i));
+    }
+    CHECK(ptst__map_get(&m, "none", 4, -9) == -9);
+    CHECK(ptst__map_put(c, &m, "", 0, 3) == PTST_OK && ptst__map_get(&m, "", 0, 0) == 3);
+    ptst__map_free(c, &m);
+    ptst_close(c);
+}
+
+static void core_utf8(void) {
+    char buffer[4];
+    uint32_t point, back;
+    for (point = 0; point < 0x110000; point++) {
+        size_t n = ptst__utf8_write(buffer, point);
+        size_t got = ptst__utf8_read(buffer, n, &back);
+        if (point >= 0xD800 && point <= 0xDFFF) {
+            CHECK(got == 0);
+        } else if (got != n || back != point || (n > 1 && ptst__utf8_read(buffer, n - 1, &back))) {
+            CHECK(false);
+        }
+    }
+    CHECK(ptst__utf8_read("\xC0\x80", 2, &back) == 0);
+    CHECK(ptst__utf8_read("\xF4\x90\x80\x80", 4, &back) == 0);
+    CHECK(ptst__utf8_read("\x80", 1, &back) == 0);
+}
+
+static void core_numbers(void) {
+    static const char *const cases[] = {"0",      "-0",        "1",        "0.1",
+                                        "1e22",   "1e23",      "-2.5e-3",  "123456789012345678901",
+                                        "5e-324", "1.7976931348623157e308", "1e400", "1e-400",
+                                        "9007199254740993", "0.30000000000000004"};
+    char buffer[32];
+    size_t i;
+    for (i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        double expected = strtod(cases[i], NULL);
+        double got = ptst__number_read(cases[i], strlen(cases[i]));
+        CHECK(memcmp(&got, &expected, sizeof got) == 0);
+    }
+    CHECK(ptst__number_text(buffer, 0.1) == 3);
+    CHECK_TEXT(buffer, "0.1");
+    ptst__number_text(buffer, 1.0 / 3);
+    CHECK(strtod(buffer, NULL) == 1.0 / 3);
+}
+
+static void core_atomic_file(void) {
+    ptst_ctx *c = test_open(1, NULL);
+    ptst_text text = {NULL, 0, 0};
+    char path[] = "/tmp/ptst_test_XXXXXX", file[64];
+    ptst__out o;
+    CHECK(mkdtemp(path) != NULL);
+    snprintf(file, sizeof file, "%s/a/b/file", path);
+    CHECK(ptst__write_file(c, file, "x", 1) == PTST_ERR_NOT_FOUND);
+    snprintf(file, sizeof file, "%s/a/b", path);
+    CHECK(ptst__make_folders(c, file) == PTST_OK);
+    snprintf(file, sizeof file, "%s/a/b/file", path);
+    CHECK(ptst__write_file(c, file, "old", 3) == PTST_OK);
+    CHECK(ptst__out_open(c, &o, file) == PTST_OK);
+    CHECK(ptst__out_write(c, &o, "new and torn", 12) == PTST_OK);
+    ptst__out_abort(c, &o);
+    CHECK(ptst__read_file(c, file, &text) == PTST_OK);
+    CHECK_TEXT(text.data, "old");
+    CHECK(ptst__make_folders(c, file) == PTST_ERR_IO);
+    CHECK(strstr(ptst_error_text(c), "a folder was expected") != NULL);
+    unlink(file);
+    snprintf(file, sizeof file, "%s/a/b", path);
+    CHECK(rmdir(file) == 0); /* no temporary was left */
+    snprintf(file, sizeof file, "%s/a", path);
+    rmdir(file);
+    rmdir(path);
+    ptst_text_free(c, &text);
+    ptst_close(c);
+}
+
+/* ---- threads ---- */
+
+enum { CORE_TASKS = 10007 };
+
+static void core_mark(void *arg, size_t task, int thread) {
+    unsigned char *marks = (unsigned char *)arg;
+    marks[task] = (unsigned char)(marks[task] + 1 + 0 * thread);
+}
+
+static void threads_each_task_once(void) {
+    static unsigned char marks[CORE_TASKS];
+    int threads, round;
+    size_t i;
+    for (threads = 1; threads <= 8; threads++) {
+        ptst_ctx *c = test_open(threads, NULL);
+        memset(marks, 0, sizeof marks);
+        for (round = 0; round < 50; round++) {
+            ptst__parallel_for(c, round % 2 ? CORE_TASKS : 3, core_mark, marks);
+        }
+        for (i = 0; i < CORE_TASKS; i++) {
+            if (marks[i] != (i < 3 ? 50 : 25)) {
+                CHECK(false);
+                break;
+            }
+        }
+        ptst_close(c);
+    }
+}
+
+/* ---- random ---- */
+
+/* Known answers of philox4x32-10 from the Random123 distribution (kat_vectors). */
+static void random_known_answers(void) {
+    uint32_t x[4] = {0, 0, 0, 0};
+    uint32_t y[4] = {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344};
+    ptst__philox(x, 0, 0);
+    CHECK(x[0] == 0x6627e8d5 && x[1] == 0xe169c58d && x[2] == 0xbc57ac4c && x[3] == 0x9b00dbd8);
+    ptst__philox(y, 0xa4093822, 0x299f31d0);
+    CHECK(y[0] == 0xd16cfe09 && y[1] == 0x94fdcceb && y[2] == 0x5001e420 && y[3] == 0x24126ea1);
+}
+
+static void random_moments(void) {
+    ptst_rng r = {42, 7, 0};
+    double sum = 0, squares = 0, count[6] = {0, 0, 0, 0, 0, 0};
+    int i, n = 100000;
+    for (i = 0; i < n; i++) {
+        double v = ptst_rng_normal(&r);
+        sum += v;
+        squares += v * v;
+        count[ptst_rng_below(&r, 6)] += 1;
+    }
+    CHECK_NEAR(sum / n, 0, 0.015);     /* 4.7 standard errors */
+    CHECK_NEAR(squares / n, 1, 0.02);  /* the same */
+    for (i = 0; i < 6; i++) {
+        CHECK_NEAR(count[i] / n, 1.0 / 6, 0.006);
+    }
+    CHECK(ptst_rng_below(&r, 0) == 0 && ptst_rng_below(&r, 1) == 0);
+}
+
+static void suite_core(void) {
+    RUN(core_errors);
+    RUN(core_open_refuses);
+    RUN(core_checked_arithmetic);
+    RUN(core_text_and_arena);
+    RUN(core_map);
+    RUN(core_utf8);
+    RUN(core_numbers);
+    RUN(core_atomic_file);
+    RUN(threads_each_task_once);
+    RUN(random_known_answers);
+    RUN(random_moments);
+}
+
+MAIN(core)
