@@ -261,6 +261,17 @@ PTST_API int ptst_json_line(const ptst_json *j, int32_t node);
 
 /* ---- api >>kernels --------------------------------------------------------------------------- */
 
+/* Reference maths: the operations of a transformer on plain row-major float arrays. They run on
+   the threads and kernels of the context, allocate nothing and cannot fail. Outputs must not
+   overlap inputs. "+=" marks gradients that are added to what the buffer holds. */
+
+/* Linear layer without bias: y [M, N] = x [M, K] w^T with w [N, K]. */
+PTST_API void ptst_matmul_forward(ptst_ctx *c, size_t M, size_t N, size_t K, const float *x,
+                                  const float *w, float *y);
+/* dx [M, K] += dy w and dw [N, K] += dy^T x, for dy [M, N]; dx, dw may be NULL. */
+PTST_API void ptst_matmul_backward(ptst_ctx *c, size_t M, size_t N, size_t K, const float *x,
+                                   const float *w, const float *dy, float *dx, float *dw);
+
 /* ---- api >>model ----------------------------------------------------------------------------- */
 
 /* ---- api >>lora ------------------------------------------------------------------------------ */
@@ -1977,18 +1988,236 @@ PTST__UNUSED static ptst_code ptst__json_put_number(ptst_ctx *c, ptst_text *t, d
    Not written yet. */
 
 /* >>kernels =======================================================================================
-   Not written yet, except for the choice of instruction set when a context opens. */
+   The operations: conversion of element types, matrix products, and what a transformer layer does
+   to its activations. Each operation is a maths block, a scalar reference and variants for AVX2,
+   AVX-512 and NEON; a table per instruction set (struct ptst__kernels) holds what differs, and
+   ptst_open chooses the best table that the machine can run. Relies on >>threads. Afterwards no
+   other section mentions an instruction set. Nothing here allocates after ptst_open or can fail.
+   Tested by tests/test_kernels.c and tests/test_ops.c. */
 
+/* What differs between instruction sets. */
 struct ptst__kernels {
     const char *name; /* "scalar", ... */
+    /* dst[i] = src[i], i < n; src (dst) in elements of dtype F32, F16 or BF16. */
+    void (*to_f32)(float *dst, const void *src, ptst_dtype dtype, size_t n);
+    void (*from_f32)(void *dst, const float *src, ptst_dtype dtype, size_t n);
 };
 
-static const struct ptst__kernels ptst__kernels_scalar = {"scalar"};
+/* ---- convert ---------------------------------------------------------------------------------
+   F16 (IEEE 754 binary16) and BF16 (the upper half of a binary32):
+
+       F32   s eeeeeeee mmmmmmmmmmmmmmmmmmmmmmm     value = m.mm * 2^(e - 127)
+       BF16  s eeeeeeee mmmmmmm
+       F16   s eeeee mmmmmmmmmm                     value = m.mm * 2^(e - 15), e = 0: 0.mm * 2^-14
+
+   To F32 both are exact. From F32: round to nearest, ties to even; too large becomes infinity;
+   NaN stays NaN (made quiet, the upper bits of the payload are kept), as the hardware does it. */
+
+static float ptst__float_of(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+static uint32_t ptst__bits_of(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    return bits;
+}
+
+static float ptst__bf16_to_f32(uint16_t h) { return ptst__float_of((uint32_t)h << 16); }
+
+static uint16_t ptst__bf16_from_f32(float f) {
+    uint32_t u = ptst__bits_of(f);
+    if ((u & 0x7FFFFFFFu) > 0x7F800000u) {
+        return (uint16_t)(u >> 16 | 0x40u);
+    }
+    return (uint16_t)((u + 0x7FFFu + (u >> 16 & 1u)) >> 16);
+}
+
+static float ptst__f16_to_f32(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, rest = h & 0x7FFFu;
+    if (rest >= 0x7C00u) { /* infinity, NaN */
+        return ptst__float_of(sign | 0x7F800000u | (rest & 0x3FFu) << 13 |
+                              (rest > 0x7C00u ? 0x400000u : 0u));
+    }
+    if (rest < 0x400u) { /* zero, subnormal: a multiple of 2^-24 */
+        float f = (float)rest * ptst__float_of(0x33800000u);
+        return sign ? -f : f;
+    }
+    return ptst__float_of(sign | ((rest << 13) + 0x38000000u));
+}
+
+static uint16_t ptst__f16_from_f32(float f) {
+    uint32_t u = ptst__bits_of(f), sign = u >> 16 & 0x8000u, rest = u & 0x7FFFFFFFu;
+    if (rest > 0x7F800000u) {
+        return (uint16_t)(sign | 0x7E00u | (rest >> 13 & 0x3FFu));
+    }
+    if (rest >= 0x477FF000u) { /* 65520 and more round to infinity */
+        return (uint16_t)(sign | 0x7C00u);
+    }
+    if (rest < 0x38800000u) { /* below 2^-14: adding 0.5 rounds to a multiple of 2^-24 */
+        rest = ptst__bits_of(ptst__float_of(rest) + 0.5f) - 0x3F000000u;
+        return (uint16_t)(sign | rest);
+    }
+    rest += 0xFFFu + (rest >> 13 & 1u);
+    return (uint16_t)(sign | (rest - 0x38000000u) >> 13);
+}
+
+static void ptst__to_f32__scalar(float *dst, const void *src, ptst_dtype dtype, size_t n) {
+    const uint16_t *h = (const uint16_t *)src;
+    size_t i;
+    if (dtype == PTST_F32) {
+        memcpy(dst, src, n * sizeof *dst);
+        return;
+    }
+    for (i = 0; i < n; i++) {
+        dst[i] = dtype == PTST_BF16 ? ptst__bf16_to_f32(h[i]) : ptst__f16_to_f32(h[i]);
+    }
+}
+
+static void ptst__from_f32__scalar(void *dst, const float *src, ptst_dtype dtype, size_t n) {
+    uint16_t *h = (uint16_t *)dst;
+    size_t i;
+    if (dtype == PTST_F32) {
+        memcpy(dst, src, n * sizeof *src);
+        return;
+    }
+    for (i = 0; i < n; i++) {
+        h[i] = dtype == PTST_BF16 ? ptst__bf16_from_f32(src[i]) : ptst__f16_from_f32(src[i]);
+    }
+}
+
+/* Bytes of one element of a dtype that files have; 0 for others. */
+PTST__UNUSED static size_t ptst__dtype_size(ptst_dtype dtype) {
+    return dtype == PTST_F32 ? 4 : dtype == PTST_F16 || dtype == PTST_BF16 ? 2 : 0;
+}
+
+/* dst[i] = src[i] for i < n; one of both is F32, the other of the given dtype. On the calling
+   thread. */
+PTST__UNUSED static void ptst__convert_to_f32(const ptst_ctx *c, float *dst, const void *src,
+                                              ptst_dtype dtype, size_t n) {
+    c->kernels->to_f32(dst, src, dtype, n);
+}
+
+PTST__UNUSED static void ptst__convert_from_f32(const ptst_ctx *c, void *dst, const float *src,
+                                                ptst_dtype dtype, size_t n) {
+    c->kernels->from_f32(dst, src, dtype, n);
+}
+
+/* ---- matmul ---- */
+
+/* A matrix [K, N] in memory: element (k, n) is data[n * ld + k] if transposed, data[k * ld + n]
+   if not, counted in elements of dtype (F32, F16 or BF16). A weight of a linear layer lies as
+   [out, in]: as B of Y = X W^T it is transposed, as B of dX = dY W it is not. */
+typedef struct ptst__matrix {
+    const void *data;
+    size_t ld;
+    ptst_dtype dtype;
+    bool transposed;
+} ptst__matrix;
+
+typedef struct ptst__gemm_job {
+    const ptst_ctx *c;
+    size_t M, N, K;
+    float alpha, beta;
+    const float *A;
+    size_t lda;
+    bool a_transposed;
+    ptst__matrix B;
+    float *Y;
+    size_t ldy;
+} ptst__gemm_job;
+
+static void ptst__gemm_row(void *arg, size_t m, int thread) {
+    const ptst__gemm_job *g = (const ptst__gemm_job *)arg;
+    size_t n, k, size = ptst__dtype_size(g->B.dtype);
+    (void)thread;
+    for (n = 0; n < g->N; n++) {
+        double sum = 0;
+        float *y = g->Y + m * g->ldy + n;
+        for (k = 0; k < g->K; k++) {
+            size_t at = g->B.transposed ? n * g->B.ld + k : k * g->B.ld + n;
+            float a = g->a_transposed ? g->A[k * g->lda + m] : g->A[m * g->lda + k], b;
+            ptst__to_f32__scalar(&b, (const char *)g->B.data + at * size, g->B.dtype, 1);
+            sum += (double)a * (double)b;
+        }
+        sum *= (double)g->alpha;
+        *y = (float)(g->beta == 0 ? sum : (double)g->beta * (double)*y + sum);
+    }
+}
+
+/* Y[m * ldy + n] = beta Y[m * ldy + n] + alpha sum_k A(m, k) B(k, n) for m < M, n < N, k < K,
+   where A(m, k) = a_transposed ? A[k * lda + m] : A[m * lda + k]. With beta = 0 the old Y is not
+   read. Y must not overlap A or B. Same bits for any number of threads. Called by the thread that
+   uses the context, not from inside a parallel operation. */
+PTST__UNUSED static void ptst__gemm(ptst_ctx *c, size_t M, size_t N, size_t K, float alpha,
+                                    const float *A, size_t lda, bool a_transposed, ptst__matrix B,
+                                    float beta, float *Y, size_t ldy) {
+    ptst__gemm_job g;
+    g.c = c;
+    g.M = M;
+    g.N = N;
+    g.K = K;
+    g.alpha = alpha;
+    g.beta = beta;
+    g.A = A;
+    g.lda = lda;
+    g.a_transposed = a_transposed;
+    g.B = B;
+    g.Y = Y;
+    g.ldy = ldy;
+    ptst__parallel_for(c, M, ptst__gemm_row, &g);
+}
+
+static ptst__matrix ptst__matrix_f32(const float *data, size_t ld, bool transposed) {
+    ptst__matrix B;
+    B.data = data;
+    B.ld = ld;
+    B.dtype = PTST_F32;
+    B.transposed = transposed;
+    return B;
+}
+
+PTST_API void ptst_matmul_forward(ptst_ctx *c, size_t M, size_t N, size_t K, const float *x,
+                                  const float *w, float *y) {
+    ptst__gemm(c, M, N, K, 1, x, K, false, ptst__matrix_f32(w, K, true), 0, y, N);
+}
+
+PTST_API void ptst_matmul_backward(ptst_ctx *c, size_t M, size_t N, size_t K, const float *x,
+                                   const float *w, const float *dy, float *dx, float *dw) {
+    if (dx != NULL) {
+        ptst__gemm(c, M, K, N, 1, dy, N, false, ptst__matrix_f32(w, K, false), 1, dx, K);
+    }
+    if (dw != NULL) {
+        ptst__gemm(c, N, K, M, 1, dy, N, true, ptst__matrix_f32(x, K, false), 1, dw, K);
+    }
+}
+
+/* ---- choice of kernels, context ---- */
+
+static const struct ptst__kernels ptst__kernels_scalar = {
+    "scalar",
+    ptst__to_f32__scalar,
+    ptst__from_f32__scalar,
+};
 #if PTST__X86
-static const struct ptst__kernels ptst__kernels_avx2 = {"avx2"};
-static const struct ptst__kernels ptst__kernels_avx512 = {"avx512"};
+static const struct ptst__kernels ptst__kernels_avx2 = {
+    "avx2",
+    ptst__to_f32__scalar,
+    ptst__from_f32__scalar,
+};
+static const struct ptst__kernels ptst__kernels_avx512 = {
+    "avx512",
+    ptst__to_f32__scalar,
+    ptst__from_f32__scalar,
+};
 #elif PTST__NEON
-static const struct ptst__kernels ptst__kernels_neon = {"neon"};
+static const struct ptst__kernels ptst__kernels_neon = {
+    "neon",
+    ptst__to_f32__scalar,
+    ptst__from_f32__scalar,
+};
 #endif
 
 /* The table called name, or the best one (name NULL); NULL if this machine cannot run it. */
