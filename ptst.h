@@ -314,7 +314,7 @@ PTST_API int ptst_json_line(const ptst_json *j, int32_t node);
 #endif
 
 #if defined(__STRICT_ANSI__) && (!defined(_POSIX_C_SOURCE) || _POSIX_C_SOURCE < 200809L)
-#error "ptst.h: include the implementation before any other header, or define _POSIX_C_SOURCE 200809L"
+#error "ptst.h: include the implementation first, or define _POSIX_C_SOURCE 200809L"
 #endif
 
 /* PTST__X86 / PTST__NEON: SIMD variants are compiled. TinyCC has no intrinsics. */
@@ -695,7 +695,8 @@ PTST__UNUSED static void *ptst__arena_alloc(ptst_ctx *c, ptst__arena *a, size_t 
 }
 
 /* A NUL-terminated copy of size bytes. */
-PTST__UNUSED static char *ptst__arena_copy(ptst_ctx *c, ptst__arena *a, const char *s, size_t size) {
+PTST__UNUSED static char *ptst__arena_copy(ptst_ctx *c, ptst__arena *a, const char *s,
+                                           size_t size) {
     size_t total;
     char *p;
     if (!ptst__add(size, 1, &total)) {
@@ -979,7 +980,8 @@ static ptst_code ptst__text_add(ptst_ctx *c, ptst_text *t, const char *s) {
 }
 
 PTST__PRINTF(3, 4)
-PTST__UNUSED static ptst_code ptst__text_format(ptst_ctx *c, ptst_text *t, const char *format, ...) {
+PTST__UNUSED static ptst_code ptst__text_format(ptst_ctx *c, ptst_text *t, const char *format,
+                                                ...) {
     char line[1001];
     va_list args;
     int n;
