@@ -325,7 +325,7 @@ PTST_API void ptst_matmul_backward(ptst_ctx *c, size_t M, size_t N, size_t K, co
 #endif
 
 #if defined(__STRICT_ANSI__) && (!defined(_POSIX_C_SOURCE) || _POSIX_C_SOURCE < 200809L)
-#error "ptst.h: include the implementation before any other header, or define _POSIX_C_SOURCE 200809L"
+#error "ptst.h: include the implementation first, or define _POSIX_C_SOURCE 200809L"
 #endif
 
 /* PTST__X86 / PTST__NEON: SIMD variants are compiled. TinyCC has no intrinsics. */
@@ -706,7 +706,8 @@ PTST__UNUSED static void *ptst__arena_alloc(ptst_ctx *c, ptst__arena *a, size_t 
 }
 
 /* A NUL-terminated copy of size bytes. */
-PTST__UNUSED static char *ptst__arena_copy(ptst_ctx *c, ptst__arena *a, const char *s, size_t size) {
+PTST__UNUSED static char *ptst__arena_copy(ptst_ctx *c, ptst__arena *a, const char *s,
+                                           size_t size) {
     size_t total;
     char *p;
     if (!ptst__add(size, 1, &total)) {
@@ -990,7 +991,8 @@ static ptst_code ptst__text_add(ptst_ctx *c, ptst_text *t, const char *s) {
 }
 
 PTST__PRINTF(3, 4)
-PTST__UNUSED static ptst_code ptst__text_format(ptst_ctx *c, ptst_text *t, const char *format, ...) {
+PTST__UNUSED static ptst_code ptst__text_format(ptst_ctx *c, ptst_text *t, const char *format,
+                                                ...) {
     char line[1001];
     va_list args;
     int n;
