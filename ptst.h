@@ -355,10 +355,12 @@ PTST_API void ptst_matmul_backward(ptst_ctx *c, size_t M, size_t N, size_t K, co
 #define PTST__PRINTF(text, first) __attribute__((format(printf, text, first)))
 #define PTST__UNUSED __attribute__((unused))
 #define PTST__RESTRICT __restrict__
+#define PTST__INLINE static inline __attribute__((always_inline))
 #else
 #define PTST__PRINTF(text, first)
 #define PTST__UNUSED
 #define PTST__RESTRICT
+#define PTST__INLINE static inline
 #endif
 
 /* Relaxed and acquire/release operations for the thread pool. TinyCC has no builtins; there the
@@ -1997,13 +1999,49 @@ PTST__UNUSED static ptst_code ptst__json_put_number(ptst_ctx *c, ptst_text *t, d
    other section mentions an instruction set. Nothing here allocates after ptst_open or can fail.
    Tested by tests/test_kernels.c and tests/test_ops.c. */
 
-/* What differs between instruction sets. */
+/* Where the result of a micro-kernel goes: rows x cols of Y at y,
+   y[i * ldy + j] = beta y[i * ldy + j] + alpha sum(i, j); beta = 0 does not read y. */
+typedef struct ptst__tile {
+    float *y;
+    size_t ldy, rows, cols;
+    float alpha, beta;
+} ptst__tile;
+
+/* What differs between instruction sets. dtype is F32, F16 or BF16 everywhere. */
 struct ptst__kernels {
     const char *name; /* "scalar", ... */
-    /* dst[i] = src[i], i < n; src (dst) in elements of dtype F32, F16 or BF16. */
+
+    /* convert: dst[i] = src[i], i < n; src (dst) is an array of dtype. */
     void (*to_f32)(float *dst, const void *src, ptst_dtype dtype, size_t n);
     void (*from_f32)(void *dst, const float *src, ptst_dtype dtype, size_t n);
+
+    /* matmul: the micro-kernel makes tile_rows x tile_cols; packed rows of A have a_width >=
+       tile_rows floats, those of B tile_cols. */
+    size_t tile_rows, a_width, tile_cols;
+    /* Panel of K rows: dst[k * width + j] = src[k * ld + j], j < cols; 0 for cols <= j < width.
+       width is a_width or tile_cols. */
+    void (*pack_rows)(float *dst, size_t width, const void *src, ptst_dtype dtype, size_t ld,
+                      size_t cols, size_t K);
+    /* The same from columns: dst[k * width + j] = src[min(j, cols - 1) * ld + k]. */
+    void (*pack_cols)(float *dst, size_t width, const float *src, size_t ld, size_t cols,
+                      size_t K);
+    /* sum(i, j) = sum_k a[k * a_width + i] b[k * tile_cols + j] */
+    void (*tile)(size_t K, const float *a, const float *b, const ptst__tile *t);
+    /* sums[4 * i + j] = sum_k a[i][k] w[j][k] for i < rows (1 or 4), j < 4; w[j] is of dtype. */
+    void (*dots)(float *sums, size_t K, const float *const a[4], size_t rows,
+                 const void *const w[4], ptst_dtype dtype);
+    /* Fused multiply-adds on registers only, `rounds` times; returns the number of floating point
+       operations. sink keeps the result alive. */
+    double (*peak)(size_t rounds, float scale, float *sink);
 };
+
+/* Repeat a statement for each row of a micro-kernel. Its sums must live in registers, and no C
+   compiler promises that for an array, so each row has variables of its own. */
+#define PTST__ROWS_4(X) X(0) X(1) X(2) X(3)
+#define PTST__ROWS_6(X) PTST__ROWS_4(X) X(4) X(5)
+#define PTST__ROWS_8(X) PTST__ROWS_6(X) X(6) X(7)
+#define PTST__ROWS_12(X) PTST__ROWS_8(X) X(8) X(9) X(10) X(11)
+#define PTST__ROWS_14(X) PTST__ROWS_12(X) X(12) X(13)
 
 /* ---- convert ---------------------------------------------------------------------------------
    F16 (IEEE 754 binary16) and BF16 (the upper half of a binary32):
@@ -2013,7 +2051,8 @@ struct ptst__kernels {
        F16   s eeeee mmmmmmmmmm                     value = m.mm * 2^(e - 15), e = 0: 0.mm * 2^-14
 
    To F32 both are exact. From F32: round to nearest, ties to even; too large becomes infinity;
-   NaN stays NaN (made quiet, the upper bits of the payload are kept), as the hardware does it. */
+   NaN stays NaN (made quiet, the upper bits of the payload are kept), as the hardware does it.
+   All variants give the same bits. Tested by convert_* in tests/test_kernels.c. */
 
 static float ptst__float_of(uint32_t bits) {
     float f;
@@ -2091,12 +2130,131 @@ static void ptst__from_f32__scalar(void *dst, const float *src, ptst_dtype dtype
 }
 
 /* Bytes of one element of a dtype that files have; 0 for others. */
-PTST__UNUSED static size_t ptst__dtype_size(ptst_dtype dtype) {
+static size_t ptst__dtype_size(ptst_dtype dtype) {
     return dtype == PTST_F32 ? 4 : dtype == PTST_F16 || dtype == PTST_BF16 ? 2 : 0;
 }
 
-/* dst[i] = src[i] for i < n; one of both is F32, the other of the given dtype. On the calling
-   thread. */
+/* Address of element i of an array of dtype. */
+static const void *ptst__element(const void *data, ptst_dtype dtype, size_t i) {
+    return (const char *)data + i * ptst__dtype_size(dtype);
+}
+
+#if PTST__X86
+
+/* Elements i..i+7 of an array of dtype. */
+PTST__AVX2 PTST__INLINE __m256 ptst__load8__avx2(const void *src, ptst_dtype dtype, size_t i) {
+    const uint16_t *h = (const uint16_t *)src + i;
+    if (dtype == PTST_F32) {
+        return _mm256_loadu_ps((const float *)src + i);
+    }
+    if (dtype == PTST_F16) {
+        return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)h));
+    }
+    return _mm256_castsi256_ps(_mm256_slli_epi32(
+        _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)h)), 16));
+}
+
+PTST__AVX2 static void ptst__to_f32__avx2(float *dst, const void *src, ptst_dtype dtype,
+                                          size_t n) {
+    size_t i = 0;
+    for (; n - i >= 8; i += 8) {
+        _mm256_storeu_ps(dst + i, ptst__load8__avx2(src, dtype, i));
+    }
+    ptst__to_f32__scalar(dst + i, ptst__element(src, dtype, i), dtype, n - i);
+}
+
+/* Eight floats to BF16; the same steps as ptst__bf16_from_f32. */
+PTST__AVX2 PTST__INLINE __m128i ptst__bf16x8__avx2(__m256 x) {
+    __m256i u = _mm256_castps_si256(x), high = _mm256_srli_epi32(u, 16);
+    __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    __m256i even = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7FFF)), odd);
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    __m256i r = _mm256_blendv_epi8(_mm256_srli_epi32(even, 16), quiet, nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+
+PTST__AVX2 static void ptst__from_f32__avx2(void *dst, const float *src, ptst_dtype dtype,
+                                            size_t n) {
+    uint16_t *h = (uint16_t *)dst;
+    size_t i = 0;
+    if (dtype == PTST_F32) {
+        memcpy(dst, src, n * sizeof *src);
+        return;
+    }
+    for (; n - i >= 8; i += 8) {
+        __m256 x = _mm256_loadu_ps(src + i);
+        __m128i r = dtype == PTST_BF16 ? ptst__bf16x8__avx2(x)
+                                       : _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+        _mm_storeu_si128((__m128i *)(void *)(h + i), r);
+    }
+    ptst__from_f32__scalar(h + i, src + i, dtype, n - i);
+}
+
+/* Elements i..i+15 of an array of dtype where mask is set; elsewhere 0, and nothing is read. */
+PTST__AVX512 PTST__INLINE __m512 ptst__load16__avx512(const void *src, ptst_dtype dtype, size_t i,
+                                                      __mmask16 mask) {
+    const uint16_t *h = (const uint16_t *)src + i;
+    if (dtype == PTST_F32) {
+        return _mm512_maskz_loadu_ps(mask, (const float *)src + i);
+    }
+    if (dtype == PTST_F16) {
+        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, h));
+    }
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, h)), 16));
+}
+
+/* The lowest n of 16 lanes. */
+PTST__AVX512 PTST__INLINE __mmask16 ptst__mask16__avx512(size_t n) {
+    return (__mmask16)(n >= 16 ? 0xFFFFu : (1u << n) - 1u);
+}
+
+PTST__AVX512 static void ptst__to_f32__avx512(float *dst, const void *src, ptst_dtype dtype,
+                                              size_t n) {
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        __mmask16 mask = ptst__mask16__avx512(n - i);
+        _mm512_mask_storeu_ps(dst + i, mask, ptst__load16__avx512(src, dtype, i, mask));
+    }
+}
+
+#elif PTST__NEON
+
+/* Elements i..i+3 of an array of dtype. */
+PTST__INLINE float32x4_t ptst__load4__neon(const void *src, ptst_dtype dtype, size_t i) {
+    const uint16_t *h = (const uint16_t *)src + i;
+    if (dtype == PTST_F32) {
+        return vld1q_f32((const float *)src + i);
+    }
+    if (dtype == PTST_F16) {
+        return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(h)));
+    }
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(h), 16));
+}
+
+static void ptst__to_f32__neon(float *dst, const void *src, ptst_dtype dtype, size_t n) {
+    size_t i = 0;
+    for (; n - i >= 4; i += 4) {
+        vst1q_f32(dst + i, ptst__load4__neon(src, dtype, i));
+    }
+    ptst__to_f32__scalar(dst + i, ptst__element(src, dtype, i), dtype, n - i);
+}
+
+static void ptst__from_f32__neon(void *dst, const float *src, ptst_dtype dtype, size_t n) {
+    uint16_t *h = (uint16_t *)dst;
+    size_t i = 0;
+    if (dtype == PTST_F16) {
+        for (; n - i >= 4; i += 4) {
+            vst1_u16(h + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(src + i))));
+        }
+    }
+    ptst__from_f32__scalar((char *)dst + i * ptst__dtype_size(dtype), src + i, dtype, n - i);
+}
+
+#endif
+
+/* dst[i] = src[i] for i < n; src (dst) is an array of dtype. On the calling thread. */
 PTST__UNUSED static void ptst__convert_to_f32(const ptst_ctx *c, float *dst, const void *src,
                                               ptst_dtype dtype, size_t n) {
     c->kernels->to_f32(dst, src, dtype, n);
@@ -2107,7 +2265,42 @@ PTST__UNUSED static void ptst__convert_from_f32(const ptst_ctx *c, void *dst, co
     c->kernels->from_f32(dst, src, dtype, n);
 }
 
-/* ---- matmul ---- */
+/* ---- matmul ----------------------------------------------------------------------------------
+   Y [M, N] = beta Y + alpha A B,  A [M, K], B [K, N].     2 M N K floating point operations.
+
+   Linear layer y = x w^T, x [M, K], w [N, K] (as files have it):
+       forward    y[m, n]  = sum_k x[m, k] w[n, k]           B = w, transposed
+       backward   dx[m, k] += sum_n dy[m, n] w[n, k]         B = w, as it lies
+                  dw[n, k] += sum_m dy[m, n] x[m, k]         A = dy, transposed; B = x
+   Nothing is saved but x. Tested by matmul_* in tests/test_kernels.c.
+
+   A naive loop waits for memory. Here (Goto and van de Geijn, "Anatomy of High-Performance Matrix
+   Multiplication", 2008; the names are those of BLIS) each operand is first packed, which also
+   converts it to F32 and turns it, into panels that a micro-kernel reads front to back:
+
+       B, a block [kc, nc], in panels of tile_cols       A, a block [mc, kc], in panels of tile_rows
+       +-------+-------+--   panel: row k = tile_cols     +--------------+  panel: column k =
+       |       |       |     neighbours, then row k + 1   |              |  tile_rows neighbours
+       | kc    |       |                                  +--------------+
+
+   The micro-kernel keeps tile_rows x tile_cols sums in registers: per k it loads one row of a B
+   panel, and multiplies it by each of the tile_rows numbers of A. A panel of B stays in the first
+   cache while the panels of A pass by from the second one.
+
+   Threads pack together, then share the tiles of Y. Blocks of K follow each other in a fixed
+   order, so each sum has one order: the same bits for any number of threads.
+
+   Few rows (decoding) or few columns (adapters of low rank): packing would cost more than the
+   product. There `dots` makes 4 x 4 scalar products of rows as they lie in memory. */
+
+enum {
+    PTST__BLOCK_K = 512,   /* upper bounds of a block: kc, nc, rows of A packed at once */
+    PTST__BLOCK_N = 2048,
+    PTST__BLOCK_M = 1024,
+    PTST__TASK_ROWS = 168, /* rows of A that one task keeps in the second cache */
+    PTST__FEW = 16,        /* "few" rows or columns */
+    PTST__CONVERT = 64     /* elements per row that are converted before they are turned */
+};
 
 /* A matrix [K, N] in memory: element (k, n) is data[n * ld + k] if transposed, data[k * ld + n]
    if not, counted in elements of dtype (F32, F16 or BF16). A weight of a linear layer lies as
@@ -2119,8 +2312,616 @@ typedef struct ptst__matrix {
     bool transposed;
 } ptst__matrix;
 
-typedef struct ptst__gemm_job {
-    const ptst_ctx *c;
+/* Adds a block of sums (row stride ld) to Y as the tile says. */
+static void ptst__tile_put(const ptst__tile *t, const float *sums, size_t ld) {
+    size_t i, j;
+    for (i = 0; i < t->rows; i++) {
+        for (j = 0; j < t->cols; j++) {
+            float *y = t->y + i * t->ldy + j, sum = t->alpha * sums[i * ld + j];
+            *y = t->beta == 0 ? sum : t->beta * *y + sum;
+        }
+    }
+}
+
+/* ---- matmul, scalar ---- */
+
+static void ptst__pack_rows__scalar(float *dst, size_t width, const void *src, ptst_dtype dtype,
+                                    size_t ld, size_t cols, size_t K) {
+    size_t k, j;
+    for (k = 0; k < K; k++) {
+        ptst__to_f32__scalar(dst + k * width, ptst__element(src, dtype, k * ld), dtype, cols);
+        for (j = cols; j < width; j++) {
+            dst[k * width + j] = 0;
+        }
+    }
+}
+
+static void ptst__pack_cols__scalar(float *dst, size_t width, const float *src, size_t ld,
+                                    size_t cols, size_t K) {
+    size_t k, j;
+    for (j = 0; j < width; j++) {
+        const float *column = src + (j < cols ? j : cols - 1) * ld;
+        for (k = 0; k < K; k++) {
+            dst[k * width + j] = column[k];
+        }
+    }
+}
+
+/* 4 x 4, sums in double. */
+static void ptst__tile__scalar(size_t K, const float *a, const float *b, const ptst__tile *t) {
+    float sums[16];
+    size_t i, j, k;
+    for (i = 0; i < 4; i++) {
+        for (j = 0; j < 4; j++) {
+            double sum = 0;
+            for (k = 0; k < K; k++) {
+                sum += (double)a[4 * k + i] * (double)b[4 * k + j];
+            }
+            sums[4 * i + j] = (float)sum;
+        }
+    }
+    ptst__tile_put(t, sums, 4);
+}
+
+static void ptst__dots__scalar(float *sums, size_t K, const float *const a[4], size_t rows,
+                               const void *const w[4], ptst_dtype dtype) {
+    size_t i, j, k;
+    for (j = 0; j < 4; j++) {
+        double sum[4] = {0, 0, 0, 0};
+        for (k = 0; k < K; k++) {
+            float wk;
+            ptst__to_f32__scalar(&wk, ptst__element(w[j], dtype, k), dtype, 1);
+            for (i = 0; i < rows; i++) {
+                sum[i] += (double)a[i][k] * (double)wk;
+            }
+        }
+        for (i = 0; i < rows; i++) {
+            sums[4 * i + j] = (float)sum[i];
+        }
+    }
+}
+
+static double ptst__peak__scalar(size_t rounds, float scale, float *sink) {
+    float p[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+    size_t i, r;
+    for (r = 0; r < rounds; r++) {
+        for (i = 0; i < 8; i++) {
+            p[i] = p[i] * scale + 1;
+        }
+    }
+    for (i = 0; i < 8; i++) {
+        *sink += p[i];
+    }
+    return 16.0 * (double)rounds;
+}
+
+#if PTST__X86
+
+/* ---- matmul, AVX2 ---- */
+
+/* As __scalar, 8 columns at a time. */
+PTST__AVX2 static void ptst__pack_rows__avx2(float *dst, size_t width, const void *src,
+                                             ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
+    size_t k, j, whole = cols / 8 * 8;
+    if (whole < cols) {
+        ptst__pack_rows__scalar(dst, width, src, dtype, ld, cols, K);
+        return;
+    }
+    for (k = 0; k < K; k++) {
+        for (j = 0; j < whole; j += 8) {
+            __m256 x = ptst__load8__avx2(src, dtype, k * ld + j);
+            _mm256_storeu_ps(dst + k * width + j, x);
+        }
+        for (; j < width; j += 8) {
+            _mm256_storeu_ps(dst + k * width + j, _mm256_setzero_ps());
+        }
+    }
+}
+
+/* Turns 8 rows of 8: dst[k * width + j] = r[j][k]. Pairs, then quadruples, then halves. */
+PTST__AVX2 PTST__INLINE void ptst__turn8__avx2(float *dst, size_t width, const float *const r[8],
+                                               size_t k) {
+    __m256 t[8], u[8];
+    size_t i;
+    for (i = 0; i < 4; i++) { /* t[i] = row i, k..k+3 | row i + 4, k..k+3; t[i+4]: k+4..k+7 */
+        __m256 low = _mm256_loadu_ps(r[i] + k), high = _mm256_loadu_ps(r[i + 4] + k);
+        t[i] = _mm256_permute2f128_ps(low, high, 0x20);
+        t[i + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+    }
+    for (i = 0; i < 8; i += 4) {
+        u[i] = _mm256_unpacklo_ps(t[i], t[i + 1]);
+        u[i + 1] = _mm256_unpackhi_ps(t[i], t[i + 1]);
+        u[i + 2] = _mm256_unpacklo_ps(t[i + 2], t[i + 3]);
+        u[i + 3] = _mm256_unpackhi_ps(t[i + 2], t[i + 3]);
+    }
+    for (i = 0; i < 8; i += 4) {
+        float *d = dst + (k + i) * width;
+        _mm256_storeu_ps(d, _mm256_shuffle_ps(u[i], u[i + 2], 0x44));
+        _mm256_storeu_ps(d + width, _mm256_shuffle_ps(u[i], u[i + 2], 0xEE));
+        _mm256_storeu_ps(d + 2 * width, _mm256_shuffle_ps(u[i + 1], u[i + 3], 0x44));
+        _mm256_storeu_ps(d + 3 * width, _mm256_shuffle_ps(u[i + 1], u[i + 3], 0xEE));
+    }
+}
+
+/* As __scalar, in squares of 8 x 8. */
+PTST__AVX2 static void ptst__pack_cols__avx2(float *dst, size_t width, const float *src, size_t ld,
+                                             size_t cols, size_t K) {
+    const float *r[8];
+    size_t i, j, k;
+    for (j = 0; j < width; j += 8) {
+        for (i = 0; i < 8; i++) {
+            r[i] = src + (j + i < cols ? j + i : cols - 1) * ld;
+        }
+        for (k = 0; k + 8 <= K; k += 8) {
+            ptst__turn8__avx2(dst + j, width, r, k);
+        }
+        for (; k < K; k++) {
+            for (i = 0; i < 8; i++) {
+                dst[k * width + j + i] = r[i][k];
+            }
+        }
+    }
+}
+
+/* y = beta y + alpha sum, 8 numbers. */
+PTST__AVX2 PTST__INLINE void ptst__put8__avx2(float *y, __m256 sum, float alpha, float beta) {
+    sum = _mm256_mul_ps(sum, _mm256_set1_ps(alpha));
+    if (beta != 0) {
+        sum = _mm256_fmadd_ps(_mm256_set1_ps(beta), _mm256_loadu_ps(y), sum);
+    }
+    _mm256_storeu_ps(y, sum);
+}
+
+/* As __scalar, 6 x 16 sums in 12 registers, FMA. */
+PTST__AVX2 static void ptst__tile__avx2(size_t K, const float *a, const float *b,
+                                        const ptst__tile *t) {
+    float edge[6 * 16];
+    bool whole = t->rows == 6 && t->cols == 16;
+    float *y = whole ? t->y : edge;
+    size_t ldy = whole ? t->ldy : 16;
+    float alpha = whole ? t->alpha : 1, beta = whole ? t->beta : 0;
+#define PTST__X(i) __m256 p##i = _mm256_setzero_ps(), q##i = _mm256_setzero_ps();
+    PTST__ROWS_6(PTST__X)
+#undef PTST__X
+    if (whole) {
+#define PTST__X(i)                                                                                 \
+    _mm_prefetch((const char *)(y + i * ldy), _MM_HINT_T0);                                        \
+    _mm_prefetch((const char *)(y + i * ldy + 15), _MM_HINT_T0);
+        PTST__ROWS_6(PTST__X)
+#undef PTST__X
+    }
+    for (; K > 0; K--, a += 8, b += 16) {
+        __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8), ai;
+#define PTST__X(i)                                                                                 \
+    ai = _mm256_broadcast_ss(a + i);                                                               \
+    p##i = _mm256_fmadd_ps(ai, b0, p##i);                                                          \
+    q##i = _mm256_fmadd_ps(ai, b1, q##i);
+        PTST__ROWS_6(PTST__X)
+#undef PTST__X
+    }
+#define PTST__X(i)                                                                                 \
+    ptst__put8__avx2(y + i * ldy, p##i, alpha, beta);                                              \
+    ptst__put8__avx2(y + i * ldy + 8, q##i, alpha, beta);
+    PTST__ROWS_6(PTST__X)
+#undef PTST__X
+    if (!whole) {
+        ptst__tile_put(t, edge, 16);
+    }
+}
+
+/* The sums of the lanes of four vectors. */
+PTST__AVX2 PTST__INLINE __m128 ptst__sum4__avx2(__m256 s0, __m256 s1, __m256 s2, __m256 s3) {
+    __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(s0, s1), _mm256_hadd_ps(s2, s3));
+    return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+}
+
+/* As __scalar for 4 x 2 (w[0], w[1]): 8 lanes per sum; what is left of K is added at the end. */
+PTST__AVX2 PTST__INLINE void ptst__dots_2__avx2(float *sums, size_t K, const float *const a[4],
+                                                const void *const w[4], ptst_dtype dtype) {
+    float part[8];
+    size_t i, j, k;
+#define PTST__X(i) __m256 p##i = _mm256_setzero_ps(), q##i = _mm256_setzero_ps();
+    PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    for (k = 0; K - k >= 8; k += 8) {
+        __m256 w0 = ptst__load8__avx2(w[0], dtype, k), w1 = ptst__load8__avx2(w[1], dtype, k), ai;
+#define PTST__X(i)                                                                                 \
+    ai = _mm256_loadu_ps(a[i] + k);                                                                \
+    p##i = _mm256_fmadd_ps(ai, w0, p##i);                                                          \
+    q##i = _mm256_fmadd_ps(ai, w1, q##i);
+        PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    }
+    _mm_storeu_ps(part, ptst__sum4__avx2(p0, p1, p2, p3));
+    _mm_storeu_ps(part + 4, ptst__sum4__avx2(q0, q1, q2, q3));
+    for (j = 0; j < 2; j++) {
+        float rest[8];
+        ptst__to_f32__scalar(rest, ptst__element(w[j], dtype, k), dtype, K - k);
+        for (i = 0; i < 4; i++) {
+            size_t r;
+            sums[4 * i + j] = part[4 * j + i];
+            for (r = 0; r < K - k; r++) {
+                sums[4 * i + j] += a[i][k + r] * rest[r];
+            }
+        }
+    }
+}
+
+/* The same for one row of A and four w. */
+PTST__AVX2 PTST__INLINE void ptst__dots_1__avx2(float *sums, size_t K, const float *a,
+                                                const void *const w[4], ptst_dtype dtype) {
+    size_t j, k;
+#define PTST__X(i) __m256 p##i = _mm256_setzero_ps();
+    PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    for (k = 0; K - k >= 8; k += 8) {
+        __m256 a0 = _mm256_loadu_ps(a + k);
+#define PTST__X(i) p##i = _mm256_fmadd_ps(a0, ptst__load8__avx2(w[i], dtype, k), p##i);
+        PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    }
+    _mm_storeu_ps(sums, ptst__sum4__avx2(p0, p1, p2, p3));
+    for (j = 0; j < 4; j++) {
+        float rest[8];
+        size_t r;
+        ptst__to_f32__scalar(rest, ptst__element(w[j], dtype, k), dtype, K - k);
+        for (r = 0; r < K - k; r++) {
+            sums[j] += a[k + r] * rest[r];
+        }
+    }
+}
+
+/* The dtype is made a constant of each inner loop. */
+PTST__AVX2 static void ptst__dots__avx2(float *sums, size_t K, const float *const a[4],
+                                        size_t rows, const void *const w[4], ptst_dtype dtype) {
+    size_t j;
+    if (rows == 1) {
+        if (dtype == PTST_F32) {
+            ptst__dots_1__avx2(sums, K, a[0], w, PTST_F32);
+        } else if (dtype == PTST_F16) {
+            ptst__dots_1__avx2(sums, K, a[0], w, PTST_F16);
+        } else {
+            ptst__dots_1__avx2(sums, K, a[0], w, PTST_BF16);
+        }
+        return;
+    }
+    for (j = 0; j < 4; j += 2) {
+        if (dtype == PTST_F32) {
+            ptst__dots_2__avx2(sums + j, K, a, w + j, PTST_F32);
+        } else if (dtype == PTST_F16) {
+            ptst__dots_2__avx2(sums + j, K, a, w + j, PTST_F16);
+        } else {
+            ptst__dots_2__avx2(sums + j, K, a, w + j, PTST_BF16);
+        }
+    }
+}
+
+PTST__AVX2 static double ptst__peak__avx2(size_t rounds, float scale, float *sink) {
+    __m256 x = _mm256_set1_ps(scale), y = _mm256_set1_ps(1 - scale), s = x;
+    size_t r;
+#define PTST__X(i) __m256 p##i = _mm256_set1_ps((float)i * 0.125f + 2);
+    PTST__ROWS_12(PTST__X)
+#undef PTST__X
+    for (r = 0; r < rounds; r++) {
+#define PTST__X(i) p##i = _mm256_fmadd_ps(p##i, x, y);
+        PTST__ROWS_12(PTST__X)
+#undef PTST__X
+    }
+#define PTST__X(i) s = _mm256_add_ps(s, p##i);
+    PTST__ROWS_12(PTST__X)
+#undef PTST__X
+    *sink += _mm_cvtss_f32(_mm256_castps256_ps128(s));
+    return 12.0 * 16.0 * (double)rounds;
+}
+
+/* ---- matmul, AVX-512 ---- */
+
+/* As __scalar, 16 columns at a time. */
+PTST__AVX512 static void ptst__pack_rows__avx512(float *dst, size_t width, const void *src,
+                                                 ptst_dtype dtype, size_t ld, size_t cols,
+                                                 size_t K) {
+    size_t k, j;
+    for (j = 0; j < width; j += 16) {
+        __mmask16 mask = cols > j ? ptst__mask16__avx512(cols - j) : (__mmask16)0;
+        for (k = 0; k < K; k++) {
+            __m512 x = ptst__load16__avx512(src, dtype, k * ld + j, mask);
+            _mm512_storeu_ps(dst + k * width + j, x);
+        }
+    }
+}
+
+/* y = beta y + alpha sum, 16 numbers where mask is set. */
+PTST__AVX512 PTST__INLINE void ptst__put16__avx512(float *y, __m512 sum, __mmask16 mask,
+                                                   const ptst__tile *t) {
+    sum = _mm512_mul_ps(sum, _mm512_set1_ps(t->alpha));
+    if (t->beta != 0) {
+        sum = _mm512_fmadd_ps(_mm512_set1_ps(t->beta), _mm512_maskz_loadu_ps(mask, y), sum);
+    }
+    _mm512_mask_storeu_ps(y, mask, sum);
+}
+
+/* As __scalar, 14 x 32 sums in 28 registers; columns beyond the edge are masked. */
+PTST__AVX512 static void ptst__tile__avx512(size_t K, const float *a, const float *b,
+                                            const ptst__tile *t) {
+    __mmask16 m0 = ptst__mask16__avx512(t->cols);
+    __mmask16 m1 = t->cols > 16 ? ptst__mask16__avx512(t->cols - 16) : (__mmask16)0;
+    size_t rows = t->rows, ldy = t->ldy;
+    float *y = t->y;
+#define PTST__X(i) __m512 p##i = _mm512_setzero_ps(), q##i = _mm512_setzero_ps();
+    PTST__ROWS_14(PTST__X)
+#undef PTST__X
+    if (rows == 14) {
+#define PTST__X(i)                                                                                 \
+    _mm_prefetch((const char *)(y + i * ldy), _MM_HINT_T0);                                        \
+    _mm_prefetch((const char *)(y + i * ldy + 16), _MM_HINT_T0);
+        PTST__ROWS_14(PTST__X)
+#undef PTST__X
+    }
+    for (; K > 0; K--, a += 16, b += 32) {
+        __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16), ai;
+#define PTST__X(i)                                                                                 \
+    ai = _mm512_set1_ps(a[i]);                                                                     \
+    p##i = _mm512_fmadd_ps(ai, b0, p##i);                                                          \
+    q##i = _mm512_fmadd_ps(ai, b1, q##i);
+        PTST__ROWS_14(PTST__X)
+#undef PTST__X
+    }
+#define PTST__X(i)                                                                                 \
+    if (i < rows) {                                                                                \
+        ptst__put16__avx512(y + i * ldy, p##i, m0, t);                                             \
+        ptst__put16__avx512(y + i * ldy + 16, q##i, m1, t);                                        \
+    }
+    PTST__ROWS_14(PTST__X)
+#undef PTST__X
+}
+
+/* The sums of the lanes of four vectors. */
+PTST__AVX512 PTST__INLINE __m128 ptst__sum4__avx512(__m512 s0, __m512 s1, __m512 s2, __m512 s3) {
+#define PTST__X(i)                                                                                 \
+    __m256 h##i = _mm256_add_ps(_mm512_castps512_ps256(s##i), _mm512_extractf32x8_ps(s##i, 1));
+    PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    return ptst__sum4__avx2(h0, h1, h2, h3);
+}
+
+/* As __scalar: 4 x 4, 16 lanes per sum; the end of K is masked. */
+PTST__AVX512 PTST__INLINE void ptst__dots_4__avx512(float *sums, size_t K,
+                                                    const float *const a[4],
+                                                    const void *const w[4], ptst_dtype dtype) {
+    size_t k;
+#define PTST__X(i)                                                                                 \
+    __m512 p##i = _mm512_setzero_ps(), q##i = _mm512_setzero_ps();                                 \
+    __m512 r##i = _mm512_setzero_ps(), s##i = _mm512_setzero_ps();
+    PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    for (k = 0; k < K; k += 16) {
+        __mmask16 mask = ptst__mask16__avx512(K - k);
+        __m512 w0 = ptst__load16__avx512(w[0], dtype, k, mask);
+        __m512 w1 = ptst__load16__avx512(w[1], dtype, k, mask);
+        __m512 w2 = ptst__load16__avx512(w[2], dtype, k, mask);
+        __m512 w3 = ptst__load16__avx512(w[3], dtype, k, mask), ai;
+#define PTST__X(i)                                                                                 \
+    ai = _mm512_maskz_loadu_ps(mask, a[i] + k);                                                    \
+    p##i = _mm512_fmadd_ps(ai, w0, p##i);                                                          \
+    q##i = _mm512_fmadd_ps(ai, w1, q##i);                                                          \
+    r##i = _mm512_fmadd_ps(ai, w2, r##i);                                                          \
+    s##i = _mm512_fmadd_ps(ai, w3, s##i);
+        PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    }
+#define PTST__X(i) _mm_storeu_ps(sums + 4 * i, ptst__sum4__avx512(p##i, q##i, r##i, s##i));
+    PTST__ROWS_4(PTST__X)
+#undef PTST__X
+}
+
+/* The same for one row of A. */
+PTST__AVX512 PTST__INLINE void ptst__dots_1__avx512(float *sums, size_t K, const float *a,
+                                                    const void *const w[4], ptst_dtype dtype) {
+    size_t k;
+#define PTST__X(i) __m512 p##i = _mm512_setzero_ps();
+    PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    for (k = 0; k < K; k += 16) {
+        __mmask16 mask = ptst__mask16__avx512(K - k);
+        __m512 a0 = _mm512_maskz_loadu_ps(mask, a + k);
+#define PTST__X(i) p##i = _mm512_fmadd_ps(a0, ptst__load16__avx512(w[i], dtype, k, mask), p##i);
+        PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    }
+    _mm_storeu_ps(sums, ptst__sum4__avx512(p0, p1, p2, p3));
+}
+
+/* The dtype is made a constant of each inner loop. */
+PTST__AVX512 static void ptst__dots__avx512(float *sums, size_t K, const float *const a[4],
+                                            size_t rows, const void *const w[4],
+                                            ptst_dtype dtype) {
+    bool one = rows == 1;
+    if (dtype == PTST_F32) {
+        one ? ptst__dots_1__avx512(sums, K, a[0], w, PTST_F32)
+            : ptst__dots_4__avx512(sums, K, a, w, PTST_F32);
+    } else if (dtype == PTST_F16) {
+        one ? ptst__dots_1__avx512(sums, K, a[0], w, PTST_F16)
+            : ptst__dots_4__avx512(sums, K, a, w, PTST_F16);
+    } else {
+        one ? ptst__dots_1__avx512(sums, K, a[0], w, PTST_BF16)
+            : ptst__dots_4__avx512(sums, K, a, w, PTST_BF16);
+    }
+}
+
+PTST__AVX512 static double ptst__peak__avx512(size_t rounds, float scale, float *sink) {
+    __m512 x = _mm512_set1_ps(scale), y = _mm512_set1_ps(1 - scale), s = x;
+    size_t r;
+#define PTST__X(i) __m512 p##i = _mm512_set1_ps((float)i * 0.125f + 2);
+    PTST__ROWS_14(PTST__X)
+#undef PTST__X
+    for (r = 0; r < rounds; r++) {
+#define PTST__X(i) p##i = _mm512_fmadd_ps(p##i, x, y);
+        PTST__ROWS_14(PTST__X)
+#undef PTST__X
+    }
+#define PTST__X(i) s = _mm512_add_ps(s, p##i);
+    PTST__ROWS_14(PTST__X)
+#undef PTST__X
+    *sink += _mm_cvtss_f32(_mm512_castps512_ps128(s));
+    return 14.0 * 32.0 * (double)rounds;
+}
+
+#elif PTST__NEON
+
+/* ---- matmul, NEON ---- */
+
+/* As __scalar, 4 columns at a time. */
+static void ptst__pack_rows__neon(float *dst, size_t width, const void *src, ptst_dtype dtype,
+                                  size_t ld, size_t cols, size_t K) {
+    size_t k, j;
+    if (cols % 4 != 0) {
+        ptst__pack_rows__scalar(dst, width, src, dtype, ld, cols, K);
+        return;
+    }
+    for (k = 0; k < K; k++) {
+        for (j = 0; j < cols; j += 4) {
+            vst1q_f32(dst + k * width + j, ptst__load4__neon(src, dtype, k * ld + j));
+        }
+        for (; j < width; j += 4) {
+            vst1q_f32(dst + k * width + j, vdupq_n_f32(0));
+        }
+    }
+}
+
+/* As __scalar, in squares of 4 x 4: pairs are exchanged, then halves. */
+static void ptst__pack_cols__neon(float *dst, size_t width, const float *src, size_t ld,
+                                  size_t cols, size_t K) {
+    const float *r[4];
+    size_t i, j, k;
+    for (j = 0; j < width; j += 4) {
+        for (i = 0; i < 4; i++) {
+            r[i] = src + (j + i < cols ? j + i : cols - 1) * ld;
+        }
+        for (k = 0; k + 4 <= K; k += 4) {
+            float32x4x2_t u = vtrnq_f32(vld1q_f32(r[0] + k), vld1q_f32(r[1] + k));
+            float32x4x2_t v = vtrnq_f32(vld1q_f32(r[2] + k), vld1q_f32(r[3] + k));
+            float *d = dst + k * width + j;
+            vst1q_f32(d, vcombine_f32(vget_low_f32(u.val[0]), vget_low_f32(v.val[0])));
+            vst1q_f32(d + width, vcombine_f32(vget_low_f32(u.val[1]), vget_low_f32(v.val[1])));
+            d += 2 * width;
+            vst1q_f32(d, vcombine_f32(vget_high_f32(u.val[0]), vget_high_f32(v.val[0])));
+            vst1q_f32(d + width, vcombine_f32(vget_high_f32(u.val[1]), vget_high_f32(v.val[1])));
+        }
+        for (; k < K; k++) {
+            for (i = 0; i < 4; i++) {
+                dst[k * width + j + i] = r[i][k];
+            }
+        }
+    }
+}
+
+/* As __scalar, 8 x 12 sums in 24 registers, FMA with one lane of A. */
+static void ptst__tile__neon(size_t K, const float *a, const float *b, const ptst__tile *t) {
+    float edge[8 * 12];
+    bool whole = t->rows == 8 && t->cols == 12;
+    float *y = whole ? t->y : edge;
+    size_t ldy = whole ? t->ldy : 12;
+    float32x4_t alpha = vdupq_n_f32(whole ? t->alpha : 1);
+    float beta = whole ? t->beta : 0;
+#define PTST__X(i) float32x4_t p##i = vdupq_n_f32(0), q##i = p##i, r##i = p##i;
+    PTST__ROWS_8(PTST__X)
+#undef PTST__X
+    for (; K > 0; K--, a += 8, b += 12) {
+        float32x4_t b0 = vld1q_f32(b), b1 = vld1q_f32(b + 4), b2 = vld1q_f32(b + 8);
+        float32x4_t a0 = vld1q_f32(a), a1 = vld1q_f32(a + 4);
+#define PTST__X(i)                                                                                 \
+    p##i = vfmaq_laneq_f32(p##i, b0, i < 4 ? a0 : a1, i % 4);                                      \
+    q##i = vfmaq_laneq_f32(q##i, b1, i < 4 ? a0 : a1, i % 4);                                      \
+    r##i = vfmaq_laneq_f32(r##i, b2, i < 4 ? a0 : a1, i % 4);
+        PTST__ROWS_8(PTST__X)
+#undef PTST__X
+    }
+#define PTST__X(i)                                                                                 \
+    p##i = vmulq_f32(p##i, alpha);                                                                 \
+    q##i = vmulq_f32(q##i, alpha);                                                                 \
+    r##i = vmulq_f32(r##i, alpha);                                                                 \
+    if (beta != 0) {                                                                               \
+        p##i = vfmaq_n_f32(p##i, vld1q_f32(y + i * ldy), beta);                                    \
+        q##i = vfmaq_n_f32(q##i, vld1q_f32(y + i * ldy + 4), beta);                                \
+        r##i = vfmaq_n_f32(r##i, vld1q_f32(y + i * ldy + 8), beta);                                \
+    }                                                                                              \
+    vst1q_f32(y + i * ldy, p##i);                                                                  \
+    vst1q_f32(y + i * ldy + 4, q##i);                                                              \
+    vst1q_f32(y + i * ldy + 8, r##i);
+    PTST__ROWS_8(PTST__X)
+#undef PTST__X
+    if (!whole) {
+        ptst__tile_put(t, edge, 12);
+    }
+}
+
+/* As __scalar: one row of A (a) and four w, 4 lanes per sum; the end of K is added last. */
+PTST__INLINE void ptst__dots_1__neon(float *sums, size_t K, const float *a,
+                                     const void *const w[4], ptst_dtype dtype) {
+    size_t j, k;
+    float32x4_t p[4];
+    for (j = 0; j < 4; j++) {
+        p[j] = vdupq_n_f32(0);
+    }
+    for (k = 0; K - k >= 4; k += 4) {
+        float32x4_t a0 = vld1q_f32(a + k);
+        p[0] = vfmaq_f32(p[0], a0, ptst__load4__neon(w[0], dtype, k));
+        p[1] = vfmaq_f32(p[1], a0, ptst__load4__neon(w[1], dtype, k));
+        p[2] = vfmaq_f32(p[2], a0, ptst__load4__neon(w[2], dtype, k));
+        p[3] = vfmaq_f32(p[3], a0, ptst__load4__neon(w[3], dtype, k));
+    }
+    for (j = 0; j < 4; j++) {
+        float rest[4];
+        size_t r;
+        sums[j] = vaddvq_f32(p[j]);
+        ptst__to_f32__scalar(rest, ptst__element(w[j], dtype, k), dtype, K - k);
+        for (r = 0; r < K - k; r++) {
+            sums[j] += a[k + r] * rest[r];
+        }
+    }
+}
+
+static void ptst__dots__neon(float *sums, size_t K, const float *const a[4], size_t rows,
+                             const void *const w[4], ptst_dtype dtype) {
+    size_t i;
+    for (i = 0; i < rows; i++) {
+        if (dtype == PTST_F32) {
+            ptst__dots_1__neon(sums + 4 * i, K, a[i], w, PTST_F32);
+        } else if (dtype == PTST_F16) {
+            ptst__dots_1__neon(sums + 4 * i, K, a[i], w, PTST_F16);
+        } else {
+            ptst__dots_1__neon(sums + 4 * i, K, a[i], w, PTST_BF16);
+        }
+    }
+}
+
+static double ptst__peak__neon(size_t rounds, float scale, float *sink) {
+    float32x4_t x = vdupq_n_f32(scale), s = x;
+    size_t r;
+#define PTST__X(i) float32x4_t p##i = vdupq_n_f32((float)i), q##i = vdupq_n_f32(scale * (float)i);
+    PTST__ROWS_12(PTST__X)
+#undef PTST__X
+    for (r = 0; r < rounds; r++) {
+#define PTST__X(i)                                                                                 \
+    p##i = vfmaq_f32(p##i, p##i, x);                                                               \
+    q##i = vfmaq_f32(q##i, q##i, x);
+        PTST__ROWS_12(PTST__X)
+#undef PTST__X
+    }
+#define PTST__X(i) s = vaddq_f32(s, vaddq_f32(p##i, q##i));
+    PTST__ROWS_12(PTST__X)
+#undef PTST__X
+    *sink += vgetq_lane_f32(s, 0);
+    return 24.0 * 8.0 * (double)rounds;
+}
+
+#endif
+
+/* ---- matmul, the loops around the kernels ---- */
+
+/* One product, and the block of it that is being worked on. */
+typedef struct ptst__product {
+    const struct ptst__kernels *kernels;
     size_t M, N, K;
     float alpha, beta;
     const float *A;
@@ -2129,47 +2930,246 @@ typedef struct ptst__gemm_job {
     ptst__matrix B;
     float *Y;
     size_t ldy;
-} ptst__gemm_job;
+    /* packed: A block [m0, m0 + mc) x [k0, k0 + kc), B block [k0, k0 + kc) x [n0, n0 + nc) */
+    float *packed_a, *packed_b;
+    size_t m0, mc, n0, nc, k0, kc;
+    size_t b_panels;                        /* to be packed: 0 if it is still the same block */
+    size_t task_rows, task_cols, row_tasks; /* tiles of Y that one task computes */
+} ptst__product;
 
-static void ptst__gemm_row(void *arg, size_t m, int thread) {
-    const ptst__gemm_job *g = (const ptst__gemm_job *)arg;
-    size_t n, k, size = ptst__dtype_size(g->B.dtype);
-    (void)thread;
-    for (n = 0; n < g->N; n++) {
-        double sum = 0;
-        float *y = g->Y + m * g->ldy + n;
-        for (k = 0; k < g->K; k++) {
-            size_t at = g->B.transposed ? n * g->B.ld + k : k * g->B.ld + n;
-            float a = g->a_transposed ? g->A[k * g->lda + m] : g->A[m * g->lda + k], b;
-            ptst__to_f32__scalar(&b, (const char *)g->B.data + at * size, g->B.dtype, 1);
-            sum += (double)a * (double)b;
+static size_t ptst__min(size_t a, size_t b) { return a < b ? a : b; }
+
+static size_t ptst__ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
+
+/* Columns of a matrix, converted and turned: dst[k * width + j] = data[(n + j) * ld + k0 + k]. */
+static void ptst__pack_converted(const struct ptst__kernels *kernels, float *dst, size_t width,
+                                 ptst__matrix B, size_t n, size_t cols, size_t k0, size_t kc) {
+    float rows[32 * PTST__CONVERT];
+    size_t k, j, count;
+    for (k = 0; k < kc; k += count) {
+        count = ptst__min(kc - k, PTST__CONVERT);
+        for (j = 0; j < cols; j++) {
+            const void *src = ptst__element(B.data, B.dtype, (n + j) * B.ld + k0 + k);
+            kernels->to_f32(rows + j * PTST__CONVERT, src, B.dtype, count);
         }
-        sum *= (double)g->alpha;
-        *y = (float)(g->beta == 0 ? sum : (double)g->beta * (double)*y + sum);
+        kernels->pack_cols(dst + k * width, width, rows, PTST__CONVERT, cols, count);
+    }
+}
+
+/* Task: packs one panel, first those of B, then those of A. */
+static void ptst__pack_task(void *arg, size_t task, int thread) {
+    const ptst__product *p = (const ptst__product *)arg;
+    const struct ptst__kernels *kernels = p->kernels;
+    ptst__matrix B = p->B;
+    size_t width, at, count;
+    float *dst;
+    (void)thread;
+    if (task < p->b_panels) {
+        width = kernels->tile_cols;
+        at = p->n0 + task * width;
+        count = ptst__min(width, p->n0 + p->nc - at);
+        dst = p->packed_b + task * width * p->kc;
+    } else {
+        task -= p->b_panels;
+        width = kernels->a_width;
+        at = p->m0 + task * kernels->tile_rows;
+        count = ptst__min(kernels->tile_rows, p->m0 + p->mc - at);
+        dst = p->packed_a + task * width * p->kc;
+        B.data = p->A;
+        B.ld = p->lda;
+        B.dtype = PTST_F32;
+        B.transposed = !p->a_transposed;
+    }
+    if (!B.transposed) {
+        kernels->pack_rows(dst, width, ptst__element(B.data, B.dtype, p->k0 * B.ld + at), B.dtype,
+                           B.ld, count, p->kc);
+    } else if (B.dtype == PTST_F32) {
+        kernels->pack_cols(dst, width, (const float *)B.data + at * B.ld + p->k0, B.ld, count,
+                           p->kc);
+    } else {
+        ptst__pack_converted(kernels, dst, width, B, at, count, p->k0, p->kc);
+    }
+}
+
+/* Task: task_rows x task_cols of Y, tile by tile. */
+static void ptst__tiles_task(void *arg, size_t task, int thread) {
+    const ptst__product *p = (const ptst__product *)arg;
+    const struct ptst__kernels *kernels = p->kernels;
+    size_t m_first = task % p->row_tasks * p->task_rows, m, n;
+    size_t n_first = task / p->row_tasks * p->task_cols;
+    size_t m_end = ptst__min(m_first + p->task_rows, p->mc);
+    size_t n_end = ptst__min(n_first + p->task_cols, p->nc);
+    ptst__tile t;
+    (void)thread;
+    t.ldy = p->ldy;
+    t.alpha = p->alpha;
+    t.beta = p->k0 == 0 ? p->beta : 1;
+    for (n = n_first; n < n_end; n += kernels->tile_cols) {
+        const float *b = p->packed_b + n * p->kc;
+        t.cols = ptst__min(kernels->tile_cols, n_end - n);
+        for (m = m_first; m < m_end; m += kernels->tile_rows) {
+            const float *a = p->packed_a + m / kernels->tile_rows * kernels->a_width * p->kc;
+            t.rows = ptst__min(kernels->tile_rows, m_end - m);
+            t.y = p->Y + (p->m0 + m) * p->ldy + p->n0 + n;
+            kernels->tile(p->kc, a, b, &t);
+        }
+    }
+}
+
+/* Cuts the block of Y into tasks: enough of them that threads end at about the same time. */
+static void ptst__cut_tasks(ptst_ctx *c, ptst__product *p) {
+    size_t rows = p->kernels->tile_rows, cols = p->kernels->tile_cols, blocks, wanted;
+    blocks = ptst__ceil_div(p->mc, PTST__TASK_ROWS);
+    p->task_rows = ptst__ceil_div(ptst__ceil_div(p->mc, blocks), rows) * rows;
+    p->row_tasks = ptst__ceil_div(p->mc, p->task_rows);
+    wanted = ptst__ceil_div(8 * (size_t)c->threads, p->row_tasks);
+    p->task_cols = ptst__ceil_div(ptst__ceil_div(p->nc, wanted), cols) * cols;
+}
+
+/* Packs and multiplies block by block. */
+static void ptst__gemm_packed(ptst_ctx *c, ptst__product *p) {
+    const struct ptst__kernels *kernels = p->kernels;
+    size_t k_blocks = ptst__ceil_div(p->K, PTST__BLOCK_K);
+    size_t step = ptst__ceil_div(p->K, k_blocks); /* depends on K only: fixed order of sums */
+    size_t rows = PTST__BLOCK_M / kernels->tile_rows * kernels->tile_rows;
+    size_t cols = PTST__BLOCK_N / kernels->tile_cols * kernels->tile_cols;
+    for (p->n0 = 0; p->n0 < p->N; p->n0 += p->nc) {
+        p->nc = ptst__min(p->N - p->n0, cols);
+        for (p->k0 = 0; p->k0 < p->K; p->k0 += p->kc) {
+            p->kc = ptst__min(p->K - p->k0, step);
+            for (p->m0 = 0; p->m0 < p->M; p->m0 += p->mc) {
+                size_t a_panels, tasks;
+                p->mc = ptst__min(p->M - p->m0, rows);
+                p->b_panels = p->m0 == 0 ? ptst__ceil_div(p->nc, kernels->tile_cols) : 0;
+                a_panels = ptst__ceil_div(p->mc, kernels->tile_rows);
+                ptst__parallel_for(c, p->b_panels + a_panels, ptst__pack_task, p);
+                ptst__cut_tasks(c, p);
+                tasks = p->row_tasks * ptst__ceil_div(p->nc, p->task_cols);
+                ptst__parallel_for(c, tasks, ptst__tiles_task, p);
+            }
+        }
+    }
+}
+
+/* Bytes of the packing buffers. */
+static size_t ptst__scratch_size(const struct ptst__kernels *kernels) {
+    size_t a = PTST__BLOCK_M / kernels->tile_rows * kernels->a_width;
+    return (a + PTST__BLOCK_N) * PTST__BLOCK_K * sizeof(float);
+}
+
+/* Task: 4 * task_cols rows of w times all rows of a few. In the packed product's terms: if few
+   rows, a = A and w = B; if few columns, a = B (packed_b, as F32) and w = A. */
+static void ptst__dots_task(void *arg, size_t task, int thread) {
+    const ptst__product *p = (const ptst__product *)arg;
+    bool turned = p->packed_b != NULL;
+    size_t few = turned ? p->N : p->M, many = turned ? p->M : p->N, i, j, r, s;
+    size_t end = ptst__min(many, (task + 1) * p->task_cols);
+    const float *a_data = turned ? p->packed_b : p->A, *a[4];
+    const void *w_data = turned ? p->A : p->B.data, *w[4];
+    size_t a_ld = turned ? p->kc : p->lda, w_ld = turned ? p->lda : p->B.ld;
+    ptst_dtype dtype = turned ? PTST_F32 : p->B.dtype;
+    float sums[16], block[16];
+    ptst__tile t;
+    (void)thread;
+    t.ldy = p->ldy;
+    t.alpha = p->alpha;
+    t.beta = p->beta;
+    for (j = task * p->task_cols; j < end; j += 4) {
+        for (s = 0; s < 4; s++) { /* beyond the end: the last one again, dropped below */
+            w[s] = ptst__element(w_data, dtype, ptst__min(j + s, many - 1) * w_ld);
+        }
+        for (i = 0; i < few; i += 4) {
+            for (r = 0; r < 4; r++) {
+                a[r] = a_data + ptst__min(i + r, few - 1) * a_ld;
+            }
+            p->kernels->dots(sums, p->K, a, few - i == 1 ? 1 : 4, w, dtype);
+            for (r = 0; r < 16; r++) {
+                block[r] = turned ? sums[r % 4 * 4 + r / 4] : sums[r];
+            }
+            t.y = turned ? p->Y + j * p->ldy + i : p->Y + i * p->ldy + j;
+            t.rows = ptst__min(4, turned ? end - j : few - i);
+            t.cols = ptst__min(4, turned ? few - i : end - j);
+            ptst__tile_put(&t, block, 4);
+        }
+    }
+}
+
+/* Products with few rows or few columns whose rows of A and columns of B lie in memory in one
+   piece (or can be put so cheaply). Returns false if this is not such a product. */
+static bool ptst__gemm_few(ptst_ctx *c, ptst__product *p) {
+    size_t room = c->scratch_size / sizeof(float), n, k;
+    p->task_cols = 32;
+    if (p->a_transposed) {
+        return false;
+    }
+    if (p->M <= PTST__FEW && p->B.transposed) {
+        p->packed_b = NULL;
+        ptst__parallel_for(c, ptst__ceil_div(p->N, p->task_cols), ptst__dots_task, p);
+        return true;
+    }
+    p->kc = p->K; /* row stride of packed_b */
+    if (p->N > PTST__FEW || p->M <= PTST__FEW || p->K > room / p->N) {
+        return false;
+    }
+    for (n = 0; n < p->N && p->B.transposed; n++) {
+        p->kernels->to_f32(p->packed_b + n * p->K,
+                           ptst__element(p->B.data, p->B.dtype, n * p->B.ld), p->B.dtype, p->K);
+    }
+    for (k = 0; k < p->K && !p->B.transposed; k++) {
+        float row[PTST__FEW];
+        p->kernels->to_f32(row, ptst__element(p->B.data, p->B.dtype, k * p->B.ld), p->B.dtype,
+                           p->N);
+        for (n = 0; n < p->N; n++) {
+            p->packed_b[n * p->K + k] = row[n];
+        }
+    }
+    ptst__parallel_for(c, ptst__ceil_div(p->M, p->task_cols), ptst__dots_task, p);
+    return true;
+}
+
+/* Y = beta Y, row by row: what is left of a product without A B. */
+static void ptst__scale_task(void *arg, size_t m, int thread) {
+    const ptst__product *p = (const ptst__product *)arg;
+    float *y = p->Y + m * p->ldy;
+    size_t n;
+    (void)thread;
+    for (n = 0; n < p->N; n++) {
+        y[n] = p->beta == 0 ? 0 : p->beta * y[n];
     }
 }
 
 /* Y[m * ldy + n] = beta Y[m * ldy + n] + alpha sum_k A(m, k) B(k, n) for m < M, n < N, k < K,
    where A(m, k) = a_transposed ? A[k * lda + m] : A[m * lda + k]. With beta = 0 the old Y is not
-   read. Y must not overlap A or B. Same bits for any number of threads. Called by the thread that
-   uses the context, not from inside a parallel operation. */
+   read, with alpha = 0 or K = 0 neither are A and B. Y must not overlap A or B. Same bits for any
+   number of threads. Called by the thread that uses the context, not from inside a parallel
+   operation (it uses the packing buffers of the context). */
 PTST__UNUSED static void ptst__gemm(ptst_ctx *c, size_t M, size_t N, size_t K, float alpha,
                                     const float *A, size_t lda, bool a_transposed, ptst__matrix B,
                                     float beta, float *Y, size_t ldy) {
-    ptst__gemm_job g;
-    g.c = c;
-    g.M = M;
-    g.N = N;
-    g.K = K;
-    g.alpha = alpha;
-    g.beta = beta;
-    g.A = A;
-    g.lda = lda;
-    g.a_transposed = a_transposed;
-    g.B = B;
-    g.Y = Y;
-    g.ldy = ldy;
-    ptst__parallel_for(c, M, ptst__gemm_row, &g);
+    ptst__product p;
+    memset(&p, 0, sizeof p);
+    p.kernels = c->kernels;
+    p.M = M;
+    p.N = N;
+    p.K = K;
+    p.alpha = alpha;
+    p.beta = beta;
+    p.A = A;
+    p.lda = lda;
+    p.a_transposed = a_transposed;
+    p.B = B;
+    p.Y = Y;
+    p.ldy = ldy;
+    p.packed_b = (float *)c->scratch;
+    p.packed_a = p.packed_b + (size_t)PTST__BLOCK_N * PTST__BLOCK_K;
+    if (M == 0 || N == 0) {
+        return;
+    }
+    if (K == 0 || alpha == 0) {
+        ptst__parallel_for(c, M, ptst__scale_task, &p);
+    } else if (!ptst__gemm_few(c, &p)) {
+        ptst__gemm_packed(c, &p);
+    }
 }
 
 static ptst__matrix ptst__matrix_f32(const float *data, size_t ld, bool transposed) {
@@ -2179,6 +3179,42 @@ static ptst__matrix ptst__matrix_f32(const float *data, size_t ld, bool transpos
     B.dtype = PTST_F32;
     B.transposed = transposed;
     return B;
+}
+
+typedef struct ptst__peak_job {
+    const struct ptst__kernels *kernels;
+    size_t rounds;
+    float *sinks; /* [64 tasks] */
+    double operations;
+} ptst__peak_job;
+
+static void ptst__peak_task(void *arg, size_t task, int thread) {
+    const ptst__peak_job *j = (const ptst__peak_job *)arg;
+    (void)thread;
+    j->kernels->peak(j->rounds, 0.999f, &j->sinks[task % 64]);
+}
+
+/* The most that the threads of this context could do: GFLOP/s of multiply-adds on registers only,
+   the best of several readings within about `seconds`. */
+PTST__UNUSED static double ptst__peak_gflops(ptst_ctx *c, double seconds) {
+    float sinks[64];
+    ptst__peak_job j;
+    double begin = ptst__seconds(), last = begin, now, best = 0, one;
+    size_t tasks = 4 * (size_t)c->threads;
+    memset(sinks, 0, sizeof sinks);
+    j.kernels = c->kernels;
+    j.rounds = 20000;
+    j.sinks = sinks;
+    one = c->kernels->peak(j.rounds, 0.999f, &sinks[0]);
+    do {
+        last = ptst__seconds();
+        ptst__parallel_for(c, tasks, ptst__peak_task, &j);
+        now = ptst__seconds();
+        if (now > last && one * (double)tasks / (now - last) > best) {
+            best = one * (double)tasks / (now - last);
+        }
+    } while (now - begin < seconds);
+    return best * 1e-9;
 }
 
 PTST_API void ptst_matmul_forward(ptst_ctx *c, size_t M, size_t N, size_t K, const float *x,
@@ -2202,23 +3238,55 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     "scalar",
     ptst__to_f32__scalar,
     ptst__from_f32__scalar,
+    4, /* tile_rows, a_width, tile_cols */
+    4,
+    4,
+    ptst__pack_rows__scalar,
+    ptst__pack_cols__scalar,
+    ptst__tile__scalar,
+    ptst__dots__scalar,
+    ptst__peak__scalar,
 };
 #if PTST__X86
 static const struct ptst__kernels ptst__kernels_avx2 = {
     "avx2",
-    ptst__to_f32__scalar,
-    ptst__from_f32__scalar,
+    ptst__to_f32__avx2,
+    ptst__from_f32__avx2,
+    6,
+    8,
+    16,
+    ptst__pack_rows__avx2,
+    ptst__pack_cols__avx2,
+    ptst__tile__avx2,
+    ptst__dots__avx2,
+    ptst__peak__avx2,
 };
 static const struct ptst__kernels ptst__kernels_avx512 = {
     "avx512",
-    ptst__to_f32__scalar,
-    ptst__from_f32__scalar,
+    ptst__to_f32__avx512,
+    ptst__from_f32__avx2,
+    14,
+    16,
+    32,
+    ptst__pack_rows__avx512,
+    ptst__pack_cols__avx2,
+    ptst__tile__avx512,
+    ptst__dots__avx512,
+    ptst__peak__avx512,
 };
 #elif PTST__NEON
 static const struct ptst__kernels ptst__kernels_neon = {
     "neon",
-    ptst__to_f32__scalar,
-    ptst__from_f32__scalar,
+    ptst__to_f32__neon,
+    ptst__from_f32__neon,
+    8,
+    8,
+    12,
+    ptst__pack_rows__neon,
+    ptst__pack_cols__neon,
+    ptst__tile__neon,
+    ptst__dots__neon,
+    ptst__peak__neon,
 };
 #endif
 
@@ -2272,7 +3340,9 @@ PTST_API ptst_code ptst_open(const ptst_desc *desc, ptst_ctx **out) {
     c->kernels = kernels;
     c->threads = c->desc.threads == 0 ? ptst__core_count() : c->desc.threads;
     c->threads = c->threads > PTST__THREADS_MAX ? PTST__THREADS_MAX : c->threads;
-    if (ptst__pool_open(c) != PTST_OK) {
+    c->scratch_size = ptst__scratch_size(kernels);
+    c->scratch = ptst__alloc(c, c->scratch_size, 1);
+    if (c->scratch == NULL || ptst__pool_open(c) != PTST_OK) {
         ptst_close(c);
         return PTST_ERR_MEMORY;
     }

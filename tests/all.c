@@ -2,10 +2,12 @@
 #define TEST_ALL
 #include "test_core.c"
 #include "test_json.c"
+#include "test_kernels.c"
 
 int main(int argc, char **argv) {
     test_filter = argc > 1 ? argv[1] : NULL;
     suite_core();
     suite_json();
+    suite_kernels();
     return test_summary();
 }

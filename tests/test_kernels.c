@@ -1,0 +1,491 @@
+/* Tests of >>kernels: conversion and matrix products. */
+#include "test.h"
+
+/* The instruction sets of this machine; NULL ends the list. */
+static const char *const kernels_simds[] = {"scalar", "avx2", "avx512", "neon", NULL};
+
+/* A context, or NULL if this machine cannot run simd. */
+static ptst_ctx *kernels_open(const char *simd, int threads) {
+    return ptst__kernels_choose(simd) == NULL ? NULL : test_open(threads, simd);
+}
+
+/* ---- convert ---- */
+
+/* Value of an F16 (mantissa 10, bias 15) or BF16 (mantissa 7, bias 127), from the definition. */
+static double kernels_value(uint16_t h, int mantissa, int bias) {
+    int fields = h & 0x7FFF, e = fields >> mantissa, m = fields & ((1 << mantissa) - 1);
+    double v = e == 0 ? ldexp(m, 1 - bias - mantissa)
+                      : ldexp(m + (1 << mantissa), e - bias - mantissa);
+    return h & 0x8000 ? -v : v;
+}
+
+static bool kernels_special(uint16_t h, int mantissa) {
+    return (h & 0x7FFF) >> mantissa == 0x7FFF >> mantissa; /* infinity or NaN */
+}
+
+static void kernels_convert_one(ptst_ctx *c, ptst_dtype dtype, int mantissa, int bias) {
+    uint16_t *all = (uint16_t *)malloc(65536 * sizeof *all);
+    uint16_t *back = (uint16_t *)malloc(65536 * sizeof *back);
+    float *f = (float *)malloc(65536 * sizeof *f);
+    int i, bad = 0;
+    for (i = 0; i < 65536; i++) {
+        all[i] = (uint16_t)i;
+    }
+    ptst__convert_to_f32(c, f, all, dtype, 65536);
+    ptst__convert_from_f32(c, back, f, dtype, 65536);
+    for (i = 0; i < 65536; i++) {
+        uint16_t h = all[i], payload = (uint16_t)(h & ((1 << mantissa) - 1));
+        if (kernels_special(h, mantissa)) {
+            uint16_t quiet = (uint16_t)(1 << (mantissa - 1)); /* NaN may become quiet */
+            bool nan = f[i] != f[i];
+            bad += nan != (payload != 0) || (!nan && fabs((double)f[i]) <= 3.5e38);
+            bad += (back[i] | (nan ? quiet : 0)) != (h | (nan ? quiet : 0));
+            bad += (ptst__bits_of(f[i]) >> 31) != (uint32_t)h >> 15;
+        } else {
+            bad += (double)f[i] != kernels_value(h, mantissa, bias);
+            bad += (ptst__bits_of(f[i]) >> 31) != (uint32_t)h >> 15; /* -0 */
+            bad += back[i] != h;
+        }
+    }
+    CHECK(bad == 0);
+    free(all);
+    free(back);
+    free(f);
+}
+
+static void convert_all_values(void) {
+    int i;
+    for (i = 0; kernels_simds[i] != NULL; i++) {
+        ptst_ctx *c = kernels_open(kernels_simds[i], 1);
+        if (c != NULL) {
+            kernels_convert_one(c, PTST_F16, 10, 15);
+            kernels_convert_one(c, PTST_BF16, 7, 127);
+            ptst_close(c);
+        }
+    }
+}
+
+/* Between each value and the next: the middle goes to the even one, its neighbours to the nearer
+   one. All positive values up to the largest finite one, whose middle goes to infinity. */
+static void kernels_round_one(ptst_ctx *c, ptst_dtype dtype, int mantissa, int bias) {
+    int i, bad = 0, last = (0x7FFF >> mantissa << mantissa) - 1;
+    for (i = 0; i <= last; i++) {
+        double low = kernels_value((uint16_t)i, mantissa, bias), high, middle;
+        float x[6];
+        uint16_t h[6];
+        int even = i & 1 ? i + 1 : i, j;
+        high = i == last ? 2 * low - kernels_value((uint16_t)(i - 1), mantissa, bias)
+                         : kernels_value((uint16_t)(i + 1), mantissa, bias);
+        middle = (low + high) / 2;
+        x[0] = (float)middle;
+        x[1] = nextafterf((float)middle, 0);
+        x[2] = nextafterf((float)middle, INFINITY);
+        for (j = 0; j < 3; j++) {
+            x[j + 3] = -x[j];
+        }
+        ptst__convert_from_f32(c, h, x, dtype, 6);
+        bad += h[0] != even || h[1] != i || h[2] != i + 1;
+        bad += h[3] != (0x8000 | even) || h[4] != (0x8000 | i) || h[5] != (0x8000 | (i + 1));
+    }
+    CHECK(bad == 0);
+}
+
+static void convert_rounding(void) {
+    int i;
+    for (i = 0; kernels_simds[i] != NULL; i++) {
+        ptst_ctx *c = kernels_open(kernels_simds[i], 1);
+        if (c != NULL) {
+            kernels_round_one(c, PTST_F16, 10, 15);
+            kernels_round_one(c, PTST_BF16, 7, 127);
+            ptst_close(c);
+        }
+    }
+}
+
+/* Every length 0..70 at an odd address gives the scalar bits, and nothing beyond is written. */
+static void convert_lengths(void) {
+    static const ptst_dtype dtypes[] = {PTST_F32, PTST_F16, PTST_BF16};
+    ptst_rng r = {7, 0, 0};
+    float x[80], y[80], expected[80];
+    uint16_t h[164], scalar[164];
+    int i, d;
+    size_t n, k;
+    for (k = 0; k < 80; k++) { /* all exponents, NaN and infinity included */
+        x[k] = ptst__float_of(ptst_rng_u32(&r));
+    }
+    for (i = 0; kernels_simds[i] != NULL; i++) {
+        ptst_ctx *c = kernels_open(kernels_simds[i], 1);
+        for (d = 0; d < 3 && c != NULL; d++) {
+            for (n = 0; n <= 70; n++) {
+                memset(h, 0x55, sizeof h);
+                memset(scalar, 0x55, sizeof scalar);
+                ptst__convert_from_f32(c, h + 1, x + 1, dtypes[d], n);
+                ptst__from_f32__scalar(scalar + 1, x + 1, dtypes[d], n);
+                CHECK(memcmp(h, scalar, sizeof h) == 0);
+                memset(y, 0x55, sizeof y);
+                memset(expected, 0x55, sizeof expected);
+                ptst__convert_to_f32(c, y + 1, h + 1, dtypes[d], n);
+                ptst__to_f32__scalar(expected + 1, h + 1, dtypes[d], n);
+                CHECK(memcmp(y, expected, sizeof y) == 0);
+            }
+        }
+        ptst_close(c);
+    }
+}
+
+/* ---- matmul ---- */
+
+typedef struct kernels_case {
+    size_t M, N, K;
+    bool a_transposed, b_transposed;
+    ptst_dtype dtype;
+    float alpha, beta;
+    size_t pad; /* of every row, and elements before the data, so nothing is aligned */
+} kernels_case;
+
+typedef struct kernels_data {
+    float *A, *Y, *Y0;
+    char *B;
+    double *sums, *bounds; /* the product in double, and sum |a b| */
+    size_t lda, ldb, ldy, size;
+} kernels_data;
+
+/* Random operands, and the product by its definition in double precision. */
+static void kernels_fill(const kernels_case *k, kernels_data *d, uint64_t seed) {
+    size_t i, m, n, a_rows = k->a_transposed ? k->K : k->M, b_rows = k->b_transposed ? k->N : k->K;
+    size_t esize = ptst__dtype_size(k->dtype);
+    ptst_rng r = {0, 0, 0};
+    float *b32;
+    r.seed = seed;
+    d->lda = (k->a_transposed ? k->M : k->K) + k->pad;
+    d->ldb = (k->b_transposed ? k->K : k->N) + k->pad;
+    d->ldy = k->N + k->pad;
+    d->size = k->pad + k->M * d->ldy;
+    d->A = (float *)malloc((k->pad + a_rows * d->lda + 1) * sizeof *d->A);
+    d->B = (char *)malloc((k->pad + b_rows * d->ldb + 1) * esize);
+    b32 = (float *)malloc((k->pad + b_rows * d->ldb + 1) * sizeof *b32);
+    d->Y = (float *)malloc((d->size + 1) * sizeof *d->Y);
+    d->Y0 = (float *)malloc((d->size + 1) * sizeof *d->Y);
+    d->sums = (double *)calloc(k->M * k->N + 1, sizeof *d->sums);
+    d->bounds = (double *)calloc(k->M * k->N + 1, sizeof *d->sums);
+    for (i = 0; i < k->pad + a_rows * d->lda; i++) {
+        d->A[i] = ptst_rng_uniform(&r) * 2 - 1;
+    }
+    for (i = 0; i < k->pad + b_rows * d->ldb; i++) {
+        b32[i] = ptst_rng_uniform(&r) * 2 - 1;
+    }
+    ptst__from_f32__scalar(d->B, b32, k->dtype, k->pad + b_rows * d->ldb);
+    ptst__to_f32__scalar(b32, d->B, k->dtype, k->pad + b_rows * d->ldb);
+    for (i = 0; i < d->size; i++) { /* with beta = 0 the old Y may be anything */
+        d->Y0[i] = k->beta == 0 ? NAN : ptst_rng_uniform(&r) - 0.5f;
+    }
+    for (m = 0; m < k->M; m++) {
+        for (i = 0; i < k->K; i++) {
+            double a = (double)d->A[k->pad + (k->a_transposed ? i * d->lda + m : m * d->lda + i)];
+            const float *b = b32 + k->pad + (k->b_transposed ? i : i * d->ldb);
+            size_t step = k->b_transposed ? d->ldb : 1;
+            for (n = 0; n < k->N; n++) {
+                d->sums[m * k->N + n] += a * (double)b[n * step];
+                d->bounds[m * k->N + n] += fabs(a * (double)b[n * step]);
+            }
+        }
+    }
+    free(b32);
+}
+
+static void kernels_release(kernels_data *d) {
+    free(d->A);
+    free(d->B);
+    free(d->Y);
+    free(d->Y0);
+    free(d->sums);
+    free(d->bounds);
+}
+
+static void kernels_multiply(ptst_ctx *c, const kernels_case *k, kernels_data *d) {
+    ptst__matrix B;
+    B.data = ptst__element(d->B, k->dtype, k->pad);
+    B.ld = d->ldb;
+    B.dtype = k->dtype;
+    B.transposed = k->b_transposed;
+    memcpy(d->Y, d->Y0, d->size * sizeof *d->Y);
+    ptst__gemm(c, k->M, k->N, k->K, k->alpha, d->A + k->pad, d->lda, k->a_transposed, B, k->beta,
+               d->Y + k->pad, d->ldy);
+}
+
+/* Bound: adding K products in any order and float precision is off by at most K eps sum|a b|
+   (Higham, "Accuracy and Stability of Numerical Algorithms", 3.1; eps = 2^-24), and alpha, beta
+   and the blocks of K add a few roundings of the terms of the result. */
+static int kernels_compare(const kernels_case *k, const kernels_data *d) {
+    const double eps = 1.0 / 16777216;
+    size_t m, n;
+    int bad = 0;
+    for (m = 0; m < k->M; m++) {
+        for (n = 0; n < d->ldy; n++) {
+            size_t at = k->pad + m * d->ldy + n, i = m * k->N + n;
+            double old = (double)d->Y0[at], expected, bound;
+            if (n >= k->N) { /* between the rows nothing is written */
+                bad += ptst__bits_of(d->Y[at]) != ptst__bits_of(d->Y0[at]);
+                continue;
+            }
+            old = k->beta == 0 ? 0 : (double)k->beta * old;
+            expected = old + (double)k->alpha * d->sums[i];
+            bound = eps * (((double)k->K + 4) * fabs((double)k->alpha) * d->bounds[i] +
+                           4 * fabs(old));
+            bad += !(fabs((double)d->Y[at] - expected) <= bound);
+        }
+    }
+    return bad;
+}
+
+static bool kernels_check(ptst_ctx *c, const kernels_case *k, uint64_t seed) {
+    kernels_data d;
+    int bad;
+    kernels_fill(k, &d, seed);
+    kernels_multiply(c, k, &d);
+    bad = kernels_compare(k, &d);
+    if (bad != 0) {
+        fprintf(stderr, "%s: M %d N %d K %d, A %d, B %d dtype %d, alpha %g beta %g: %d wrong\n",
+                ptst_simd_name(c), (int)k->M, (int)k->N, (int)k->K, k->a_transposed,
+                k->b_transposed, (int)k->dtype, (double)k->alpha, (double)k->beta, bad);
+    }
+    kernels_release(&d);
+    return bad == 0;
+}
+
+/* Each variant of transposition and dtype (12 of them), alpha, beta and padding varying along. */
+static void kernels_variant(kernels_case *k, size_t v) {
+    static const ptst_dtype dtypes[] = {PTST_F32, PTST_F16, PTST_BF16};
+    static const float alphas[] = {1, -0.5f, 1, 2}, betas[] = {0, 1, 0.25f, 0, 1};
+    k->a_transposed = (v & 1) != 0;
+    k->b_transposed = (v & 2) != 0;
+    k->dtype = dtypes[v / 4 % 3];
+    k->alpha = alphas[v % 4];
+    k->beta = betas[v % 5];
+    k->pad = v % 3 * 3;
+}
+
+static void matmul_sizes(void) {
+    static const size_t sizes[] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  11, 12, 13, 14, 15,
+                                   16, 17, 24, 28, 29, 31, 32, 33, 47, 48, 49, 63, 65, 71};
+    const size_t count = sizeof sizes / sizeof sizes[0];
+    bool quick = getenv("TEST_QUICK") != NULL;
+    int s;
+    size_t i, v;
+    for (s = 0; kernels_simds[s] != NULL; s++) {
+        ptst_ctx *c = kernels_open(kernels_simds[s], 1);
+        ptst_rng r = {11, 0, 0};
+        if (c == NULL) {
+            continue;
+        }
+        for (i = 0; i < (quick ? 300u : 3000u); i++) {
+            kernels_case k;
+            k.M = sizes[ptst_rng_below(&r, (uint32_t)count)];
+            k.N = sizes[ptst_rng_below(&r, (uint32_t)count)];
+            k.K = sizes[ptst_rng_below(&r, (uint32_t)count)];
+            kernels_variant(&k, i);
+            CHECK(kernels_check(c, &k, i));
+        }
+        for (v = 0; v < 12; v++) { /* every number of rows, columns and steps */
+            for (i = 1; i <= (quick ? 20u : 70u); i++) {
+                kernels_case k;
+                k.M = v % 3 == 0 ? i : 19;
+                k.N = v % 3 == 1 ? i : 37;
+                k.K = v % 3 == 2 ? i : 21;
+                kernels_variant(&k, v);
+                CHECK(kernels_check(c, &k, i));
+            }
+        }
+        ptst_close(c);
+    }
+}
+
+/* Beyond one block of K, N and M, and beyond one task. */
+static void matmul_blocks(void) {
+    static const size_t shapes[][3] = {{20, 33, PTST__BLOCK_K + 1},
+                                       {17, 40, 2 * PTST__BLOCK_K + 7},
+                                       {1, 3, PTST__BLOCK_K * 3 + 5},
+                                       {18, PTST__BLOCK_N + 5, 19},
+                                       {PTST__BLOCK_M + 3, 21, 23},
+                                       {2 * PTST__BLOCK_M + 9, 3, 40},
+                                       {PTST__TASK_ROWS + 1, 70, 530},
+                                       {3, PTST__BLOCK_N + 1, 34}};
+    int s;
+    size_t i, v;
+    for (s = 0; kernels_simds[s] != NULL; s++) {
+        ptst_ctx *c = kernels_open(kernels_simds[s], 2);
+        for (i = 0; i < sizeof shapes / sizeof shapes[0] && c != NULL; i++) {
+            for (v = 0; v < 12; v += getenv("TEST_QUICK") != NULL ? 5 : 1) {
+                kernels_case k;
+                k.M = shapes[i][0];
+                k.N = shapes[i][1];
+                k.K = shapes[i][2];
+                kernels_variant(&k, v);
+                CHECK(kernels_check(c, &k, i));
+            }
+        }
+        ptst_close(c);
+    }
+}
+
+/* Nothing to multiply: Y = beta Y, whatever A and B hold (they may be NULL). */
+static void matmul_empty(void) {
+    int s;
+    for (s = 0; kernels_simds[s] != NULL; s++) {
+        ptst_ctx *c = kernels_open(kernels_simds[s], 2);
+        float y[6] = {1, 2, 3, 4, 5, NAN}, nan[6] = {NAN, NAN, NAN, NAN, NAN, NAN};
+        if (c == NULL) {
+            continue;
+        }
+        ptst__gemm(c, 0, 3, 4, 1, NULL, 4, false, ptst__matrix_f32(NULL, 4, true), 0, y, 3);
+        ptst__gemm(c, 3, 0, 4, 1, NULL, 4, false, ptst__matrix_f32(NULL, 4, true), 0, y, 0);
+        CHECK(y[0] == 1 && y[4] == 5);
+        ptst__gemm(c, 2, 2, 0, 1, NULL, 0, false, ptst__matrix_f32(NULL, 0, true), 0.5f, y, 3);
+        CHECK(y[0] == 0.5f && y[1] == 1 && y[2] == 3 && y[3] == 2 && y[4] == 2.5f);
+        ptst__gemm(c, 2, 3, 2, 0, nan, 2, false, ptst__matrix_f32(nan, 2, true), 0, y, 3);
+        CHECK(y[0] == 0 && y[2] == 0 && y[5] == 0);
+        ptst_close(c);
+    }
+}
+
+/* The same bits for 1, 2 and 3 threads, on every path. */
+static void matmul_threads(void) {
+    static const size_t shapes[][3] = {{300, 530, 1100}, {7, 530, 700}, {1, 900, 333},
+                                       {400, 8, 577},    {9, 70, 640},  {200, 2100, 40}};
+    int s, threads;
+    size_t i, v;
+    for (s = 0; kernels_simds[s] != NULL; s++) {
+        if (ptst__kernels_choose(kernels_simds[s]) == NULL) {
+            continue;
+        }
+        for (i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+            for (v = 0; v < 12; v += 5) {
+                kernels_case k;
+                kernels_data d;
+                float *first = NULL;
+                k.M = shapes[i][0];
+                k.N = shapes[i][1];
+                k.K = shapes[i][2] / (getenv("TEST_QUICK") != NULL || s == 0 ? 10 : 1);
+                kernels_variant(&k, v);
+                kernels_fill(&k, &d, i);
+                first = (float *)malloc(d.size * sizeof *first);
+                for (threads = 1; threads <= 3; threads++) {
+                    ptst_ctx *c = test_open(threads, kernels_simds[s]);
+                    kernels_multiply(c, &k, &d);
+                    if (threads == 1) {
+                        memcpy(first, d.Y, d.size * sizeof *first);
+                    }
+                    CHECK(memcmp(first, d.Y, d.size * sizeof *first) == 0);
+                    ptst_close(c);
+                }
+                free(first);
+                kernels_release(&d);
+            }
+        }
+    }
+}
+
+/* A row of a product with few rows does not depend on how many rows there are (decoding several
+   prompts at once gives what each gives alone). */
+static void matmul_few_rows_alone(void) {
+    int s;
+    size_t M, m;
+    for (s = 0; kernels_simds[s] != NULL; s++) {
+        ptst_ctx *c = kernels_open(kernels_simds[s], 2);
+        kernels_case k;
+        kernels_data d;
+        float y[50];
+        if (c == NULL) {
+            continue;
+        }
+        memset(&k, 0, sizeof k);
+        k.M = PTST__FEW;
+        k.N = 50;
+        k.K = 203;
+        k.b_transposed = true;
+        k.dtype = PTST_BF16;
+        k.alpha = 1;
+        kernels_fill(&k, &d, 5);
+        for (M = 1; M <= PTST__FEW; M++) {
+            k.M = M;
+            kernels_multiply(c, &k, &d);
+            for (m = 0; m < M; m++) {
+                ptst__matrix B;
+                B.data = d.B;
+                B.ld = d.ldb;
+                B.dtype = k.dtype;
+                B.transposed = true;
+                ptst__gemm(c, 1, k.N, k.K, 1, d.A + m * d.lda, d.lda, false, B, 0, y, 50);
+                CHECK(memcmp(y, d.Y + m * d.ldy, sizeof y) == 0);
+            }
+        }
+        kernels_release(&d);
+        ptst_close(c);
+    }
+}
+
+/* loss = sum_i u[i] y[i]; central differences of the scalar reference against the gradients.
+   y is linear in each operand, so the difference has no error but rounding: of values around 3,
+   over 2 h = 1/8, that is about 3 * 2^-24 * 8 < 1e-5 times a few. */
+static void matmul_gradients(void) {
+    enum { M = 3, N = 5, K = 7 };
+    ptst_ctx *c = test_open(1, "scalar");
+    float x[M * K], w[N * K], u[M * N], y[M * N], dx[M * K], dw[N * K];
+    ptst_rng r = {3, 0, 0};
+    size_t i, j;
+    for (i = 0; i < M * K; i++) {
+        x[i] = ptst_rng_normal(&r);
+        dx[i] = 1; /* gradients are added to what is there */
+    }
+    for (i = 0; i < N * K; i++) {
+        w[i] = ptst_rng_normal(&r);
+        dw[i] = 2;
+    }
+    for (i = 0; i < M * N; i++) {
+        u[i] = ptst_rng_uniform(&r) - 0.5f;
+    }
+    ptst_matmul_backward(c, M, N, K, x, w, u, dx, dw);
+    ptst_matmul_backward(c, M, N, K, x, w, u, NULL, NULL);
+    for (i = 0; i < M * K + N * K; i++) {
+        float *value = i < M * K ? &x[i] : &w[i - M * K], old = *value;
+        double got = i < M * K ? (double)dx[i] - 1 : (double)dw[i - M * K] - 2, loss[2] = {0, 0};
+        int side;
+        for (side = 0; side < 2; side++) {
+            *value = old + (side ? 0.0625f : -0.0625f);
+            ptst_matmul_forward(c, M, N, K, x, w, y);
+            for (j = 0; j < M * N; j++) {
+                loss[side] += (double)u[j] * (double)y[j];
+            }
+        }
+        *value = old;
+        CHECK_NEAR(got, (loss[1] - loss[0]) / 0.125, 5e-5);
+    }
+    ptst_close(c);
+}
+
+static void peak_is_positive(void) {
+    int s;
+    for (s = 0; kernels_simds[s] != NULL; s++) {
+        ptst_ctx *c = kernels_open(kernels_simds[s], 2);
+        if (c != NULL) {
+            double peak = ptst__peak_gflops(c, 0.001);
+            CHECK(peak > 1e-3 && peak < 1e6);
+            ptst_close(c);
+        }
+    }
+}
+
+static void suite_kernels(void) {
+    RUN(convert_all_values);
+    RUN(convert_rounding);
+    RUN(convert_lengths);
+    RUN(matmul_sizes);
+    RUN(matmul_blocks);
+    RUN(matmul_empty);
+    RUN(matmul_threads);
+    RUN(matmul_few_rows_alone);
+    RUN(matmul_gradients);
+    RUN(peak_is_positive);
+}
+
+MAIN(kernels)
