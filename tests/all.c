@@ -3,11 +3,13 @@
 #include "test_core.c"
 #include "test_json.c"
 #include "test_kernels.c"
+#include "test_safetensors.c"
 
 int main(int argc, char **argv) {
     test_filter = argc > 1 ? argv[1] : NULL;
     suite_core();
     suite_json();
     suite_kernels();
+    suite_safetensors();
     return test_summary();
 }
