@@ -255,7 +255,92 @@ PTST_API int ptst_json_line(const ptst_json *j, int32_t node);
 
 /* ---- api >>jinja ----------------------------------------------------------------------------- */
 
+/* Where a byte of a rendered prompt comes from. Only PTST_TEMPLATE bytes may become special tokens;
+   the others are somebody's text, whatever it looks like. */
+typedef enum ptst_mark {
+    PTST_TEMPLATE = 0, /* the template's own text, and the special tokens (bos_token, ...) */
+    PTST_CONTENT = 1,  /* derived from a string of the context: messages, tools, documents, ... */
+    PTST_ASSISTANT = 2 /* derived from what a message with role "assistant" says */
+} ptst_mark;
+
+/* Limits of one rendering and its clock; 0 = default. A limit that is reached is PTST_ERR_LIMIT. */
+typedef struct ptst_jinja_desc {
+    size_t steps;  /* evaluation steps; 0 = 400000 + 32 for each byte of the context */
+    size_t memory; /* bytes in use at a time; 0 = 48 MiB + 8 for each byte of the context */
+    size_t output; /* bytes of text; 0 = 8 MiB + 4 for each byte of the context */
+    size_t depth;  /* nesting of evaluation (macro calls, values); 0 = 800 */
+    int64_t now;   /* what strftime_now prints, seconds since 1970 as UTC; 0 = the local clock */
+} ptst_jinja_desc;
+
+/* A compiled template of the Jinja language as transformers sets it up: trim_blocks, lstrip_blocks,
+   loop controls, {% generation %}, immutable sandbox, raise_exception, strftime_now, tojson. */
+typedef struct ptst_jinja ptst_jinja;
+
+/* Compiles size bytes of UTF-8; name is used in errors only ("chat_template.jinja"), which say
+   line and column. */
+PTST_API ptst_jinja *ptst_jinja_compile(ptst_ctx *c, const char *source, size_t size,
+                                        const char *name);
+PTST_API void ptst_jinja_free(ptst_ctx *c, ptst_jinja *t);
+/* Renders with the members of the context's root object as variables. Strings of variables called
+   *_token count as template bytes, all others as content. Replaces *out and *marks (marks may be
+   NULL): marks->data[i] is the ptst_mark of byte i. desc may be NULL. The template is not changed
+   and may be used by several contexts at once. On failure both texts are empty. */
+PTST_API ptst_code ptst_jinja_render(ptst_ctx *c, const ptst_jinja *t, const ptst_json *context,
+                                     const ptst_jinja_desc *desc, ptst_text *out,
+                                     ptst_text *marks);
+
 /* ---- api >>template -------------------------------------------------------------------------- */
+
+/* A prompt ready for the tokenizer (ptst_encode_marked). Zero-initialise, release with
+   ptst_prompt_free; the functions below replace what is in it. */
+typedef struct ptst_prompt {
+    ptst_text text;
+    ptst_text marks; /* a ptst_mark for each byte of text */
+    ptst_text learn; /* 1 for each byte that a model should learn to write (answers of the assistant
+                        up to their end-of-text), 0 otherwise */
+    bool has_bos;    /* the text begins with the bos token: the tokenizer must not add another */
+} ptst_prompt;
+
+PTST_API void ptst_prompt_free(ptst_ctx *c, ptst_prompt *p);
+
+typedef struct ptst_template ptst_template;
+
+/* Loads a template:
+     "gsm:chat:llama", "CL"   a template of the paper's code by its name or short name
+     "model:llama"            the same system prompt and wording of the question through the model's
+                              own chat template: model:vanilla, alpaca, llama, llama-short, mpt,
+                              and model:none (the bare question)
+     "FILE.jinja"             a chat template; the question becomes one user message
+     "FOLDER"                 the chat template of a model folder, as model:none
+     "FILE.json"              {"name": "...%s..."}; "FILE.json#name" or "FILE.json:name" chooses one
+   model_dir is the model's folder, or NULL: source of the chat template and of the special tokens.
+   Chat templates are looked up as transformers does: chat_template.jinja and chat_templates/ before
+   the chat_template of tokenizer_config.json. */
+PTST_API ptst_template *ptst_template_load(ptst_ctx *c, const char *name_or_path,
+                                           const char *model_dir);
+PTST_API void ptst_template_free(ptst_ctx *c, ptst_template *t);
+/* "gsm:chat:llama", "model:llama", the path, or the user's own name. Owned by the template. */
+PTST_API const char *ptst_template_name(const ptst_template *t);
+/* "CL"; NULL if it has none. */
+PTST_API const char *ptst_template_short_name(const ptst_template *t);
+/* Does it go through a chat template (and so can render messages)? */
+PTST_API bool ptst_template_is_chat(const ptst_template *t);
+/* The prompt for one question: %s is replaced by it, or it becomes a message. */
+PTST_API ptst_code ptst_template_prompt(ptst_ctx *c, const ptst_template *t, const char *question,
+                                        size_t size, ptst_prompt *out);
+/* The prompt of a conversation, as apply_chat_template makes it: the root of conversation is the
+   list of messages, or an object with "messages" and further variables (tools, documents, ...).
+   A template of the paper takes user messages only, one after the other. */
+PTST_API ptst_code ptst_template_messages(ptst_ctx *c, const ptst_template *t,
+                                          const ptst_json *conversation,
+                                          bool add_generation_prompt, ptst_prompt *out);
+/* Renders with exactly these variables (root object), plus the special tokens of the model that it
+   does not set itself. */
+PTST_API ptst_code ptst_template_context(ptst_ctx *c, const ptst_template *t,
+                                         const ptst_json *context, ptst_prompt *out);
+/* Enumerates the paper's templates and the model: ones by i = 0, 1, ...; NULL at the end.
+   short_name and text (with %s; NULL for model: ones) may be NULL. Static text. */
+PTST_API const char *ptst_template_at(size_t i, const char **short_name, const char **text);
 
 /* ---- api >>safetensors ----------------------------------------------------------------------- */
 
@@ -2056,11 +2141,756 @@ PTST__UNUSED static ptst_code ptst__json_put_number(ptst_ctx *c, ptst_text *t, d
 /* >>tokenizer =====================================================================================
    Not written yet. */
 
-/* >>jinja =========================================================================================
-   Not written yet. */
+/* >>jinja =======================================================================================
+   Not complete yet: only what >>template links against. */
 
-/* >>template ======================================================================================
-   Not written yet. */
+/* Bits of a mark inside the interpreter: a ptst_mark, and "inside {% generation %}". */
+enum { PTST__MARK_SOURCE = 3, PTST__MARK_GENERATED = 4 };
+
+/* A variable of a rendering. */
+typedef enum ptst__jvar_kind {
+    PTST__JVAR_JSON,     /* a node; -1 = None */
+    PTST__JVAR_MESSAGES, /* a node, with the changes that apply_chat_template makes to messages */
+    PTST__JVAR_TEXT,     /* template bytes */
+    PTST__JVAR_FALSE,
+    PTST__JVAR_TRUE
+} ptst__jvar_kind;
+
+typedef struct ptst__jvar {
+    ptst__jvar_kind kind;
+    const char *name;
+    const ptst_json *json;
+    int32_t node;
+    const char *text;
+    size_t size;
+} ptst__jvar;
+
+PTST_API ptst_jinja *ptst_jinja_compile(ptst_ctx *c, const char *source, size_t size,
+                                        const char *name) {
+    (void)source;
+    (void)size;
+    ptst__fail(c, PTST_ERR_UNSUPPORTED, "%s: chat templates are not supported yet", name);
+    return NULL;
+}
+
+PTST_API void ptst_jinja_free(ptst_ctx *c, ptst_jinja *t) {
+    (void)c;
+    (void)t;
+}
+
+static ptst_code ptst__jinja_run(ptst_ctx *c, const ptst_jinja *t, const ptst__jvar *vars,
+                                 size_t count, const ptst_jinja_desc *desc, ptst_text *out,
+                                 ptst_text *marks) {
+    (void)t;
+    (void)vars;
+    (void)count;
+    (void)desc;
+    (void)out;
+    (void)marks;
+    return ptst__fail(c, PTST_ERR_UNSUPPORTED, "chat templates are not supported yet");
+}
+
+PTST_API ptst_code ptst_jinja_render(ptst_ctx *c, const ptst_jinja *t, const ptst_json *context,
+                                     const ptst_jinja_desc *desc, ptst_text *out,
+                                     ptst_text *marks) {
+    (void)context;
+    return ptst__jinja_run(c, t, NULL, 0, desc, out, marks);
+}
+
+/* >>template ====================================================================================
+   What is said around a question. The paper's templates are strings with %s, byte for byte those of
+   its code; everything else goes through a chat template (>>jinja), found in a model's folder as
+   transformers finds it. Relies on >>jinja and >>json. Afterwards a prompt is text whose every byte
+   is known to be template, content or assistant's words, so that the tokenizer lets only template
+   bytes become special tokens and training learns only what the assistant says. Tested by
+   tests/test_template.c. */
+
+/* Strings of github.com/vfleaking/PTST, prompt_utils.py (Apache-2.0), the code of "Keeping LLMs
+   Aligned After Fine-tuning: The Crucial Role of Prompt Templates". */
+#define PTST__ALPACA                                                                               \
+    "Below is an instruction that describes a task. Write a response that appropriately "          \
+    "completes the request."
+#define PTST__LLAMA_SHORT                                                                          \
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, " \
+    "while being safe."
+#define PTST__LLAMA                                                                                \
+    PTST__LLAMA_SHORT                                                                              \
+    " Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, "  \
+    "or illegal content. Please ensure that your responses are socially unbiased and positive in " \
+    "nature. If a question does not make any sense, or is not factually coherent, explain why "    \
+    "instead of answering something not correct. If you don't know the answer to a question, "     \
+    "please don't share false information."
+#define PTST__MPT                                                                                  \
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful "    \
+    "and honest answers."
+#define PTST__ALPACA_USER "### Instruction:\n%s\n\n### Response:\n"
+#define PTST__INST(system, user) "[INST] <<SYS>>\n" system "\n<</SYS>>\n\n" user " [/INST]"
+
+/* text: the whole prompt. user (and system, NULL = no system message): messages for the model's own
+   chat template. The text:, chat: pair of a system prompt and its wording is the same. */
+typedef struct ptst__paper_template {
+    const char *name, *short_name, *text, *system, *user;
+} ptst__paper_template;
+
+static const ptst__paper_template ptst__paper_templates[] = {
+    {"text", NULL, "%s", NULL, NULL},
+    {"chat", NULL, "[INST] %s [/INST]", NULL, NULL},
+    {"gsm:text:vanilla", "TV", "Question: %s\nAnswer:", NULL, NULL},
+    {"gsm:text:alpaca", "TA", PTST__ALPACA "\n\n" PTST__ALPACA_USER, NULL, NULL},
+    {"gsm:chat:vanilla", "CV", "[INST] Question: %s [/INST]", NULL, NULL},
+    {"gsm:chat:alpaca", "CA", PTST__INST(PTST__ALPACA, PTST__ALPACA_USER), NULL, NULL},
+    {"gsm:chat:llama", "CL", PTST__INST(PTST__LLAMA, "Question: %s"), NULL, NULL},
+    {"gsm:chat:llama-short", "CLS", PTST__INST(PTST__LLAMA_SHORT, "Question: %s"), NULL, NULL},
+    {"gsm:chat:mpt", "CM", PTST__INST(PTST__MPT, "Question: %s"), NULL, NULL},
+    {"model:vanilla", NULL, NULL, NULL, "Question: %s"},
+    {"model:alpaca", NULL, NULL, PTST__ALPACA, PTST__ALPACA_USER},
+    {"model:llama", NULL, NULL, PTST__LLAMA, "Question: %s"},
+    {"model:llama-short", NULL, NULL, PTST__LLAMA_SHORT, "Question: %s"},
+    {"model:mpt", NULL, NULL, PTST__MPT, "Question: %s"},
+    {"model:none", NULL, NULL, NULL, "%s"},
+};
+
+#undef PTST__ALPACA
+#undef PTST__LLAMA_SHORT
+#undef PTST__LLAMA
+#undef PTST__MPT
+#undef PTST__ALPACA_USER
+#undef PTST__INST
+
+enum {
+    PTST__PAPER_TEMPLATES = (int)(sizeof ptst__paper_templates / sizeof ptst__paper_templates[0]),
+    PTST__SPECIAL_TOKENS = 7
+};
+
+static const char *const ptst__special_names[PTST__SPECIAL_TOKENS] = {
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"};
+
+struct ptst_template {
+    ptst_text name;
+    const char *short_name;
+    ptst_text text;                          /* with %s, of a template that is no chat template */
+    const char *system, *user;               /* messages of a model: template, or NULL */
+    ptst_jinja *jinja;                       /* NULL if it is no chat template */
+    ptst_jinja *tools;                       /* another one for conversations with tools, or NULL */
+    bool merge;                              /* the system prompt leads the user's message */
+    ptst_text special[PTST__SPECIAL_TOKENS]; /* of the model; data NULL = it has none */
+};
+
+PTST_API void ptst_prompt_free(ptst_ctx *c, ptst_prompt *p) {
+    if (p != NULL) {
+        ptst_text_free(c, &p->text);
+        ptst_text_free(c, &p->marks);
+        ptst_text_free(c, &p->learn);
+        p->has_bos = false;
+    }
+}
+
+PTST_API const char *ptst_template_at(size_t i, const char **short_name, const char **text) {
+    const ptst__paper_template *p = &ptst__paper_templates[i < PTST__PAPER_TEMPLATES ? i : 0];
+    if (short_name != NULL) {
+        *short_name = p->short_name;
+    }
+    if (text != NULL) {
+        *text = p->text;
+    }
+    return i < PTST__PAPER_TEMPLATES ? p->name : NULL;
+}
+
+/* ---- prompts from strings with %s ---- */
+
+/* Appends `size` bytes and their mark. */
+static ptst_code ptst__prompt_add(ptst_ctx *c, ptst_prompt *p, const char *bytes, size_t size,
+                                  ptst_mark mark) {
+    size_t at = p->marks.size;
+    ptst_code code = ptst_text_append(c, &p->text, bytes, size);
+    if (code == PTST_OK) {
+        code = ptst_text_append(c, &p->marks, bytes, size);
+    }
+    if (code == PTST_OK && size != 0) {
+        memset(p->marks.data + at, (int)mark, size);
+    }
+    return code;
+}
+
+/* Appends text with each %s replaced by the question, which is never looked at. */
+static ptst_code ptst__prompt_fill(ptst_ctx *c, ptst_prompt *p, const char *text, size_t size,
+                                   const char *question, size_t question_size) {
+    ptst_code code = PTST_OK;
+    size_t i, from = 0;
+    for (i = 0; i + 1 < size && code == PTST_OK; i++) {
+        if (text[i] == '%' && text[i + 1] == 's') {
+            code = ptst__prompt_add(c, p, text + from, i - from, PTST_TEMPLATE);
+            if (code == PTST_OK) {
+                code = ptst__prompt_add(c, p, question, question_size, PTST_CONTENT);
+            }
+            from = ++i + 1;
+        }
+    }
+    return code == PTST_OK ? ptst__prompt_add(c, p, text + from, size - from, PTST_TEMPLATE) : code;
+}
+
+static bool ptst__has_placeholder(const char *text, size_t size) {
+    size_t i;
+    for (i = 0; i + 1 < size; i++) {
+        if (text[i] == '%' && text[i + 1] == 's') {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Does p begin with this text, in template bytes? */
+static bool ptst__prompt_begins(const ptst_prompt *p, const ptst_text *text) {
+    size_t i;
+    if (text->size == 0 || p->text.size < text->size ||
+        memcmp(p->text.data, text->data, text->size) != 0) {
+        return false;
+    }
+    for (i = 0; i < text->size && p->marks.data[i] == PTST_TEMPLATE; i++) {
+    }
+    return i == text->size;
+}
+
+/* Length of the answer that begins at byte i: what the assistant says and the template's bytes
+   inside it, up to and with the end-of-text that follows it at once.
+
+       <|im_start|>assistant\n Hello. <|im_end|> \n<|im_start|>user\n ...
+       0                       1      1          0                              */
+static size_t ptst__prompt_answer(const ptst_prompt *p, size_t i, const ptst_text *eos) {
+    const char *marks = p->marks.data;
+    size_t k, n = p->text.size, last = i;
+    for (k = i; k < n && marks[k] != PTST_CONTENT; k++) {
+        if (marks[k] == PTST_ASSISTANT) {
+            last = k;
+        } else if (eos->size != 0 && n - k >= eos->size &&
+                   memcmp(p->text.data + k, eos->data, eos->size) == 0) {
+            return k + eos->size - i;
+        }
+    }
+    return last + 1 - i;
+}
+
+/* Fills p->learn. {% generation %} blocks, where a template has them, say it themselves. */
+static ptst_code ptst__prompt_learn(ptst_ctx *c, ptst_prompt *p, const ptst_text *eos) {
+    size_t i, size, n = p->text.size;
+    char *marks = p->marks.data;
+    bool generated = false;
+    ptst_code code;
+    p->learn.size = 0;
+    code = ptst_text_append(c, &p->learn, marks, n);
+    if (code != PTST_OK || n == 0) {
+        return code;
+    }
+    for (i = 0; i < n; i++) {
+        p->learn.data[i] = (marks[i] & PTST__MARK_GENERATED) != 0;
+        generated = generated || p->learn.data[i] != 0;
+        marks[i] = (char)(marks[i] & PTST__MARK_SOURCE);
+    }
+    for (i = 0; i < n && !generated; i++) {
+        if (marks[i] == PTST_ASSISTANT) {
+            size = ptst__prompt_answer(p, i, eos);
+            memset(p->learn.data + i, 1, size);
+            i += size - 1;
+        }
+    }
+    return PTST_OK;
+}
+
+/* ---- chat templates ---- */
+
+static void ptst__prompt_empty(ptst_prompt *p) {
+    p->text.size = p->marks.size = p->learn.size = 0;
+    p->has_bos = false;
+}
+
+/* Renders variables (room for the special tokens after them) into *out. */
+static ptst_code ptst__template_render(ptst_ctx *c, const ptst_template *t, const ptst_jinja *jinja,
+                                       ptst__jvar *vars, size_t count, ptst_prompt *out) {
+    size_t i, k;
+    ptst_code code;
+    for (i = 0; i < PTST__SPECIAL_TOKENS; i++) {
+        for (k = 0; k < count && strcmp(vars[k].name, ptst__special_names[i]) != 0; k++) {
+        }
+        if (t->special[i].data != NULL && k == count) {
+            memset(&vars[count], 0, sizeof vars[count]);
+            vars[count].kind = PTST__JVAR_TEXT;
+            vars[count].name = ptst__special_names[i];
+            vars[count].text = t->special[i].data;
+            vars[count++].size = t->special[i].size;
+        }
+    }
+    ptst__prompt_empty(out);
+    code = ptst__jinja_run(c, jinja, vars, count, NULL, &out->text, &out->marks);
+    if (code == PTST_OK) {
+        code = ptst__prompt_learn(c, out, &t->special[1]);
+    }
+    if (code != PTST_OK) {
+        ptst__prompt_empty(out);
+        return code;
+    }
+    out->has_bos = ptst__prompt_begins(out, &t->special[0]);
+    return PTST_OK;
+}
+
+PTST_API ptst_code ptst_template_context(ptst_ctx *c, const ptst_template *t,
+                                         const ptst_json *context, ptst_prompt *out) {
+    size_t count = 0, members = ptst_json_size(context, 0);
+    ptst__jvar *vars;
+    ptst_code code;
+    int32_t key;
+    ptst__prompt_empty(out);
+    if (t->jinja == NULL) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "%s: not a chat template, so it takes a question",
+                          t->name.data);
+    }
+    if (ptst_json_kind(context, 0) != PTST_JSON_OBJECT) {
+        return ptst__fail(c, PTST_ERR_FORMAT, "the context must be a JSON object of variables");
+    }
+    vars = (ptst__jvar *)ptst__calloc(c, members + PTST__SPECIAL_TOKENS, sizeof *vars);
+    if (vars == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (key = ptst_json_first(context, 0); key >= 0;) {
+        vars[count].kind = PTST__JVAR_JSON;
+        vars[count].name = ptst_json_string(context, key, NULL);
+        vars[count].json = context;
+        vars[count].node = ptst_json_next(context, key);
+        key = ptst_json_next(context, vars[count++].node);
+    }
+    code = ptst__template_render(c, t, t->jinja, vars, count, out);
+    ptst__free(c, vars);
+    return code;
+}
+
+/* Messages of the form [{"role": "system", ...}, {"role": "user", ...}]; system may be NULL. */
+static ptst_json *ptst__messages_make(ptst_ctx *c, const char *system, const char *user,
+                                      size_t user_size) {
+    ptst_text text = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    ptst_code code = ptst__text_add(c, &text, "[");
+    if (code == PTST_OK && system != NULL) {
+        code = ptst__text_add(c, &text, "{\"role\": \"system\", \"content\": ");
+        code = code == PTST_OK ? ptst__json_quote(c, &text, system, strlen(system)) : code;
+        code = code == PTST_OK ? ptst__text_add(c, &text, "}, ") : code;
+    }
+    code = code == PTST_OK ? ptst__text_add(c, &text, "{\"role\": \"user\", \"content\": ") : code;
+    code = code == PTST_OK ? ptst__json_quote(c, &text, user, user_size) : code;
+    code = code == PTST_OK ? ptst__text_add(c, &text, "}]") : code;
+    if (code == PTST_OK) {
+        j = ptst_json_parse(c, text.data, text.size, "messages");
+    }
+    ptst_text_free(c, &text);
+    return j;
+}
+
+/* The variables of apply_chat_template. conversation is a list, or an object with "messages". */
+static ptst_code ptst__messages_render(ptst_ctx *c, const ptst_template *t,
+                                       const ptst_json *conversation, bool generate,
+                                       ptst_prompt *out) {
+    enum { FIXED = 4 };
+    static const char *const names[FIXED] = {"messages", "add_generation_prompt", "tools",
+                                             "documents"};
+    bool object = ptst_json_kind(conversation, 0) == PTST_JSON_OBJECT;
+    int32_t key, node, messages = object ? ptst_json_get(conversation, 0, "messages") : 0;
+    size_t i, count = FIXED;
+    bool tools = ptst_json_size(conversation, ptst_json_get(conversation, 0, "tools")) != 0;
+    ptst__jvar *vars;
+    ptst_code code;
+    if (ptst_json_kind(conversation, messages) != PTST_JSON_ARRAY ||
+        ptst_json_size(conversation, messages) == 0) {
+        return ptst__fail(c, PTST_ERR_FORMAT,
+                          "a conversation must be a list of at least one "
+                          "message, or an object with such a list as \"messages\"");
+    }
+    vars = (ptst__jvar *)ptst__calloc(
+        c, FIXED + (object ? ptst_json_size(conversation, 0) : 0) + PTST__SPECIAL_TOKENS,
+        sizeof *vars);
+    if (vars == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < FIXED; i++) {
+        vars[i].name = names[i];
+        vars[i].json = conversation;
+        vars[i].node = -1; /* None */
+        vars[i].kind = PTST__JVAR_JSON;
+    }
+    vars[0].kind = PTST__JVAR_MESSAGES;
+    vars[0].node = messages;
+    vars[1].kind = generate ? PTST__JVAR_TRUE : PTST__JVAR_FALSE;
+    for (key = object ? ptst_json_first(conversation, 0) : -1; key >= 0;) {
+        const char *name = ptst_json_string(conversation, key, NULL);
+        node = ptst_json_next(conversation, key);
+        for (i = 0; i < count && strcmp(vars[i].name, name) != 0; i++) {
+        }
+        if (i != 0) {
+            vars[i].kind = PTST__JVAR_JSON;
+            vars[i].name = name;
+            vars[i].json = conversation;
+            vars[i].node = node;
+            count += i == count;
+        }
+        key = ptst_json_next(conversation, node);
+    }
+    code = ptst__template_render(c, t, tools && t->tools != NULL ? t->tools : t->jinja, vars, count,
+                                 out);
+    ptst__free(c, vars);
+    return code;
+}
+
+/* The question as the last of the messages of a model: template (system may be NULL). If merge is
+   set, the system prompt leads the user's message instead. */
+static ptst_code ptst__question_render(ptst_ctx *c, const ptst_template *t, bool merge,
+                                       const char *question, size_t size, ptst_prompt *out) {
+    ptst_prompt user;
+    ptst_json *j;
+    const char *wording = t->user == NULL ? "%s" : t->user;
+    ptst_code code = PTST_OK;
+    memset(&user, 0, sizeof user);
+    if (merge && t->system != NULL) {
+        code = ptst__prompt_add(c, &user, t->system, strlen(t->system), PTST_CONTENT);
+        code = code == PTST_OK ? ptst__prompt_add(c, &user, "\n\n", 2, PTST_CONTENT) : code;
+    }
+    if (code == PTST_OK) {
+        code = ptst__prompt_fill(c, &user, wording, strlen(wording), question, size);
+    }
+    if (code == PTST_OK) {
+        j = ptst__messages_make(c, merge ? NULL : t->system, user.text.data, user.text.size);
+        code = j == NULL ? ptst_error_code(c) : ptst__messages_render(c, t, j, true, out);
+        ptst_json_free(c, j);
+    }
+    ptst_prompt_free(c, &user);
+    return code;
+}
+
+/* Does this chat template print a system message? Some refuse one, some drop it silently; then the
+   system prompt is put before the question. */
+static ptst_code ptst__template_try_system(ptst_ctx *c, ptst_template *t) {
+    ptst_prompt p;
+    ptst_code code;
+    memset(&p, 0, sizeof p);
+    code = ptst__question_render(c, t, false, "?", 1, &p);
+    t->merge =
+        code == PTST_ERR_MISMATCH || (code == PTST_OK && strstr(p.text.data, t->system) == NULL);
+    ptst_prompt_free(c, &p);
+    if (t->merge) {
+        ptst__log(c, PTST_LOG_WARNING,
+                  "%s: the model's chat template takes no system message, so the system prompt is "
+                  "put before the question",
+                  t->name.data);
+        return PTST_OK;
+    }
+    return code;
+}
+
+/* ---- finding them ---- */
+
+/* The chat template called `name` among those of tokenizer_config.json (a string is "default");
+   its node or -1. */
+static int32_t ptst__config_template(const ptst_json *j, const char *name) {
+    int32_t node = ptst_json_get(j, 0, "chat_template"), k;
+    if (ptst_json_kind(j, node) == PTST_JSON_STRING) {
+        return strcmp(name, "default") == 0 ? node : -1;
+    }
+    if (ptst_json_kind(j, node) != PTST_JSON_ARRAY) {
+        return -1;
+    }
+    for (k = ptst_json_first(j, node); k >= 0; k = ptst_json_next(j, k)) {
+        const char *entry = ptst_json_string(j, ptst_json_get(j, k, "name"), NULL);
+        if (entry != NULL && strcmp(entry, name) == 0) {
+            return ptst_json_get(j, k, "template");
+        }
+    }
+    return -1;
+}
+
+/* Compiles folder/file if it is there; *out stays NULL if it is not. */
+static ptst_code ptst__template_from_file(ptst_ctx *c, const char *folder, const char *file,
+                                          ptst_jinja **out) {
+    ptst_text path = {NULL, 0, 0}, text = {NULL, 0, 0};
+    ptst_code code = ptst__path_join(c, &path, folder, file);
+    if (code == PTST_OK && ptst__path_kind(path.data) == 1) {
+        code = ptst__read_file(c, path.data, &text);
+        if (code == PTST_OK) {
+            ptst_jinja_free(c, *out);
+            *out = ptst_jinja_compile(c, text.data, text.size, path.data);
+            code = *out == NULL ? ptst_error_code(c) : PTST_OK;
+        }
+    }
+    ptst_text_free(c, &path);
+    ptst_text_free(c, &text);
+    return code;
+}
+
+/* The same for the templates inside folder/file, which is JSON. */
+static ptst_code ptst__template_from_config(ptst_ctx *c, ptst_template *t, const char *folder,
+                                            const char *file) {
+    ptst_text path = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    const char *text;
+    size_t i, size = 0;
+    ptst_code code = ptst__path_join(c, &path, folder, file);
+    if (code == PTST_OK && ptst__path_kind(path.data) == 1) {
+        j = ptst_json_load(c, path.data);
+        code = j == NULL ? ptst_error_code(c) : PTST_OK;
+    }
+    for (i = 0; i < 2 && code == PTST_OK && j != NULL; i++) {
+        text =
+            ptst_json_string(j, ptst__config_template(j, i == 0 ? "default" : "tool_use"), &size);
+        if (text != NULL) {
+            ptst_jinja **to = i == 0 ? &t->jinja : &t->tools;
+            *to = ptst_jinja_compile(c, text, size, path.data);
+            code = *to == NULL ? ptst_error_code(c) : PTST_OK;
+        }
+    }
+    ptst_json_free(c, j);
+    ptst_text_free(c, &path);
+    return code;
+}
+
+/* transformers: template files, if there is any, replace what tokenizer_config.json says.
+   chat_template.json is where processors of older multimodal models keep it. */
+static ptst_code ptst__template_from_folder(ptst_ctx *c, ptst_template *t, const char *folder) {
+    ptst_code code = ptst__template_from_file(c, folder, "chat_template.jinja", &t->jinja);
+    if (code == PTST_OK) {
+        code = ptst__template_from_file(c, folder, "chat_templates/default.jinja", &t->jinja);
+    }
+    if (code == PTST_OK) {
+        code = ptst__template_from_file(c, folder, "chat_templates/tool_use.jinja", &t->tools);
+    }
+    if (code == PTST_OK && t->jinja == NULL && t->tools == NULL) {
+        code = ptst__template_from_config(c, t, folder, "tokenizer_config.json");
+    }
+    if (code == PTST_OK && t->jinja == NULL && t->tools == NULL) {
+        code = ptst__template_from_config(c, t, folder, "chat_template.json");
+    }
+    if (code == PTST_OK && t->jinja == NULL) {
+        return ptst__fail(c, PTST_ERR_UNSUPPORTED,
+                          "%s: has no chat template (chat_template.jinja, or chat_template in "
+                          "tokenizer_config.json)",
+                          folder);
+    }
+    return code;
+}
+
+/* bos_token and its like: a string, or an AddedToken object with "content". */
+static ptst_code ptst__template_special(ptst_ctx *c, ptst_template *t, const char *folder,
+                                        const char *file) {
+    ptst_text path = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    size_t i, size = 0;
+    ptst_code code = ptst__path_join(c, &path, folder, file);
+    if (code == PTST_OK && ptst__path_kind(path.data) == 1) {
+        j = ptst_json_load(c, path.data);
+        code = j == NULL ? ptst_error_code(c) : PTST_OK;
+    }
+    for (i = 0; i < PTST__SPECIAL_TOKENS && j != NULL && code == PTST_OK; i++) {
+        int32_t node = ptst_json_get(j, 0, ptst__special_names[i]);
+        const char *text = ptst_json_string(
+            j,
+            ptst_json_kind(j, node) == PTST_JSON_OBJECT ? ptst_json_get(j, node, "content") : node,
+            &size);
+        if (text != NULL && t->special[i].data == NULL) {
+            code = ptst_text_append(c, &t->special[i], text, size);
+        }
+    }
+    ptst_json_free(c, j);
+    ptst_text_free(c, &path);
+    return code;
+}
+
+/* A string of the user's own file; path is "FILE.json", "FILE.json#name" or "FILE.json:name". */
+static ptst_code ptst__template_from_json(ptst_ctx *c, ptst_template *t, const char *path,
+                                          size_t file_size) {
+    ptst_text file = {NULL, 0, 0};
+    const char *name = path[file_size] == 0 ? NULL : path + file_size + 1;
+    const char *text;
+    ptst_json *j = NULL;
+    size_t size = 0;
+    int32_t node = -1;
+    ptst_code code = ptst_text_append(c, &file, path, file_size);
+    if (code == PTST_OK) {
+        j = ptst_json_load(c, file.data);
+        code = j == NULL ? ptst_error_code(c) : PTST_OK;
+    }
+    if (j != NULL && name == NULL && ptst_json_size(j, 0) == 1) {
+        name = ptst_json_string(j, ptst_json_first(j, 0), NULL);
+    }
+    if (j != NULL && name == NULL) {
+        code =
+            ptst__fail(c, PTST_ERR_ARGUMENT, "%s: holds several templates; choose one by %s#name",
+                       file.data, file.data);
+    } else if (j != NULL) {
+        node = ptst_json_get(j, 0, name);
+        text = ptst_json_string(j, node, &size);
+        if (text == NULL) {
+            code =
+                ptst__fail(c, PTST_ERR_FORMAT, "%s: has no string called \"%s\"", file.data, name);
+        } else if (!ptst__has_placeholder(text, size)) {
+            code = ptst__fail(c, PTST_ERR_FORMAT, "%s: line %d: template \"%s\" has no %%s",
+                              file.data, ptst_json_line(j, node), name);
+        } else {
+            code = ptst_text_append(c, &t->text, text, size);
+        }
+        code = code == PTST_OK ? ptst__text_add(c, &t->name, name) : code;
+    }
+    ptst_json_free(c, j);
+    ptst_text_free(c, &file);
+    return code;
+}
+
+/* Length of the "FILE.json" part of a path, 0 if there is none. */
+static size_t ptst__json_path_size(const char *path) {
+    size_t i, n = strlen(path), found = 0;
+    for (i = 0; i + 5 <= n; i++) {
+        if (memcmp(path + i, ".json", 5) == 0 &&
+            (i + 5 == n || path[i + 5] == '#' || path[i + 5] == ':')) {
+            found = i + 5;
+        }
+    }
+    return found;
+}
+
+static ptst_code ptst__template_from_path(ptst_ctx *c, ptst_template *t, const char *path) {
+    size_t n = strlen(path), json = ptst__json_path_size(path);
+    int kind = ptst__path_kind(path);
+    ptst_code code;
+    if (json != 0 && kind != 2) {
+        return ptst__template_from_json(c, t, path, json);
+    }
+    code = ptst__text_add(c, &t->name, path);
+    if (code != PTST_OK) {
+        return code;
+    }
+    if (kind == 2) {
+        return ptst__template_from_folder(c, t, path);
+    }
+    if (kind == 1) {
+        return ptst__template_from_file(c, "", path, &t->jinja);
+    }
+    if (n > 6 && strcmp(path + n - 6, ".jinja") == 0) {
+        return ptst__fail_errno(c, path, "open", ENOENT);
+    }
+    return ptst__fail(c, PTST_ERR_ARGUMENT,
+                      "unknown template \"%.200s\": expected gsm:text:vanilla (TV), "
+                      "gsm:text:alpaca (TA), gsm:chat:vanilla (CV), gsm:chat:alpaca (CA), "
+                      "gsm:chat:llama (CL), gsm:chat:llama-short (CLS), gsm:chat:mpt (CM), text, "
+                      "chat, model:vanilla, model:alpaca, model:llama, model:llama-short, "
+                      "model:mpt, model:none, a .jinja file, FILE.json#name or a model folder",
+                      path);
+}
+
+static ptst_code ptst__template_fill(ptst_ctx *c, ptst_template *t, const char *name,
+                                     const char *model_dir) {
+    const ptst__paper_template *p = NULL;
+    const char *folder = model_dir == NULL && ptst__path_kind(name) == 2 ? name : model_dir;
+    ptst_code code = PTST_OK;
+    size_t i;
+    for (i = 0; i < PTST__PAPER_TEMPLATES && p == NULL; i++) {
+        const ptst__paper_template *q = &ptst__paper_templates[i];
+        if (strcmp(q->name, name) == 0 ||
+            (q->short_name != NULL && strcmp(q->short_name, name) == 0)) {
+            p = q;
+        }
+    }
+    if (folder != NULL) {
+        code = ptst__template_special(c, t, folder, "tokenizer_config.json");
+        code = code == PTST_OK ? ptst__template_special(c, t, folder, "special_tokens_map.json")
+                               : code;
+    }
+    if (code != PTST_OK || p == NULL) {
+        return code != PTST_OK ? code : ptst__template_from_path(c, t, name);
+    }
+    t->short_name = p->short_name;
+    t->system = p->system;
+    t->user = p->user;
+    code = ptst__text_add(c, &t->name, p->name);
+    if (code != PTST_OK || p->text != NULL) {
+        return code != PTST_OK ? code : ptst__text_add(c, &t->text, p->text);
+    }
+    if (model_dir == NULL) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT,
+                          "%s needs a model folder: it uses its chat template", p->name);
+    }
+    code = ptst__template_from_folder(c, t, model_dir);
+    return code == PTST_OK && t->system != NULL ? ptst__template_try_system(c, t) : code;
+}
+
+PTST_API ptst_template *ptst_template_load(ptst_ctx *c, const char *name_or_path,
+                                           const char *model_dir) {
+    ptst_template *t = (ptst_template *)ptst__calloc(c, 1, sizeof *t);
+    if (t != NULL && ptst__template_fill(c, t, name_or_path, model_dir) != PTST_OK) {
+        ptst_template_free(c, t);
+        return NULL;
+    }
+    return t;
+}
+
+PTST_API void ptst_template_free(ptst_ctx *c, ptst_template *t) {
+    size_t i;
+    if (t == NULL) {
+        return;
+    }
+    ptst_text_free(c, &t->name);
+    ptst_text_free(c, &t->text);
+    ptst_jinja_free(c, t->jinja);
+    ptst_jinja_free(c, t->tools);
+    for (i = 0; i < PTST__SPECIAL_TOKENS; i++) {
+        ptst_text_free(c, &t->special[i]);
+    }
+    ptst__free(c, t);
+}
+
+PTST_API const char *ptst_template_name(const ptst_template *t) { return t->name.data; }
+
+PTST_API const char *ptst_template_short_name(const ptst_template *t) { return t->short_name; }
+
+PTST_API bool ptst_template_is_chat(const ptst_template *t) { return t->jinja != NULL; }
+
+PTST_API ptst_code ptst_template_prompt(ptst_ctx *c, const ptst_template *t, const char *question,
+                                        size_t size, ptst_prompt *out) {
+    ptst_code code;
+    ptst__prompt_empty(out);
+    if (t->jinja != NULL) {
+        return ptst__question_render(c, t, t->merge, question, size, out);
+    }
+    code = ptst__prompt_fill(c, out, t->text.data, t->text.size, question, size);
+    if (code == PTST_OK) {
+        code = ptst__prompt_learn(c, out, &t->special[1]);
+    }
+    if (code != PTST_OK) {
+        ptst__prompt_empty(out);
+        return code;
+    }
+    out->has_bos = ptst__prompt_begins(out, &t->special[0]);
+    return PTST_OK;
+}
+
+PTST_API ptst_code ptst_template_messages(ptst_ctx *c, const ptst_template *t,
+                                          const ptst_json *conversation, bool add_generation_prompt,
+                                          ptst_prompt *out) {
+    const char *role, *content;
+    size_t size = 0;
+    int32_t list, message;
+    ptst__prompt_empty(out);
+    if (t->jinja != NULL) {
+        return ptst__messages_render(c, t, conversation, add_generation_prompt, out);
+    }
+    list = ptst_json_kind(conversation, 0) == PTST_JSON_OBJECT
+               ? ptst_json_get(conversation, 0, "messages")
+               : 0;
+    message = ptst_json_at(conversation, list, 0);
+    role = ptst_json_string(conversation, ptst_json_get(conversation, message, "role"), NULL);
+    content =
+        ptst_json_string(conversation, ptst_json_get(conversation, message, "content"), &size);
+    if (ptst_json_size(conversation, list) != 1 || role == NULL || strcmp(role, "user") != 0 ||
+        content == NULL) {
+        return ptst__fail(c, PTST_ERR_MISMATCH,
+                          "%s: takes one question, so a conversation must be one message with role "
+                          "\"user\"",
+                          t->name.data);
+    }
+    return ptst_template_prompt(c, t, content, size, out);
+}
 
 /* >>safetensors ===================================================================================
    Not written yet. */

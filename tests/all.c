@@ -4,6 +4,7 @@
 #include "test_json.c"
 #include "test_kernels.c"
 #include "test_ops.c"
+#include "test_template.c"
 
 int main(int argc, char **argv) {
     test_filter = argc > 1 ? argv[1] : NULL;
@@ -11,5 +12,6 @@ int main(int argc, char **argv) {
     suite_json();
     suite_kernels();
     suite_ops();
+    suite_template();
     return test_summary();
 }
