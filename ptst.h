@@ -2005,6 +2005,7 @@ typedef struct ptst__tile {
     float *y;
     size_t ldy, rows, cols;
     float alpha, beta;
+    const float *ahead; /* a hint: K cache lines from here are needed soon */
 } ptst__tile;
 
 /* What differs between instruction sets. dtype is F32, F16 or BF16 everywhere. */
@@ -2311,6 +2312,10 @@ typedef struct ptst__matrix {
     bool transposed;
 } ptst__matrix;
 
+static size_t ptst__min(size_t a, size_t b) { return a < b ? a : b; }
+
+static size_t ptst__ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
+
 /* Adds a block of sums (row stride ld) to Y as the tile says. */
 static void ptst__tile_put(const ptst__tile *t, const float *sums, size_t ld) {
     size_t i, j;
@@ -2398,21 +2403,35 @@ static double ptst__peak__scalar(size_t rounds, float scale, float *sink) {
 
 /* ---- matmul, AVX2 ---- */
 
-/* As __scalar, 8 columns at a time. */
+/* The first n < 8 elements at src, then 0; nothing beyond them is read. */
+PTST__AVX2 PTST__INLINE __m256 ptst__load_part__avx2(const void *src, ptst_dtype dtype, size_t n) {
+    uint16_t h[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    if (dtype == PTST_F32) {
+        __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm256_maskload_ps((const float *)src,
+                                  _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), lane));
+    }
+    memcpy(h, src, n * sizeof *h);
+    return ptst__load8__avx2(h, dtype, 0);
+}
+
+/* As __scalar, 8 columns at a time. A row is only one or two cache lines, and no processor guesses
+   where the next one is: rows are asked for ahead of time. */
 PTST__AVX2 static void ptst__pack_rows__avx2(float *dst, size_t width, const void *src,
                                              ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
-    size_t k, j, whole = cols / 8 * 8;
-    if (whole < cols) {
-        ptst__pack_rows__scalar(dst, width, src, dtype, ld, cols, K);
-        return;
-    }
+    size_t k, j;
     for (k = 0; k < K; k++) {
-        for (j = 0; j < whole; j += 8) {
-            __m256 x = ptst__load8__avx2(src, dtype, k * ld + j);
+        const void *row = ptst__element(src, dtype, k * ld);
+        _mm_prefetch((const char *)ptst__element(src, dtype, ptst__min(k + 16, K - 1) * ld),
+                     _MM_HINT_T0);
+        for (j = 0; j < width; j += 8) {
+            __m256 x = _mm256_setzero_ps();
+            if (j + 8 <= cols) {
+                x = ptst__load8__avx2(row, dtype, j);
+            } else if (j < cols) {
+                x = ptst__load_part__avx2(ptst__element(row, dtype, j), dtype, cols - j);
+            }
             _mm256_storeu_ps(dst + k * width + j, x);
-        }
-        for (; j < width; j += 8) {
-            _mm256_storeu_ps(dst + k * width + j, _mm256_setzero_ps());
         }
     }
 }
@@ -2491,6 +2510,7 @@ PTST__AVX2 static void ptst__tile__avx2(size_t K, const float *a, const float *b
     float *y = whole ? t->y : edge;
     size_t ldy = whole ? t->ldy : 16;
     float alpha = whole ? t->alpha : 1, beta = whole ? t->beta : 0;
+    const char *ahead = (const char *)t->ahead;
 #define PTST__X(i) __m256 p##i = _mm256_setzero_ps(), q##i = _mm256_setzero_ps();
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
@@ -2501,7 +2521,7 @@ PTST__AVX2 static void ptst__tile__avx2(size_t K, const float *a, const float *b
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
     }
-    for (; K > 0; K--, a += 8, b += 16) {
+    for (; K > 0; K--, a += 8, b += 16, ahead += 64) {
         __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8), ai;
 #define PTST__X(i)                                                                                 \
     ai = _mm256_broadcast_ss(a + i);                                                               \
@@ -2509,6 +2529,7 @@ PTST__AVX2 static void ptst__tile__avx2(size_t K, const float *a, const float *b
     q##i = _mm256_fmadd_ps(ai, b1, q##i);
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
+        _mm_prefetch(ahead, _MM_HINT_T1);
     }
 #define PTST__X(i)                                                                                 \
     ptst__put8__avx2(y + i * ldy, p##i, alpha, beta);                                              \
@@ -2627,14 +2648,18 @@ PTST__AVX2 static double ptst__peak__avx2(size_t rounds, float scale, float *sin
 
 /* ---- matmul, AVX-512 ---- */
 
-/* As __scalar, 16 columns at a time. */
+/* As __scalar, 16 columns at a time. A row is only one or two cache lines, and no processor guesses
+   where the next one is: rows are asked for ahead of time. */
 PTST__AVX512 static void ptst__pack_rows__avx512(float *dst, size_t width, const void *src,
                                                  ptst_dtype dtype, size_t ld, size_t cols,
                                                  size_t K) {
     size_t k, j;
-    for (j = 0; j < width; j += 16) {
-        __mmask16 mask = cols > j ? ptst__mask16__avx512(cols - j) : (__mmask16)0;
-        for (k = 0; k < K; k++) {
+    for (k = 0; k < K; k++) {
+        const char *later = (const char *)ptst__element(src, dtype, ptst__min(k + 16, K - 1) * ld);
+        _mm_prefetch(later, _MM_HINT_T0);
+        _mm_prefetch(later + 64, _MM_HINT_T0);
+        for (j = 0; j < width; j += 16) {
+            __mmask16 mask = cols > j ? ptst__mask16__avx512(cols - j) : (__mmask16)0;
             __m512 x = ptst__load16__avx512(src, dtype, k * ld + j, mask);
             _mm512_storeu_ps(dst + k * width + j, x);
         }
@@ -2721,6 +2746,7 @@ PTST__AVX512 static void ptst__tile__avx512(size_t K, const float *a, const floa
     __mmask16 m0 = ptst__mask16__avx512(t->cols);
     __mmask16 m1 = t->cols > 16 ? ptst__mask16__avx512(t->cols - 16) : (__mmask16)0;
     size_t rows = t->rows, ldy = t->ldy;
+    const char *ahead = (const char *)t->ahead;
     float *y = t->y;
 #define PTST__X(i) __m512 p##i = _mm512_setzero_ps(), q##i = _mm512_setzero_ps();
     PTST__ROWS_14(PTST__X)
@@ -2732,7 +2758,7 @@ PTST__AVX512 static void ptst__tile__avx512(size_t K, const float *a, const floa
         PTST__ROWS_14(PTST__X)
 #undef PTST__X
     }
-    for (; K > 0; K--, a += 16, b += 32) {
+    for (; K > 0; K--, a += 16, b += 32, ahead += 64) {
         __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16), ai;
 #define PTST__X(i)                                                                                 \
     ai = _mm512_set1_ps(a[i]);                                                                     \
@@ -2740,6 +2766,7 @@ PTST__AVX512 static void ptst__tile__avx512(size_t K, const float *a, const floa
     q##i = _mm512_fmadd_ps(ai, b1, q##i);
         PTST__ROWS_14(PTST__X)
 #undef PTST__X
+        _mm_prefetch(ahead, _MM_HINT_T1);
     }
 #define PTST__X(i)                                                                                 \
     if (i < rows) {                                                                                \
@@ -3015,10 +3042,6 @@ typedef struct ptst__product {
     size_t task_rows, task_cols, row_tasks; /* tiles of Y that one task computes */
 } ptst__product;
 
-static size_t ptst__min(size_t a, size_t b) { return a < b ? a : b; }
-
-static size_t ptst__ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
-
 /* Task: packs one panel, first those of B, then those of A. */
 static void ptst__pack_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
@@ -3066,12 +3089,15 @@ static void ptst__tiles_task(void *arg, size_t task, int thread) {
     t.alpha = p->alpha;
     t.beta = p->k0 == 0 ? p->beta : 1;
     for (n = n_first; n < n_end; n += kernels->tile_cols) {
-        const float *b = p->packed_b + n * p->kc;
+        const float *b = p->packed_b + n * p->kc, *ahead = b + kernels->tile_cols * p->kc;
+        const float *b_end = ahead + (n + kernels->tile_cols < n_end ? kernels->tile_cols * p->kc : 0);
         t.cols = ptst__min(kernels->tile_cols, n_end - n);
         for (m = m_first; m < m_end; m += kernels->tile_rows) {
             const float *a = p->packed_a + m / kernels->tile_rows * kernels->a_width * p->kc;
             t.rows = ptst__min(kernels->tile_rows, m_end - m);
             t.y = p->Y + (p->m0 + m) * p->ldy + p->n0 + n;
+            t.ahead = ahead < b_end ? ahead : a;
+            ahead += 16 * p->kc;
             kernels->tile(p->kc, a, b, &t);
         }
     }
