@@ -272,6 +272,80 @@ PTST_API void ptst_matmul_forward(ptst_ctx *c, size_t M, size_t N, size_t K, con
 PTST_API void ptst_matmul_backward(ptst_ctx *c, size_t M, size_t N, size_t K, const float *x,
                                    const float *w, const float *dy, float *dx, float *dw);
 
+/* RMSNorm of T rows: y [T, C] = x [T, C] * rstd * w [C], rstd [T] = 1 / sqrt(mean(x^2) + eps).
+   rstd may be NULL if no backward pass follows. y may be x. */
+PTST_API void ptst_rmsnorm_forward(ptst_ctx *c, size_t T, size_t C, float eps, const float *x,
+                                   const float *w, float *y, float *rstd);
+/* dx [T, C] += and dw [C] +=, either may be NULL. */
+PTST_API void ptst_rmsnorm_backward(ptst_ctx *c, size_t T, size_t C, const float *x, const float *w,
+                                    const float *rstd, const float *dy, float *dx, float *dw);
+
+/* Rotary position embedding in place: H heads of D floats side by side in each of T rows that are
+   ld floats apart; the first R <= D floats of a head (R even) turn, element i with element
+   i + R/2, as in Hugging Face models. cosines, sines: [position, R/2], scaling included;
+   positions [T], or NULL for 0..T-1. inverse turns back, which is the backward pass. */
+PTST_API void ptst_rope(ptst_ctx *c, size_t T, size_t H, size_t D, size_t R, float *x, size_t ld,
+                        const float *cosines, const float *sines, const int32_t *positions,
+                        bool inverse);
+
+/* y = silu(gate) * up, silu(z) = z / (1 + exp(-z)), for n elements. y may be gate or up. */
+PTST_API void ptst_swiglu_forward(ptst_ctx *c, size_t n, const float *gate, const float *up,
+                                  float *y);
+/* Writes dgate and dup; dgate may be gate, dup may be up, and any of both may be dy. */
+PTST_API void ptst_swiglu_backward(ptst_ctx *c, size_t n, const float *gate, const float *up,
+                                   const float *dy, float *dgate, float *dup);
+
+/* One sequence (or a piece of one) in a batch: `count` rows of queries and the keys and values
+   they look at. These lie in two blocks, as if one followed the other: block 0 may be shared by
+   many spans (a common prefix, 0 rows if there is none), block 1 is the span's own. The last
+   query stands at the last key: query i of the span sees block 0 and the first
+   keys[1] - count + i + 1 rows of block 1. */
+typedef struct ptst_span {
+    size_t query;             /* first row in q, out, lse */
+    size_t count;             /* rows from there on */
+    const float *k[2], *v[2]; /* [keys[b], K, D], rows kv_ld floats apart; NULL if 0 keys */
+    size_t keys[2];
+    float *dk[2], *dv[2]; /* backward only; same layout, += ; equal exactly if k are */
+} ptst_span;
+
+/* Attention with H query heads on K key heads (K divides H; head h looks at key head
+   h / (H / K)), D floats each. */
+typedef struct ptst_attention {
+    size_t H, K, D;
+    float scale;            /* of the dot products, usually 1 / sqrt(D) */
+    size_t window;          /* a query sees this many keys up to its own; 0 = all */
+    size_t q_ld, kv_ld;     /* floats from row to row of q and dq; of k, v, dk and dv */
+    const ptst_span *spans; /* their rows of q must not overlap */
+    size_t spans_count;
+} ptst_attention;
+
+/* out [row, H, D] = softmax(scale q k^T) v for the rows of all spans (other rows are left alone).
+   q: [row, H, D] with q_ld floats from row to row. lse [row, H] = log of the sum of the
+   exponentials, needed for backward; may be NULL. A row that sees no key gives 0 (lse -inf). No
+   buffer grows with the square of the length. */
+PTST_API void ptst_attention_forward(ptst_ctx *c, const ptst_attention *a, const float *q,
+                                     float *out, float *lse);
+/* Bytes of scratch that ptst_attention_backward needs; linear in rows and keys. */
+PTST_API size_t ptst_attention_backward_scratch(const ptst_attention *a);
+/* From out, lse of the forward pass and dout [row, H, D]: writes dq (layout of q), adds to dk and
+   dv of the spans. Probabilities are computed again from lse. */
+PTST_API void ptst_attention_backward(ptst_ctx *c, const ptst_attention *a, const float *q,
+                                      const float *out, const float *lse, const float *dout,
+                                      float *dq, void *scratch);
+
+/* Softmax and cross-entropy: losses[r] = -log softmax(logits[r])[labels[r]] for logits [rows, V];
+   0 for a label that is negative or not below V. If scale is not 0, logits become their gradient
+   (softmax - onehot) * scale (0 for rows without a label); if it is 0 they are only read. */
+PTST_API void ptst_cross_entropy(ptst_ctx *c, size_t rows, size_t V, float *logits,
+                                 const int32_t *labels, double *losses, float scale);
+
+/* One step of AdamW (Loshchilov and Hutter 2019, the formula of torch.optim.AdamW) for n weights w
+   with gradients g * grad_scale and moments m, v (zero before the first step); step counts
+   from 1. */
+PTST_API void ptst_adamw(ptst_ctx *c, size_t n, float *w, const float *g, float *m, float *v,
+                         double lr, double beta1, double beta2, double eps, double weight_decay,
+                         uint64_t step, double grad_scale);
+
 /* ---- api >>model ----------------------------------------------------------------------------- */
 
 /* ---- api >>lora ------------------------------------------------------------------------------ */
@@ -2008,6 +2082,8 @@ typedef struct ptst__tile {
     const float *ahead; /* a hint: K cache lines from here are needed soon */
 } ptst__tile;
 
+struct ptst__adamw_factors;
+
 /* What differs between instruction sets. dtype is F32, F16 or BF16 everywhere. */
 struct ptst__kernels {
     const char *name; /* "scalar", ... */
@@ -2034,6 +2110,22 @@ struct ptst__kernels {
     /* Fused multiply-adds on registers only, `rounds` times; returns the number of floating point
        operations. sink keeps the result alive. */
     double (*peak)(size_t rounds, float scale, float *sink);
+
+    /* The operations on rows: see the scalar functions of the same names. */
+    float (*rmsnorm)(size_t C, float eps, const float *x, const float *w, float *y);
+    void (*rmsnorm_backward)(size_t C, const float *x, const float *w, float rstd, const float *dy,
+                             float *dx);
+    void (*rmsnorm_dw)(size_t T, size_t C, size_t n, const float *x, const float *rstd,
+                       const float *dy, float *dw);
+    void (*rope)(size_t half, float *x, const float *cosines, const float *sines, float sign);
+    void (*swiglu)(size_t n, const float *gate, const float *up, float *y);
+    void (*swiglu_backward)(size_t n, const float *gate, const float *up, const float *dy,
+                            float *dgate, float *dup);
+    double (*cross_entropy)(size_t V, float *x, size_t label, float scale);
+    void (*adamw)(size_t n, float *w, const float *g, float *m, float *v,
+                  const struct ptst__adamw_factors *f);
+    double (*sum_squares)(size_t n, const float *x);
+    void (*axpy)(size_t n, float alpha, const float *x, float *y);
 };
 
 /* Repeat a statement for each row of a micro-kernel. Its sums must live in registers, and no C
@@ -3319,6 +3411,659 @@ PTST_API void ptst_matmul_backward(ptst_ctx *c, size_t M, size_t N, size_t K, co
     }
 }
 
+/* ---- rmsnorm ---------------------------------------------------------------------------------
+   x, y [T, C], w [C], rstd [T]:
+
+       rstd_t = 1 / sqrt(mean_i x_ti^2 + eps)                               (1)
+       y_ti   = x_ti rstd_t w_i                                             (2)
+
+   Backward, with d rstd_t / d x_ti = -rstd_t^3 x_ti / C:
+
+       dw_i  += sum_t dy_ti x_ti rstd_t                                     (2, for w)
+       s_t    = rstd_t^2 / C sum_i w_i dy_ti x_ti                           (1)
+       dx_ti += rstd_t (w_i dy_ti - s_t x_ti)                               (2, 1)
+
+   Saved: rstd. Recomputed: nothing. Cost: 2 passes over each row, bound by memory. Zhang and
+   Sennrich 2019. Proof: tests/test_ops.c, rmsnorm_gradient. */
+
+/* One row of C. Returns rstd. */
+static float ptst__rmsnorm__scalar(size_t C, float eps, const float *x, const float *w, float *y) {
+    double sum = 0;
+    float rstd;
+    size_t i;
+    for (i = 0; i < C; i++) {
+        sum += (double)x[i] * (double)x[i];
+    }
+    rstd = (float)(1 / sqrt(sum / (double)C + (double)eps));
+    for (i = 0; i < C; i++) {
+        y[i] = x[i] * rstd * w[i];
+    }
+    return rstd;
+}
+
+static void ptst__rmsnorm_backward__scalar(size_t C, const float *x, const float *w, float rstd,
+                                           const float *dy, float *dx) {
+    double sum = 0;
+    float s;
+    size_t i;
+    for (i = 0; i < C; i++) {
+        sum += (double)w[i] * (double)dy[i] * (double)x[i];
+    }
+    s = (float)(sum * (double)rstd * (double)rstd / (double)C);
+    for (i = 0; i < C; i++) {
+        dx[i] += rstd * (w[i] * dy[i] - s * x[i]);
+    }
+}
+
+/* dw of n columns; x and dy are their first elements in rows of C. */
+static void ptst__rmsnorm_dw__scalar(size_t T, size_t C, size_t n, const float *x,
+                                     const float *rstd, const float *dy, float *dw) {
+    size_t t, i;
+    for (i = 0; i < n; i++) {
+        double sum = 0;
+        for (t = 0; t < T; t++) {
+            sum += (double)dy[t * C + i] * (double)x[t * C + i] * (double)rstd[t];
+        }
+        dw[i] += (float)sum;
+    }
+}
+
+typedef struct ptst__rmsnorm_job {
+    const struct ptst__kernels *kernels;
+    size_t T, C;
+    float eps;
+    const float *x, *w, *dy, *rstd_in;
+    float *y, *rstd, *dx, *dw;
+} ptst__rmsnorm_job;
+
+/* Rows and columns of a task. */
+enum { PTST__NORM_ROWS = 8, PTST__NORM_COLUMNS = 64 };
+
+static void ptst__rmsnorm_task(void *arg, size_t task, int thread) {
+    const ptst__rmsnorm_job *j = (const ptst__rmsnorm_job *)arg;
+    size_t t = task * PTST__NORM_ROWS, end = ptst__min(t + PTST__NORM_ROWS, j->T);
+    (void)thread;
+    for (; t < end; t++) {
+        size_t at = t * j->C;
+        float rstd = j->kernels->rmsnorm(j->C, j->eps, j->x + at, j->w, j->y + at);
+        if (j->rstd != NULL) {
+            j->rstd[t] = rstd;
+        }
+    }
+}
+
+static void ptst__rmsnorm_backward_task(void *arg, size_t task, int thread) {
+    const ptst__rmsnorm_job *j = (const ptst__rmsnorm_job *)arg;
+    size_t t = task * PTST__NORM_ROWS, end = ptst__min(t + PTST__NORM_ROWS, j->T);
+    (void)thread;
+    for (; t < end; t++) {
+        size_t at = t * j->C;
+        j->kernels->rmsnorm_backward(j->C, j->x + at, j->w, j->rstd_in[t], j->dy + at, j->dx + at);
+    }
+}
+
+static void ptst__rmsnorm_dw_task(void *arg, size_t task, int thread) {
+    const ptst__rmsnorm_job *j = (const ptst__rmsnorm_job *)arg;
+    size_t i = task * PTST__NORM_COLUMNS, n = ptst__min(PTST__NORM_COLUMNS, j->C - i);
+    (void)thread;
+    j->kernels->rmsnorm_dw(j->T, j->C, n, j->x + i, j->rstd_in, j->dy + i, j->dw + i);
+}
+
+PTST_API void ptst_rmsnorm_forward(ptst_ctx *c, size_t T, size_t C, float eps, const float *x,
+                                   const float *w, float *y, float *rstd) {
+    ptst__rmsnorm_job j;
+    memset(&j, 0, sizeof j);
+    j.kernels = c->kernels;
+    j.T = T;
+    j.C = C;
+    j.eps = eps;
+    j.x = x;
+    j.w = w;
+    j.y = y;
+    j.rstd = rstd;
+    ptst__parallel_for(c, ptst__ceil_div(T, PTST__NORM_ROWS), ptst__rmsnorm_task, &j);
+}
+
+PTST_API void ptst_rmsnorm_backward(ptst_ctx *c, size_t T, size_t C, const float *x, const float *w,
+                                    const float *rstd, const float *dy, float *dx, float *dw) {
+    ptst__rmsnorm_job j;
+    memset(&j, 0, sizeof j);
+    j.kernels = c->kernels;
+    j.T = T;
+    j.C = C;
+    j.x = x;
+    j.w = w;
+    j.rstd_in = rstd;
+    j.dy = dy;
+    j.dx = dx;
+    j.dw = dw;
+    if (dw != NULL) {
+        ptst__parallel_for(c, ptst__ceil_div(C, PTST__NORM_COLUMNS), ptst__rmsnorm_dw_task, &j);
+    }
+    if (dx != NULL) {
+        ptst__parallel_for(c, ptst__ceil_div(T, PTST__NORM_ROWS), ptst__rmsnorm_backward_task, &j);
+    }
+}
+
+/* ---- rope ------------------------------------------------------------------------------------
+   Rotary position embedding (Su et al. 2021) with the halves of Hugging Face models: in each head
+   the pair (x_i, x_{i + R/2}) turns by the angle of position p,
+
+       x_i       = x_i cos_pi - x_{i+R/2} sin_pi          0 <= i < R/2
+       x_{i+R/2} = x_{i+R/2} cos_pi + x_i sin_pi
+
+   A rotation's transpose turns back, so backward is the same with -sin. Scaling (llama3, yarn,
+   ...) is in the tables. Nothing is saved. Proof: tests/test_ops.c, rope_gradient. */
+
+/* One head; sign is 1, or -1 for the inverse. */
+static void ptst__rope__scalar(size_t half, float *x, const float *cosines, const float *sines,
+                               float sign) {
+    size_t i;
+    for (i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half], s = sign * sines[i];
+        x[i] = a * cosines[i] - b * s;
+        x[i + half] = b * cosines[i] + a * s;
+    }
+}
+
+typedef struct ptst__rope_job {
+    const struct ptst__kernels *kernels;
+    size_t T, H, D, half, ld;
+    float *x;
+    const float *cosines, *sines;
+    const int32_t *positions;
+    float sign;
+} ptst__rope_job;
+
+enum { PTST__ROPE_ROWS = 8 };
+
+static void ptst__rope_task(void *arg, size_t task, int thread) {
+    const ptst__rope_job *j = (const ptst__rope_job *)arg;
+    size_t t = task * PTST__ROPE_ROWS, end = ptst__min(t + PTST__ROPE_ROWS, j->T), h;
+    (void)thread;
+    for (; t < end; t++) {
+        size_t at = (j->positions == NULL ? t : (size_t)j->positions[t]) * j->half;
+        for (h = 0; h < j->H; h++) {
+            j->kernels->rope(j->half, j->x + t * j->ld + h * j->D, j->cosines + at, j->sines + at,
+                             j->sign);
+        }
+    }
+}
+
+PTST_API void ptst_rope(ptst_ctx *c, size_t T, size_t H, size_t D, size_t R, float *x, size_t ld,
+                        const float *cosines, const float *sines, const int32_t *positions,
+                        bool inverse) {
+    ptst__rope_job j;
+    j.kernels = c->kernels;
+    j.T = T;
+    j.H = H;
+    j.D = D;
+    j.half = R / 2;
+    j.ld = ld;
+    j.x = x;
+    j.cosines = cosines;
+    j.sines = sines;
+    j.positions = positions;
+    j.sign = inverse ? -1.0f : 1.0f;
+    ptst__parallel_for(c, ptst__ceil_div(T, PTST__ROPE_ROWS), ptst__rope_task, &j);
+}
+
+/* ---- swiglu ----------------------------------------------------------------------------------
+   For each element, with s = 1 / (1 + exp(-gate)):
+
+       y = gate s up
+       dup   = dy gate s
+       dgate = dy up s (1 + gate (1 - s))
+
+   Saved: gate and up. Recomputed: s. Cost: one exponential each way. Shazeer 2020. Proof:
+   tests/test_ops.c, swiglu_gradient. */
+
+static void ptst__swiglu__scalar(size_t n, const float *gate, const float *up, float *y) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        y[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
+    }
+}
+
+static void ptst__swiglu_backward__scalar(size_t n, const float *gate, const float *up,
+                                          const float *dy, float *dgate, float *dup) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        float g = gate[i], u = up[i], d = dy[i], s = 1 / (1 + expf(-g));
+        dup[i] = d * g * s;
+        dgate[i] = d * u * s * (1 + g * (1 - s));
+    }
+}
+
+typedef struct ptst__swiglu_job {
+    const struct ptst__kernels *kernels;
+    size_t n;
+    const float *gate, *up, *dy;
+    float *y, *dgate, *dup;
+} ptst__swiglu_job;
+
+/* Elements of a task of an operation that works element by element; a multiple of 64 so that
+   tasks do not share cache lines. */
+enum { PTST__ELEMENTS = 4096 };
+
+static void ptst__swiglu_task(void *arg, size_t task, int thread) {
+    const ptst__swiglu_job *j = (const ptst__swiglu_job *)arg;
+    size_t i = task * PTST__ELEMENTS, n = ptst__min(PTST__ELEMENTS, j->n - i);
+    (void)thread;
+    if (j->y != NULL) {
+        j->kernels->swiglu(n, j->gate + i, j->up + i, j->y + i);
+    } else {
+        j->kernels->swiglu_backward(n, j->gate + i, j->up + i, j->dy + i, j->dgate + i, j->dup + i);
+    }
+}
+
+PTST_API void ptst_swiglu_forward(ptst_ctx *c, size_t n, const float *gate, const float *up,
+                                  float *y) {
+    ptst__swiglu_job j;
+    memset(&j, 0, sizeof j);
+    j.kernels = c->kernels;
+    j.n = n;
+    j.gate = gate;
+    j.up = up;
+    j.y = y;
+    ptst__parallel_for(c, ptst__ceil_div(n, PTST__ELEMENTS), ptst__swiglu_task, &j);
+}
+
+PTST_API void ptst_swiglu_backward(ptst_ctx *c, size_t n, const float *gate, const float *up,
+                                   const float *dy, float *dgate, float *dup) {
+    ptst__swiglu_job j;
+    memset(&j, 0, sizeof j);
+    j.kernels = c->kernels;
+    j.n = n;
+    j.gate = gate;
+    j.up = up;
+    j.dy = dy;
+    j.dgate = dgate;
+    j.dup = dup;
+    ptst__parallel_for(c, ptst__ceil_div(n, PTST__ELEMENTS), ptst__swiglu_task, &j);
+}
+
+/* ---- attention -------------------------------------------------------------------------------
+   For query row i and head h of a span, and all keys j that it sees (see ptst_span):
+
+       s_j = scale sum_d q_d k_jd                                           (1)
+       lse = log sum_j exp(s_j)                                             (2)
+       p_j = exp(s_j - lse)                                                 (3)
+       out_d = sum_j p_j v_jd                                               (4)
+
+   Backward visits the steps in reverse; sum_j p_j dp_j = sum_d dout_d out_d =: delta, so the
+   softmax needs no second pass over the keys:
+
+       dv_jd += p_j dout_d                                                  (4)
+       dp_j   = sum_d dout_d v_jd                                           (4)
+       ds_j   = p_j (dp_j - delta)                                          (3, 2)
+       dq_d  += scale ds_j k_jd                                             (1)
+       dk_jd += scale ds_j q_d                                              (1)
+
+   Saved: out and lse. Recomputed: s and p. Cost: 4 D operations forward and 10 D backward for each
+   pair of a query and a key that it sees. Dao 2022 and 2023 (FlashAttention). Proof:
+   tests/test_ops.c, attention_gradient. */
+
+/* begin[b] <= j < end[b] are the keys of block b that query i of span s sees. */
+static void ptst__attention_sees(const ptst_attention *a, const ptst_span *s, size_t i,
+                                 size_t begin[2], size_t end[2]) {
+    size_t own = s->keys[1] + i + 1, seen, first;
+    own = own > s->count ? own - s->count : 0;
+    seen = s->keys[0] + own;
+    first = a->window != 0 && seen > a->window ? seen - a->window : 0;
+    begin[0] = ptst__min(first, s->keys[0]);
+    end[0] = s->keys[0];
+    begin[1] = first - begin[0];
+    end[1] = own;
+}
+
+static double ptst__dot__scalar(size_t n, const float *x, const float *y) {
+    double sum = 0;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        sum += (double)x[i] * (double)y[i];
+    }
+    return sum;
+}
+
+/* One query row and head; q [D], out [D], and the first elements of the key head in k, v. */
+static double ptst__attention_row__scalar(const ptst_attention *a, const ptst_span *s, size_t i,
+                                          size_t at, const float *q, float *out) {
+    size_t begin[2], end[2], j, d;
+    double max = -HUGE_VAL, sum = 0, lse, score;
+    int b;
+    ptst__attention_sees(a, s, i, begin, end);
+    for (b = 0; b < 2; b++) { /* (1), (2): the sum is kept relative to the largest score */
+        for (j = begin[b]; j < end[b]; j++) {
+            score = (double)a->scale * ptst__dot__scalar(a->D, q, s->k[b] + j * a->kv_ld + at);
+            if (!(score <= max)) {
+                sum *= exp(max - score);
+                max = score;
+            }
+            sum += exp(score - max);
+        }
+    }
+    lse = max + log(sum);
+    memset(out, 0, a->D * sizeof *out);
+    for (b = 0; b < 2; b++) { /* (3), (4) */
+        for (j = begin[b]; j < end[b]; j++) {
+            const float *v = s->v[b] + j * a->kv_ld + at;
+            score = (double)a->scale * ptst__dot__scalar(a->D, q, s->k[b] + j * a->kv_ld + at);
+            for (d = 0; d < a->D; d++) {
+                out[d] += (float)exp(score - lse) * v[d];
+            }
+        }
+    }
+    return lse;
+}
+
+/* The same row backward; dq [D] is written, dk and dv of the span grow. */
+static void ptst__attention_row_backward__scalar(const ptst_attention *a, const ptst_span *s,
+                                                 size_t i, size_t at, const float *q,
+                                                 const float *out, double lse, const float *dout,
+                                                 float *dq) {
+    size_t begin[2], end[2], j, d;
+    double delta = ptst__dot__scalar(a->D, dout, out);
+    int b;
+    ptst__attention_sees(a, s, i, begin, end);
+    memset(dq, 0, a->D * sizeof *dq);
+    for (b = 0; b < 2; b++) {
+        for (j = begin[b]; j < end[b]; j++) {
+            const float *k = s->k[b] + j * a->kv_ld + at, *v = s->v[b] + j * a->kv_ld + at;
+            float *dk = s->dk[b] + j * a->kv_ld + at, *dv = s->dv[b] + j * a->kv_ld + at;
+            double p = exp((double)a->scale * ptst__dot__scalar(a->D, q, k) - lse);
+            double ds = (double)a->scale * p * (ptst__dot__scalar(a->D, dout, v) - delta);
+            for (d = 0; d < a->D; d++) {
+                dv[d] += (float)p * dout[d];
+                dq[d] += (float)ds * k[d];
+                dk[d] += (float)ds * q[d];
+            }
+        }
+    }
+}
+
+typedef struct ptst__attention_job {
+    const struct ptst__kernels *kernels;
+    const ptst_attention *a;
+    const float *q, *out_in, *dout, *lse_in;
+    float *out, *lse, *dq;
+} ptst__attention_job;
+
+/* Task: one span and head. */
+static void ptst__attention_task__scalar(void *arg, size_t task, int thread) {
+    const ptst__attention_job *j = (const ptst__attention_job *)arg;
+    const ptst_attention *a = j->a;
+    const ptst_span *s = &a->spans[task / a->H];
+    size_t h = task % a->H, at = h / (a->H / a->K) * a->D, i;
+    (void)thread;
+    for (i = 0; i < s->count; i++) {
+        size_t row = s->query + i;
+        double lse = ptst__attention_row__scalar(a, s, i, at, j->q + row * a->q_ld + h * a->D,
+                                                 j->out + (row * a->H + h) * a->D);
+        if (j->lse != NULL) {
+            j->lse[row * a->H + h] = (float)lse;
+        }
+    }
+}
+
+/* Task: one key head with all its query heads, over all spans in order. */
+static void ptst__attention_backward_task__scalar(void *arg, size_t task, int thread) {
+    const ptst__attention_job *j = (const ptst__attention_job *)arg;
+    const ptst_attention *a = j->a;
+    size_t group = a->H / a->K, n, g, i;
+    (void)thread;
+    for (n = 0; n < a->spans_count; n++) {
+        const ptst_span *s = &a->spans[n];
+        for (i = 0; i < s->count; i++) {
+            for (g = 0; g < group; g++) {
+                size_t row = s->query + i, h = task * group + g, at = (row * a->H + h) * a->D;
+                ptst__attention_row_backward__scalar(
+                    a, s, i, task * a->D, j->q + row * a->q_ld + h * a->D, j->out_in + at,
+                    (double)j->lse_in[row * a->H + h], j->dout + at,
+                    j->dq + row * a->q_ld + h * a->D);
+            }
+        }
+    }
+}
+
+PTST_API void ptst_attention_forward(ptst_ctx *c, const ptst_attention *a, const float *q,
+                                     float *out, float *lse) {
+    ptst__attention_job j;
+    memset(&j, 0, sizeof j);
+    j.kernels = c->kernels;
+    j.a = a;
+    j.q = q;
+    j.out = out;
+    j.lse = lse;
+    ptst__parallel_for(c, a->spans_count * a->H, ptst__attention_task__scalar, &j);
+}
+
+/* Bytes of scratch for the backward pass over any spans with at most `rows` rows of queries and
+   `keys` different rows of keys. */
+static size_t ptst__attention_scratch(size_t H, size_t D, size_t rows, size_t keys, size_t spans) {
+    return (2 * rows + 2 * keys) * H * D * sizeof(float) + (spans + 1) * 2 * 64;
+}
+
+PTST_API size_t ptst_attention_backward_scratch(const ptst_attention *a) {
+    size_t rows = 0, keys = 0, n;
+    for (n = 0; n < a->spans_count; n++) {
+        const ptst_span *s = &a->spans[n];
+        rows = s->query + s->count > rows ? s->query + s->count : rows;
+        keys += s->keys[0] + s->keys[1];
+    }
+    return ptst__attention_scratch(a->H, a->D, rows, keys, a->spans_count);
+}
+
+PTST_API void ptst_attention_backward(ptst_ctx *c, const ptst_attention *a, const float *q,
+                                      const float *out, const float *lse, const float *dout,
+                                      float *dq, void *scratch) {
+    ptst__attention_job j;
+    memset(&j, 0, sizeof j);
+    j.kernels = c->kernels;
+    j.a = a;
+    j.q = q;
+    j.out_in = out;
+    j.lse_in = lse;
+    j.dout = dout;
+    j.dq = dq;
+    (void)scratch;
+    ptst__parallel_for(c, a->K, ptst__attention_backward_task__scalar, &j);
+}
+
+/* ---- cross-entropy ---------------------------------------------------------------------------
+   One row of logits x [V] with label y:
+
+       lse  = max + log sum_i exp(x_i - max)                                (1)
+       loss = lse - x_y                                                     (2)
+       dx_i = (exp(x_i - lse) - [i = y]) scale                              (2, 1)
+
+   The gradient overwrites the logits, the largest buffer of a step. Cost: one exponential for the
+   loss alone, none more for the gradient. Proof: tests/test_ops.c, cross_entropy_gradient. */
+
+static double ptst__cross_entropy__scalar(size_t V, float *x, size_t label, float scale) {
+    double sum = 0, loss;
+    float max = x[0];
+    size_t i;
+    for (i = 1; i < V; i++) {
+        max = x[i] > max ? x[i] : max;
+    }
+    for (i = 0; i < V; i++) {
+        sum += exp((double)x[i] - (double)max);
+    }
+    loss = (double)max + log(sum) - (double)x[label];
+    for (i = 0; i < V && scale != 0; i++) {
+        double p = exp((double)x[i] - (double)max) / sum;
+        x[i] = (float)((p - (i == label ? 1 : 0)) * (double)scale);
+    }
+    return loss;
+}
+
+typedef struct ptst__cross_entropy_job {
+    const struct ptst__kernels *kernels;
+    size_t V;
+    float *logits;
+    const int32_t *labels;
+    double *losses;
+    float scale;
+} ptst__cross_entropy_job;
+
+static void ptst__cross_entropy_task(void *arg, size_t r, int thread) {
+    const ptst__cross_entropy_job *j = (const ptst__cross_entropy_job *)arg;
+    float *x = j->logits + r * j->V;
+    (void)thread;
+    if (j->labels[r] >= 0 && (size_t)j->labels[r] < j->V) {
+        j->losses[r] = j->kernels->cross_entropy(j->V, x, (size_t)j->labels[r], j->scale);
+        return;
+    }
+    j->losses[r] = 0;
+    if (j->scale != 0) {
+        memset(x, 0, j->V * sizeof *x);
+    }
+}
+
+PTST_API void ptst_cross_entropy(ptst_ctx *c, size_t rows, size_t V, float *logits,
+                                 const int32_t *labels, double *losses, float scale) {
+    ptst__cross_entropy_job j;
+    j.kernels = c->kernels;
+    j.V = V;
+    j.logits = logits;
+    j.labels = labels;
+    j.losses = losses;
+    j.scale = scale;
+    ptst__parallel_for(c, rows, ptst__cross_entropy_task, &j);
+}
+
+/* ---- adamw -----------------------------------------------------------------------------------
+   torch.optim.AdamW (Loshchilov and Hutter 2019; weight decay apart from the gradient), step t:
+
+       g = grad_scale grad
+       w = w (1 - lr weight_decay)
+       m = m + (1 - beta1) (g - m)
+       v = beta2 v + (1 - beta2) g^2
+       w = w - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+   Cost: 4 arrays read, 3 written: bound by memory. Proof: tests/test_ops.c, adamw_steps. */
+
+/* The factors of one step, rounded once from double as PyTorch does it. */
+typedef struct ptst__adamw_factors {
+    float grad_scale, keep, one_beta1, beta2, one_beta2, step_size, root, eps;
+} ptst__adamw_factors;
+
+static void ptst__adamw__scalar(size_t n, float *w, const float *g, float *m, float *v,
+                                const ptst__adamw_factors *f) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        float gradient = f->grad_scale * g[i];
+        m[i] += f->one_beta1 * (gradient - m[i]);
+        v[i] = f->beta2 * v[i] + f->one_beta2 * (gradient * gradient);
+        w[i] = w[i] * f->keep - f->step_size * (m[i] / (sqrtf(v[i]) / f->root + f->eps));
+    }
+}
+
+typedef struct ptst__adamw_job {
+    const struct ptst__kernels *kernels;
+    size_t n;
+    float *w, *m, *v;
+    const float *g;
+    ptst__adamw_factors factors;
+} ptst__adamw_job;
+
+static void ptst__adamw_task(void *arg, size_t task, int thread) {
+    const ptst__adamw_job *j = (const ptst__adamw_job *)arg;
+    size_t i = task * PTST__ELEMENTS, n = ptst__min(PTST__ELEMENTS, j->n - i);
+    (void)thread;
+    j->kernels->adamw(n, j->w + i, j->g + i, j->m + i, j->v + i, &j->factors);
+}
+
+PTST_API void ptst_adamw(ptst_ctx *c, size_t n, float *w, const float *g, float *m, float *v,
+                         double lr, double beta1, double beta2, double eps, double weight_decay,
+                         uint64_t step, double grad_scale) {
+    ptst__adamw_job j;
+    ptst__adamw_factors *f = &j.factors;
+    j.kernels = c->kernels;
+    j.n = n;
+    j.w = w;
+    j.g = g;
+    j.m = m;
+    j.v = v;
+    f->grad_scale = (float)grad_scale;
+    f->keep = (float)(1 - lr * weight_decay);
+    f->one_beta1 = (float)(1 - beta1);
+    f->beta2 = (float)beta2;
+    f->one_beta2 = (float)(1 - beta2);
+    f->step_size = (float)(lr / (1 - pow(beta1, (double)step)));
+    f->root = (float)sqrt(1 - pow(beta2, (double)step));
+    f->eps = (float)eps;
+    ptst__parallel_for(c, ptst__ceil_div(n, PTST__ELEMENTS), ptst__adamw_task, &j);
+}
+
+/* ---- sums and multiples of vectors ---- */
+
+static double ptst__sum_squares__scalar(size_t n, const float *x) {
+    return ptst__dot__scalar(n, x, x);
+}
+
+static void ptst__axpy__scalar(size_t n, float alpha, const float *x, float *y) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        y[i] += alpha * x[i];
+    }
+}
+
+/* Number of partial sums of ptst__sum_squares, whatever the number of threads. */
+enum { PTST__PARTS = 256 };
+
+typedef struct ptst__vector_job {
+    const struct ptst__kernels *kernels;
+    size_t n, part;
+    float alpha;
+    const float *x;
+    float *y;
+    double sums[PTST__PARTS];
+} ptst__vector_job;
+
+static void ptst__sum_squares_task(void *arg, size_t task, int thread) {
+    ptst__vector_job *j = (ptst__vector_job *)arg;
+    size_t i = task * j->part;
+    (void)thread;
+    j->sums[task] = j->kernels->sum_squares(ptst__min(j->part, j->n - i), j->x + i);
+}
+
+static void ptst__axpy_task(void *arg, size_t task, int thread) {
+    const ptst__vector_job *j = (const ptst__vector_job *)arg;
+    size_t i = task * PTST__ELEMENTS;
+    (void)thread;
+    j->kernels->axpy(ptst__min(PTST__ELEMENTS, j->n - i), j->alpha, j->x + i, j->y + i);
+}
+
+/* sum_i x_i^2 in double, always in the same order. */
+PTST__UNUSED static double ptst__sum_squares(ptst_ctx *c, size_t n, const float *x) {
+    ptst__vector_job j;
+    size_t i, parts;
+    double sum = 0;
+    j.kernels = c->kernels;
+    j.n = n;
+    j.x = x;
+    j.part = ptst__ceil_div(ptst__ceil_div(n, PTST__PARTS), 64) * 64;
+    parts = n == 0 ? 0 : ptst__ceil_div(n, j.part);
+    ptst__parallel_for(c, parts, ptst__sum_squares_task, &j);
+    for (i = 0; i < parts; i++) {
+        sum += j.sums[i];
+    }
+    return sum;
+}
+
+/* y += alpha x; x may be y. */
+PTST__UNUSED static void ptst__axpy(ptst_ctx *c, size_t n, float alpha, const float *x, float *y) {
+    ptst__vector_job j;
+    j.kernels = c->kernels;
+    j.n = n;
+    j.alpha = alpha;
+    j.x = x;
+    j.y = y;
+    ptst__parallel_for(c, ptst__ceil_div(n, PTST__ELEMENTS), ptst__axpy_task, &j);
+}
+
 /* ---- choice of kernels, context ---- */
 
 static const struct ptst__kernels ptst__kernels_scalar = {
@@ -3333,6 +4078,16 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     ptst__tile__scalar,
     ptst__dots__scalar,
     ptst__peak__scalar,
+    ptst__rmsnorm__scalar,
+    ptst__rmsnorm_backward__scalar,
+    ptst__rmsnorm_dw__scalar,
+    ptst__rope__scalar,
+    ptst__swiglu__scalar,
+    ptst__swiglu_backward__scalar,
+    ptst__cross_entropy__scalar,
+    ptst__adamw__scalar,
+    ptst__sum_squares__scalar,
+    ptst__axpy__scalar,
 };
 #if PTST__X86
 static const struct ptst__kernels ptst__kernels_avx2 = {
@@ -3347,6 +4102,16 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     ptst__tile__avx2,
     ptst__dots__avx2,
     ptst__peak__avx2,
+    ptst__rmsnorm__scalar,
+    ptst__rmsnorm_backward__scalar,
+    ptst__rmsnorm_dw__scalar,
+    ptst__rope__scalar,
+    ptst__swiglu__scalar,
+    ptst__swiglu_backward__scalar,
+    ptst__cross_entropy__scalar,
+    ptst__adamw__scalar,
+    ptst__sum_squares__scalar,
+    ptst__axpy__scalar,
 };
 static const struct ptst__kernels ptst__kernels_avx512 = {
     "avx512",
@@ -3360,6 +4125,16 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     ptst__tile__avx512,
     ptst__dots__avx512,
     ptst__peak__avx512,
+    ptst__rmsnorm__scalar,
+    ptst__rmsnorm_backward__scalar,
+    ptst__rmsnorm_dw__scalar,
+    ptst__rope__scalar,
+    ptst__swiglu__scalar,
+    ptst__swiglu_backward__scalar,
+    ptst__cross_entropy__scalar,
+    ptst__adamw__scalar,
+    ptst__sum_squares__scalar,
+    ptst__axpy__scalar,
 };
 #elif PTST__NEON
 static const struct ptst__kernels ptst__kernels_neon = {
@@ -3374,6 +4149,16 @@ static const struct ptst__kernels ptst__kernels_neon = {
     ptst__tile__neon,
     ptst__dots__neon,
     ptst__peak__neon,
+    ptst__rmsnorm__scalar,
+    ptst__rmsnorm_backward__scalar,
+    ptst__rmsnorm_dw__scalar,
+    ptst__rope__scalar,
+    ptst__swiglu__scalar,
+    ptst__swiglu_backward__scalar,
+    ptst__cross_entropy__scalar,
+    ptst__adamw__scalar,
+    ptst__sum_squares__scalar,
+    ptst__axpy__scalar,
 };
 #endif
 

@@ -3,11 +3,13 @@
 #include "test_core.c"
 #include "test_json.c"
 #include "test_kernels.c"
+#include "test_ops.c"
 
 int main(int argc, char **argv) {
     test_filter = argc > 1 ? argv[1] : NULL;
     suite_core();
     suite_json();
     suite_kernels();
+    suite_ops();
     return test_summary();
 }
