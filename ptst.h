@@ -2973,6 +2973,7 @@ typedef struct ptst__tile {
     float *y;
     size_t ldy, rows, cols;
     float alpha, beta;
+    const float *ahead; /* a hint: K cache lines from here are needed soon */
 } ptst__tile;
 
 struct ptst__adamw_factors;
@@ -2993,8 +2994,8 @@ struct ptst__kernels {
     void (*pack_rows)(float *dst, size_t width, const void *src, ptst_dtype dtype, size_t ld,
                       size_t cols, size_t K);
     /* The same from columns: dst[k * width + j] = src[min(j, cols - 1) * ld + k]. */
-    void (*pack_cols)(float *dst, size_t width, const float *src, size_t ld, size_t cols,
-                      size_t K);
+    void (*pack_cols)(float *dst, size_t width, const void *src, ptst_dtype dtype, size_t ld,
+                      size_t cols, size_t K);
     /* sum(i, j) = sum_k a[k * a_width + i] b[k * tile_cols + j] */
     void (*tile)(size_t K, const float *a, const float *b, const ptst__tile *t);
     /* sums[4 * i + j] = sum_k a[i][k] w[j][k] for i < rows (1 or 4), j < 4; w[j] is of dtype. */
@@ -3284,8 +3285,7 @@ enum {
     PTST__BLOCK_N = 2048,
     PTST__BLOCK_M = 1024,
     PTST__TASK_ROWS = 168, /* rows of A that one task keeps in the second cache */
-    PTST__FEW = 16,        /* "few" rows or columns */
-    PTST__CONVERT = 64     /* elements per row that are converted before they are turned */
+    PTST__FEW = 16         /* "few" rows or columns */
 };
 
 /* A matrix [K, N] in memory: element (k, n) is data[n * ld + k] if transposed, data[k * ld + n]
@@ -3297,6 +3297,10 @@ typedef struct ptst__matrix {
     ptst_dtype dtype;
     bool transposed;
 } ptst__matrix;
+
+static size_t ptst__min(size_t a, size_t b) { return a < b ? a : b; }
+
+static size_t ptst__ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
 
 /* Adds a block of sums (row stride ld) to Y as the tile says. */
 static void ptst__tile_put(const ptst__tile *t, const float *sums, size_t ld) {
@@ -3322,13 +3326,13 @@ static void ptst__pack_rows__scalar(float *dst, size_t width, const void *src, p
     }
 }
 
-static void ptst__pack_cols__scalar(float *dst, size_t width, const float *src, size_t ld,
-                                    size_t cols, size_t K) {
+static void ptst__pack_cols__scalar(float *dst, size_t width, const void *src, ptst_dtype dtype,
+                                    size_t ld, size_t cols, size_t K) {
     size_t k, j;
     for (j = 0; j < width; j++) {
-        const float *column = src + (j < cols ? j : cols - 1) * ld;
+        const void *column = ptst__element(src, dtype, (j < cols ? j : cols - 1) * ld);
         for (k = 0; k < K; k++) {
-            dst[k * width + j] = column[k];
+            ptst__to_f32__scalar(dst + k * width + j, ptst__element(column, dtype, k), dtype, 1);
         }
     }
 }
@@ -3385,67 +3389,93 @@ static double ptst__peak__scalar(size_t rounds, float scale, float *sink) {
 
 /* ---- matmul, AVX2 ---- */
 
-/* As __scalar, 8 columns at a time. */
+/* The first n < 8 elements at src, then 0; nothing beyond them is read. */
+PTST__AVX2 PTST__INLINE __m256 ptst__load_part__avx2(const void *src, ptst_dtype dtype, size_t n) {
+    uint16_t h[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    if (dtype == PTST_F32) {
+        __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm256_maskload_ps((const float *)src,
+                                  _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), lane));
+    }
+    memcpy(h, src, n * sizeof *h);
+    return ptst__load8__avx2(h, dtype, 0);
+}
+
+/* As __scalar, 8 columns at a time. A row is only one or two cache lines, and no processor guesses
+   where the next one is: rows are asked for ahead of time. */
 PTST__AVX2 static void ptst__pack_rows__avx2(float *dst, size_t width, const void *src,
                                              ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
-    size_t k, j, whole = cols / 8 * 8;
-    if (whole < cols) {
-        ptst__pack_rows__scalar(dst, width, src, dtype, ld, cols, K);
-        return;
-    }
+    size_t k, j;
     for (k = 0; k < K; k++) {
-        for (j = 0; j < whole; j += 8) {
-            __m256 x = ptst__load8__avx2(src, dtype, k * ld + j);
+        const void *row = ptst__element(src, dtype, k * ld);
+        _mm_prefetch((const char *)ptst__element(src, dtype, ptst__min(k + 16, K - 1) * ld),
+                     _MM_HINT_T0);
+        for (j = 0; j < width; j += 8) {
+            __m256 x = _mm256_setzero_ps();
+            if (j + 8 <= cols) {
+                x = ptst__load8__avx2(row, dtype, j);
+            } else if (j < cols) {
+                x = ptst__load_part__avx2(ptst__element(row, dtype, j), dtype, cols - j);
+            }
             _mm256_storeu_ps(dst + k * width + j, x);
         }
-        for (; j < width; j += 8) {
-            _mm256_storeu_ps(dst + k * width + j, _mm256_setzero_ps());
-        }
     }
 }
 
-/* Turns 8 rows of 8: dst[k * width + j] = r[j][k]. Pairs, then quadruples, then halves. */
-PTST__AVX2 PTST__INLINE void ptst__turn8__avx2(float *dst, size_t width, const float *const r[8],
-                                               size_t k) {
-    __m256 t[8], u[8];
-    size_t i;
-    for (i = 0; i < 4; i++) { /* t[i] = row i, k..k+3 | row i + 4, k..k+3; t[i+4]: k+4..k+7 */
-        __m256 low = _mm256_loadu_ps(r[i] + k), high = _mm256_loadu_ps(r[i + 4] + k);
-        t[i] = _mm256_permute2f128_ps(low, high, 0x20);
-        t[i + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+/* Elements k..k+3 of columns i and i + 4. */
+PTST__AVX2 PTST__INLINE __m256 ptst__lanes__avx2(const void *const column[8], ptst_dtype dtype,
+                                                 size_t i, size_t k) {
+    const void *p = ptst__element(column[i], dtype, k), *q = ptst__element(column[i + 4], dtype, k);
+    __m128i h;
+    if (dtype == PTST_F32) {
+        return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps((const float *)p)),
+                                    _mm_loadu_ps((const float *)q), 1);
     }
-    for (i = 0; i < 8; i += 4) {
-        u[i] = _mm256_unpacklo_ps(t[i], t[i + 1]);
-        u[i + 1] = _mm256_unpackhi_ps(t[i], t[i + 1]);
-        u[i + 2] = _mm256_unpacklo_ps(t[i + 2], t[i + 3]);
-        u[i + 3] = _mm256_unpackhi_ps(t[i + 2], t[i + 3]);
-    }
-    for (i = 0; i < 8; i += 4) {
-        float *d = dst + (k + i) * width;
-        _mm256_storeu_ps(d, _mm256_shuffle_ps(u[i], u[i + 2], 0x44));
-        _mm256_storeu_ps(d + width, _mm256_shuffle_ps(u[i], u[i + 2], 0xEE));
-        _mm256_storeu_ps(d + 2 * width, _mm256_shuffle_ps(u[i + 1], u[i + 3], 0x44));
-        _mm256_storeu_ps(d + 3 * width, _mm256_shuffle_ps(u[i + 1], u[i + 3], 0xEE));
-    }
+    h = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *)p), _mm_loadl_epi64((const __m128i *)q));
+    return dtype == PTST_F16 ? _mm256_cvtph_ps(h)
+                             : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 
-/* As __scalar, in squares of 8 x 8. */
-PTST__AVX2 static void ptst__pack_cols__avx2(float *dst, size_t width, const float *src, size_t ld,
-                                             size_t cols, size_t K) {
-    const float *r[8];
+/* As __scalar, 8 columns and 4 k at a time: squares of 4 x 4 are turned within the lanes. */
+PTST__AVX2 PTST__INLINE void ptst__turn__avx2(float *dst, size_t width, const void *src,
+                                              ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
+    const void *column[8];
     size_t i, j, k;
     for (j = 0; j < width; j += 8) {
         for (i = 0; i < 8; i++) {
-            r[i] = src + (j + i < cols ? j + i : cols - 1) * ld;
+            column[i] = ptst__element(src, dtype, (j + i < cols ? j + i : cols - 1) * ld);
         }
-        for (k = 0; k + 8 <= K; k += 8) {
-            ptst__turn8__avx2(dst + j, width, r, k);
+        for (k = 0; K - k >= 4; k += 4) {
+            __m256 x0 = ptst__lanes__avx2(column, dtype, 0, k);
+            __m256 x1 = ptst__lanes__avx2(column, dtype, 1, k);
+            __m256 x2 = ptst__lanes__avx2(column, dtype, 2, k);
+            __m256 x3 = ptst__lanes__avx2(column, dtype, 3, k);
+            __m256 y0 = _mm256_unpacklo_ps(x0, x2), y1 = _mm256_unpackhi_ps(x0, x2);
+            __m256 y2 = _mm256_unpacklo_ps(x1, x3), y3 = _mm256_unpackhi_ps(x1, x3);
+            float *d = dst + k * width + j;
+            _mm256_storeu_ps(d, _mm256_unpacklo_ps(y0, y2));
+            _mm256_storeu_ps(d + width, _mm256_unpackhi_ps(y0, y2));
+            _mm256_storeu_ps(d + 2 * width, _mm256_unpacklo_ps(y1, y3));
+            _mm256_storeu_ps(d + 3 * width, _mm256_unpackhi_ps(y1, y3));
         }
         for (; k < K; k++) {
             for (i = 0; i < 8; i++) {
-                dst[k * width + j + i] = r[i][k];
+                ptst__to_f32__scalar(dst + k * width + j + i, ptst__element(column[i], dtype, k),
+                                     dtype, 1);
             }
         }
+    }
+}
+
+/* The dtype is made a constant of the loop. */
+PTST__AVX2 static void ptst__pack_cols__avx2(float *dst, size_t width, const void *src,
+                                             ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
+    if (dtype == PTST_F32) {
+        ptst__turn__avx2(dst, width, src, PTST_F32, ld, cols, K);
+    } else if (dtype == PTST_F16) {
+        ptst__turn__avx2(dst, width, src, PTST_F16, ld, cols, K);
+    } else {
+        ptst__turn__avx2(dst, width, src, PTST_BF16, ld, cols, K);
     }
 }
 
@@ -3466,6 +3496,7 @@ PTST__AVX2 static void ptst__tile__avx2(size_t K, const float *a, const float *b
     float *y = whole ? t->y : edge;
     size_t ldy = whole ? t->ldy : 16;
     float alpha = whole ? t->alpha : 1, beta = whole ? t->beta : 0;
+    const char *ahead = (const char *)t->ahead;
 #define PTST__X(i) __m256 p##i = _mm256_setzero_ps(), q##i = _mm256_setzero_ps();
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
@@ -3476,7 +3507,7 @@ PTST__AVX2 static void ptst__tile__avx2(size_t K, const float *a, const float *b
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
     }
-    for (; K > 0; K--, a += 8, b += 16) {
+    for (; K > 0; K--, a += 8, b += 16, ahead += 64) {
         __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8), ai;
 #define PTST__X(i)                                                                                 \
     ai = _mm256_broadcast_ss(a + i);                                                               \
@@ -3484,6 +3515,7 @@ PTST__AVX2 static void ptst__tile__avx2(size_t K, const float *a, const float *b
     q##i = _mm256_fmadd_ps(ai, b1, q##i);
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
+        _mm_prefetch(ahead, _MM_HINT_T1);
     }
 #define PTST__X(i)                                                                                 \
     ptst__put8__avx2(y + i * ldy, p##i, alpha, beta);                                              \
@@ -3602,17 +3634,85 @@ PTST__AVX2 static double ptst__peak__avx2(size_t rounds, float scale, float *sin
 
 /* ---- matmul, AVX-512 ---- */
 
-/* As __scalar, 16 columns at a time. */
+/* As __scalar, 16 columns at a time. A row is only one or two cache lines, and no processor guesses
+   where the next one is: rows are asked for ahead of time. */
 PTST__AVX512 static void ptst__pack_rows__avx512(float *dst, size_t width, const void *src,
                                                  ptst_dtype dtype, size_t ld, size_t cols,
                                                  size_t K) {
     size_t k, j;
-    for (j = 0; j < width; j += 16) {
-        __mmask16 mask = cols > j ? ptst__mask16__avx512(cols - j) : (__mmask16)0;
-        for (k = 0; k < K; k++) {
+    for (k = 0; k < K; k++) {
+        const char *later = (const char *)ptst__element(src, dtype, ptst__min(k + 16, K - 1) * ld);
+        _mm_prefetch(later, _MM_HINT_T0);
+        _mm_prefetch(later + 64, _MM_HINT_T0);
+        for (j = 0; j < width; j += 16) {
+            __mmask16 mask = cols > j ? ptst__mask16__avx512(cols - j) : (__mmask16)0;
             __m512 x = ptst__load16__avx512(src, dtype, k * ld + j, mask);
             _mm512_storeu_ps(dst + k * width + j, x);
         }
+    }
+}
+
+/* Elements k..k+3 of columns i, i + 4, i + 8 and i + 12. */
+PTST__AVX512 PTST__INLINE __m512 ptst__lanes__avx512(const void *const column[16],
+                                                     ptst_dtype dtype, size_t i, size_t k) {
+    __m256 low, high;
+    if (dtype == PTST_F32) {
+        low = ptst__lanes__avx2(column, dtype, i, k);
+        high = ptst__lanes__avx2(column + 8, dtype, i, k);
+        return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+    }
+#define PTST__X(n)                                                                                 \
+    __m128i h##n = _mm_loadl_epi64((const __m128i *)ptst__element(column[i + 4 * n], dtype, k));
+    PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    __m256i h = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi64(h0, h1)),
+                                        _mm_unpacklo_epi64(h2, h3), 1);
+    return dtype == PTST_F16 ? _mm512_cvtph_ps(h)
+                             : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+
+/* As __scalar, 16 columns and 4 k at a time: squares of 4 x 4 are turned within the lanes. */
+PTST__AVX512 PTST__INLINE void ptst__turn__avx512(float *dst, size_t width, const void *src,
+                                                  ptst_dtype dtype, size_t ld, size_t cols,
+                                                  size_t K) {
+    const void *column[16];
+    size_t i, j, k;
+    for (j = 0; j < width; j += 16) {
+        for (i = 0; i < 16; i++) {
+            column[i] = ptst__element(src, dtype, (j + i < cols ? j + i : cols - 1) * ld);
+        }
+        for (k = 0; K - k >= 4; k += 4) {
+            __m512 x0 = ptst__lanes__avx512(column, dtype, 0, k);
+            __m512 x1 = ptst__lanes__avx512(column, dtype, 1, k);
+            __m512 x2 = ptst__lanes__avx512(column, dtype, 2, k);
+            __m512 x3 = ptst__lanes__avx512(column, dtype, 3, k);
+            __m512 y0 = _mm512_unpacklo_ps(x0, x2), y1 = _mm512_unpackhi_ps(x0, x2);
+            __m512 y2 = _mm512_unpacklo_ps(x1, x3), y3 = _mm512_unpackhi_ps(x1, x3);
+            float *d = dst + k * width + j;
+            _mm512_storeu_ps(d, _mm512_unpacklo_ps(y0, y2));
+            _mm512_storeu_ps(d + width, _mm512_unpackhi_ps(y0, y2));
+            _mm512_storeu_ps(d + 2 * width, _mm512_unpacklo_ps(y1, y3));
+            _mm512_storeu_ps(d + 3 * width, _mm512_unpackhi_ps(y1, y3));
+        }
+        for (; k < K; k++) {
+            for (i = 0; i < 16; i++) {
+                ptst__to_f32__scalar(dst + k * width + j + i, ptst__element(column[i], dtype, k),
+                                     dtype, 1);
+            }
+        }
+    }
+}
+
+/* The dtype is made a constant of the loop. */
+PTST__AVX512 static void ptst__pack_cols__avx512(float *dst, size_t width, const void *src,
+                                                 ptst_dtype dtype, size_t ld, size_t cols,
+                                                 size_t K) {
+    if (dtype == PTST_F32) {
+        ptst__turn__avx512(dst, width, src, PTST_F32, ld, cols, K);
+    } else if (dtype == PTST_F16) {
+        ptst__turn__avx512(dst, width, src, PTST_F16, ld, cols, K);
+    } else {
+        ptst__turn__avx512(dst, width, src, PTST_BF16, ld, cols, K);
     }
 }
 
@@ -3632,6 +3732,7 @@ PTST__AVX512 static void ptst__tile__avx512(size_t K, const float *a, const floa
     __mmask16 m0 = ptst__mask16__avx512(t->cols);
     __mmask16 m1 = t->cols > 16 ? ptst__mask16__avx512(t->cols - 16) : (__mmask16)0;
     size_t rows = t->rows, ldy = t->ldy;
+    const char *ahead = (const char *)t->ahead;
     float *y = t->y;
 #define PTST__X(i) __m512 p##i = _mm512_setzero_ps(), q##i = _mm512_setzero_ps();
     PTST__ROWS_14(PTST__X)
@@ -3643,7 +3744,7 @@ PTST__AVX512 static void ptst__tile__avx512(size_t K, const float *a, const floa
         PTST__ROWS_14(PTST__X)
 #undef PTST__X
     }
-    for (; K > 0; K--, a += 16, b += 32) {
+    for (; K > 0; K--, a += 16, b += 32, ahead += 64) {
         __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16), ai;
 #define PTST__X(i)                                                                                 \
     ai = _mm512_set1_ps(a[i]);                                                                     \
@@ -3651,6 +3752,7 @@ PTST__AVX512 static void ptst__tile__avx512(size_t K, const float *a, const floa
     q##i = _mm512_fmadd_ps(ai, b1, q##i);
         PTST__ROWS_14(PTST__X)
 #undef PTST__X
+        _mm_prefetch(ahead, _MM_HINT_T1);
     }
 #define PTST__X(i)                                                                                 \
     if (i < rows) {                                                                                \
@@ -3775,17 +3877,19 @@ static void ptst__pack_rows__neon(float *dst, size_t width, const void *src, pts
 }
 
 /* As __scalar, in squares of 4 x 4: pairs are exchanged, then halves. */
-static void ptst__pack_cols__neon(float *dst, size_t width, const float *src, size_t ld,
-                                  size_t cols, size_t K) {
-    const float *r[4];
+static void ptst__pack_cols__neon(float *dst, size_t width, const void *src, ptst_dtype dtype,
+                                  size_t ld, size_t cols, size_t K) {
+    const void *r[4];
     size_t i, j, k;
     for (j = 0; j < width; j += 4) {
         for (i = 0; i < 4; i++) {
-            r[i] = src + (j + i < cols ? j + i : cols - 1) * ld;
+            r[i] = ptst__element(src, dtype, (j + i < cols ? j + i : cols - 1) * ld);
         }
-        for (k = 0; k + 4 <= K; k += 4) {
-            float32x4x2_t u = vtrnq_f32(vld1q_f32(r[0] + k), vld1q_f32(r[1] + k));
-            float32x4x2_t v = vtrnq_f32(vld1q_f32(r[2] + k), vld1q_f32(r[3] + k));
+        for (k = 0; K - k >= 4; k += 4) {
+            float32x4x2_t u = vtrnq_f32(ptst__load4__neon(r[0], dtype, k),
+                                        ptst__load4__neon(r[1], dtype, k));
+            float32x4x2_t v = vtrnq_f32(ptst__load4__neon(r[2], dtype, k),
+                                        ptst__load4__neon(r[3], dtype, k));
             float *d = dst + k * width + j;
             vst1q_f32(d, vcombine_f32(vget_low_f32(u.val[0]), vget_low_f32(v.val[0])));
             vst1q_f32(d + width, vcombine_f32(vget_low_f32(u.val[1]), vget_low_f32(v.val[1])));
@@ -3795,7 +3899,8 @@ static void ptst__pack_cols__neon(float *dst, size_t width, const float *src, si
         }
         for (; k < K; k++) {
             for (i = 0; i < 4; i++) {
-                dst[k * width + j + i] = r[i][k];
+                ptst__to_f32__scalar(dst + k * width + j + i, ptst__element(r[i], dtype, k), dtype,
+                                     1);
             }
         }
     }
@@ -3923,25 +4028,6 @@ typedef struct ptst__product {
     size_t task_rows, task_cols, row_tasks; /* tiles of Y that one task computes */
 } ptst__product;
 
-static size_t ptst__min(size_t a, size_t b) { return a < b ? a : b; }
-
-static size_t ptst__ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
-
-/* Columns of a matrix, converted and turned: dst[k * width + j] = data[(n + j) * ld + k0 + k]. */
-static void ptst__pack_converted(const struct ptst__kernels *kernels, float *dst, size_t width,
-                                 ptst__matrix B, size_t n, size_t cols, size_t k0, size_t kc) {
-    float rows[32 * PTST__CONVERT];
-    size_t k, j, count;
-    for (k = 0; k < kc; k += count) {
-        count = ptst__min(kc - k, PTST__CONVERT);
-        for (j = 0; j < cols; j++) {
-            const void *src = ptst__element(B.data, B.dtype, (n + j) * B.ld + k0 + k);
-            kernels->to_f32(rows + j * PTST__CONVERT, src, B.dtype, count);
-        }
-        kernels->pack_cols(dst + k * width, width, rows, PTST__CONVERT, cols, count);
-    }
-}
-
 /* Task: packs one panel, first those of B, then those of A. */
 static void ptst__pack_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
@@ -3969,11 +4055,9 @@ static void ptst__pack_task(void *arg, size_t task, int thread) {
     if (!B.transposed) {
         kernels->pack_rows(dst, width, ptst__element(B.data, B.dtype, p->k0 * B.ld + at), B.dtype,
                            B.ld, count, p->kc);
-    } else if (B.dtype == PTST_F32) {
-        kernels->pack_cols(dst, width, (const float *)B.data + at * B.ld + p->k0, B.ld, count,
-                           p->kc);
     } else {
-        ptst__pack_converted(kernels, dst, width, B, at, count, p->k0, p->kc);
+        kernels->pack_cols(dst, width, ptst__element(B.data, B.dtype, at * B.ld + p->k0), B.dtype,
+                           B.ld, count, p->kc);
     }
 }
 
@@ -3991,12 +4075,15 @@ static void ptst__tiles_task(void *arg, size_t task, int thread) {
     t.alpha = p->alpha;
     t.beta = p->k0 == 0 ? p->beta : 1;
     for (n = n_first; n < n_end; n += kernels->tile_cols) {
-        const float *b = p->packed_b + n * p->kc;
+        const float *b = p->packed_b + n * p->kc, *ahead = b + kernels->tile_cols * p->kc;
+        const float *b_end = ahead + (n + kernels->tile_cols < n_end ? kernels->tile_cols * p->kc : 0);
         t.cols = ptst__min(kernels->tile_cols, n_end - n);
         for (m = m_first; m < m_end; m += kernels->tile_rows) {
             const float *a = p->packed_a + m / kernels->tile_rows * kernels->a_width * p->kc;
             t.rows = ptst__min(kernels->tile_rows, m_end - m);
             t.y = p->Y + (p->m0 + m) * p->ldy + p->n0 + n;
+            t.ahead = ahead < b_end ? ahead : a;
+            ahead += 16 * p->kc;
             kernels->tile(p->kc, a, b, &t);
         }
     }
@@ -4928,7 +5015,7 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     16,
     32,
     ptst__pack_rows__avx512,
-    ptst__pack_cols__avx2,
+    ptst__pack_cols__avx512,
     ptst__tile__avx512,
     ptst__dots__avx512,
     ptst__peak__avx512,
