@@ -344,6 +344,45 @@ PTST_API const char *ptst_template_at(size_t i, const char **short_name, const c
 
 /* ---- api >>safetensors ----------------------------------------------------------------------- */
 
+/* A tensor of a file. All pointers are owned by the ptst_tensors it came from. When a list is
+   written, count and bytes are not read and dtype_name may be NULL. */
+typedef struct ptst_tensor {
+    const char *name;       /* UTF-8 */
+    const char *dtype_name; /* as in the file: "F32", "BF16", "I64", ... */
+    ptst_dtype dtype;       /* PTST_F32, PTST_F16, PTST_BF16; PTST_DTYPE_FILE = no weight type */
+    int rank;               /* 0 (one element) .. 8 */
+    uint64_t shape[8];
+    uint64_t count;   /* elements */
+    const void *data; /* little-endian, row-major, aligned to the element; NULL if bytes is 0 */
+    size_t bytes;
+} ptst_tensor;
+
+/* The tensors of a .safetensors file or of a sharded model: mapped, validated, constant. */
+typedef struct ptst_tensors ptst_tensors;
+
+/* Opens path: a .safetensors file, a *.index.json beside its shards, or a folder that holds
+   model.safetensors, model.safetensors.index.json or adapter_model.safetensors (the first that is
+   there). The files stay mapped: they may be replaced (renamed over), but must not be shortened,
+   while the tensors are open. Format: github.com/huggingface/safetensors; stricter than the
+   reference in that a tensor must not be there twice, the header begins with '{', names hold no
+   NUL and the rank is at most 8. Tensors lie in the order of the headers. */
+PTST_API ptst_tensors *ptst_tensors_open(ptst_ctx *c, const char *path);
+/* The same for the bytes of one file in memory, which must outlive the tensors. name is used in
+   errors only. */
+PTST_API ptst_tensors *ptst_tensors_parse(ptst_ctx *c, const void *data, size_t size,
+                                          const char *name);
+PTST_API void ptst_tensors_close(ptst_ctx *c, ptst_tensors *t);
+PTST_API size_t ptst_tensors_count(const ptst_tensors *t);
+/* Tensor i, NULL if out of range; the tensor of a name, NULL if there is none. */
+PTST_API const ptst_tensor *ptst_tensors_at(const ptst_tensors *t, size_t i);
+PTST_API const ptst_tensor *ptst_tensors_find(const ptst_tensors *t, const char *name);
+/* Value of a key in __metadata__ (of the first shard that has it), NULL if there is none. */
+PTST_API const char *ptst_tensors_metadata(const ptst_tensors *t, const char *key);
+/* Writes a .safetensors file, byte for byte as the reference does: it appears whole or not at
+   all. metadata: key, value, key, value, ..., NULL; or NULL for none. */
+PTST_API ptst_code ptst_tensors_write(ptst_ctx *c, const char *path, const ptst_tensor *list,
+                                      size_t count, const char *const *metadata);
+
 /* ---- api >>kernels --------------------------------------------------------------------------- */
 
 /* Reference maths: the operations of a transformer on plain row-major float arrays. They run on
@@ -2893,7 +2932,862 @@ PTST_API ptst_code ptst_template_messages(ptst_ctx *c, const ptst_template *t,
 }
 
 /* >>safetensors ===================================================================================
-   Not written yet. */
+   The weight files of Hugging Face: a mapped and fully validated reader for single files and
+   sharded models, and an atomic writer that also streams. A file is
+
+       8 bytes      n, little-endian
+       n bytes      JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+                    ..., "__metadata__": {"key": "text"}}, then blanks
+       the rest     the data; offsets count from here; the tensors cover it without hole or overlap
+
+   Relies on >>json and on the mapped files of >>platform. Afterwards every tensor handed out lies
+   inside its file, has the bytes that its type and shape ask for, and is aligned. Tested by
+   tests/test_safetensors.c with the reference's verdicts on 52 hand-made files. */
+
+/* Element types in the order of the reference, which is the order of alignment. */
+typedef struct ptst__file_type {
+    const char *name;
+    uint8_t bits;
+    uint8_t dtype; /* ptst_dtype, PTST_DTYPE_FILE if it is no type for weights */
+} ptst__file_type;
+
+static const ptst__file_type ptst__file_types[] = {{"BOOL", 8, PTST_DTYPE_FILE},
+                                                   {"F4", 4, PTST_DTYPE_FILE},
+                                                   {"F6_E2M3", 6, PTST_DTYPE_FILE},
+                                                   {"F6_E3M2", 6, PTST_DTYPE_FILE},
+                                                   {"U8", 8, PTST_DTYPE_FILE},
+                                                   {"I8", 8, PTST_DTYPE_FILE},
+                                                   {"F8_E5M2", 8, PTST_DTYPE_FILE},
+                                                   {"F8_E4M3", 8, PTST_DTYPE_FILE},
+                                                   {"F8_E8M0", 8, PTST_DTYPE_FILE},
+                                                   {"F8_E4M3FNUZ", 8, PTST_DTYPE_FILE},
+                                                   {"F8_E5M2FNUZ", 8, PTST_DTYPE_FILE},
+                                                   {"I16", 16, PTST_DTYPE_FILE},
+                                                   {"U16", 16, PTST_DTYPE_FILE},
+                                                   {"F16", 16, PTST_F16},
+                                                   {"BF16", 16, PTST_BF16},
+                                                   {"I32", 32, PTST_DTYPE_FILE},
+                                                   {"U32", 32, PTST_DTYPE_FILE},
+                                                   {"F32", 32, PTST_F32},
+                                                   {"C64", 64, PTST_DTYPE_FILE},
+                                                   {"F64", 64, PTST_DTYPE_FILE},
+                                                   {"I64", 64, PTST_DTYPE_FILE},
+                                                   {"U64", 64, PTST_DTYPE_FILE}};
+
+enum {
+    PTST__FILE_TYPES = (int)(sizeof ptst__file_types / sizeof ptst__file_types[0]),
+    PTST__TENSOR_RANK = 8,
+    PTST__TENSOR_HEADER = 100000000, /* bytes, the limit of the reference */
+    PTST__TENSOR_DEPTH = 127         /* nesting of the header, the limit of the reference */
+};
+
+typedef struct ptst__tensor {
+    ptst_tensor view;
+    uint64_t begin, end; /* data_offsets */
+    uint32_t file;
+    uint8_t element; /* index of ptst__file_types */
+} ptst__tensor;
+
+typedef struct ptst__tensor_file {
+    const char *name; /* as in the index */
+    const char *path;
+    const void *map; /* NULL if the bytes are the caller's */
+    size_t size;
+} ptst__tensor_file;
+
+typedef struct ptst__tensor_note {
+    struct ptst__tensor_note *next;
+    const char *key, *value;
+} ptst__tensor_note;
+
+struct ptst_tensors {
+    ptst__arena arena; /* names, paths, metadata, data that lay unaligned in its file */
+    ptst__tensor *list;
+    size_t count, capacity;
+    ptst__tensor_file *files;
+    size_t files_count, files_capacity;
+    ptst__map names;
+    ptst__tensor_note *notes, *last_note;
+};
+
+/* ---- order ---- */
+
+/* Sorts order[0..n) so that no element is less than the one before it: heap sort, which needs no
+   memory and has no bad case. */
+static void ptst__sort(uint32_t *order, size_t n, const void *list,
+                       bool (*less)(const void *list, uint32_t a, uint32_t b)) {
+    size_t heap = n / 2, end = n;
+    while (end > 1) {
+        size_t parent, child;
+        uint32_t moved;
+        if (heap > 0) {
+            moved = order[--heap];
+        } else {
+            moved = order[--end];
+            order[end] = order[0];
+        }
+        for (parent = heap; (child = 2 * parent + 1) < end; parent = child) {
+            if (child + 1 < end && less(list, order[child], order[child + 1])) {
+                child++;
+            }
+            if (!less(list, moved, order[child])) {
+                break;
+            }
+            order[parent] = order[child];
+        }
+        order[parent] = moved;
+    }
+}
+
+/* ---- reading a header ---- */
+
+typedef struct ptst__tensor_reader {
+    ptst_ctx *c;
+    ptst_tensors *t;
+    const char *path; /* for errors */
+    const ptst_json *json;
+    uint32_t file;
+    const unsigned char *data; /* after the header */
+    size_t data_size;
+} ptst__tensor_reader;
+
+static ptst_code ptst__tensor_fail(ptst__tensor_reader *r, const char *name, const char *expected) {
+    return ptst__fail(r->c, PTST_ERR_FORMAT, "%s: tensor %.200s: %s", r->path, name, expected);
+}
+
+/* A JSON number that is a whole number of 64 bits, written without sign, point or exponent. */
+static bool ptst__tensor_integer(const ptst_json *j, int32_t node, uint64_t *out) {
+    size_t i, size;
+    const char *s = ptst_json_number_text(j, node, &size);
+    uint64_t value = 0;
+    if (s == NULL) {
+        return false;
+    }
+    for (i = 0; i < size; i++) {
+        unsigned digit = (unsigned)(unsigned char)s[i] - '0';
+        if (digit > 9 || value > (UINT64_MAX - digit) / 10) {
+            return false;
+        }
+        value = value * 10 + digit;
+    }
+    *out = value;
+    return true;
+}
+
+static int ptst__file_type_find(const char *name) {
+    int i;
+    for (i = 0; i < PTST__FILE_TYPES; i++) {
+        if (strcmp(ptst__file_types[i].name, name) == 0) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+/* Elements and bytes of a shape; false if they do not fit or are no whole number of bytes. A
+   dimension of 0 makes the tensor empty, wherever it stands and whatever the others are. */
+static bool ptst__tensor_size(const uint64_t *shape, int rank, unsigned bits, uint64_t *count,
+                              uint64_t *bytes) {
+    uint64_t n = 1;
+    int i;
+    for (i = 0; i < rank; i++) {
+        if (shape[i] == 0) {
+            *count = *bytes = 0;
+            return true;
+        }
+    }
+    for (i = 0; i < rank; i++) {
+        if (n > UINT64_MAX / shape[i]) {
+            return false;
+        }
+        n *= shape[i];
+    }
+    if (n > UINT64_MAX / bits || n * bits % 8 != 0 || n * bits / 8 > SIZE_MAX) {
+        return false;
+    }
+    *count = n;
+    *bytes = n * bits / 8;
+    return true;
+}
+
+static ptst_code ptst__tensor_shape(ptst__tensor_reader *r, ptst__tensor *e, int32_t node) {
+    ptst_tensor *v = &e->view;
+    int32_t k;
+    if (ptst_json_kind(r->json, node) != PTST_JSON_ARRAY ||
+        ptst_json_size(r->json, node) > PTST__TENSOR_RANK) {
+        return ptst__tensor_fail(r, v->name, "shape must be a list of at most 8 sizes");
+    }
+    v->rank = 0;
+    for (k = ptst_json_first(r->json, node); k >= 0; k = ptst_json_next(r->json, k)) {
+        if (!ptst__tensor_integer(r->json, k, &v->shape[v->rank++])) {
+            return ptst__tensor_fail(r, v->name, "a size in its shape is no whole number");
+        }
+    }
+    return PTST_OK;
+}
+
+static ptst_code ptst__tensor_offsets(ptst__tensor_reader *r, ptst__tensor *e, int32_t node) {
+    int32_t first =
+        ptst_json_kind(r->json, node) == PTST_JSON_ARRAY ? ptst_json_first(r->json, node) : -1;
+    if (ptst_json_size(r->json, node) != 2 || !ptst__tensor_integer(r->json, first, &e->begin) ||
+        !ptst__tensor_integer(r->json, ptst_json_next(r->json, first), &e->end)) {
+        return ptst__tensor_fail(r, e->view.name, "data_offsets must be two whole numbers");
+    }
+    return PTST_OK;
+}
+
+/* {"dtype", "shape", "data_offsets"}: each once; other keys are allowed and ignored. */
+static ptst_code ptst__tensor_fields(ptst__tensor_reader *r, ptst__tensor *e, int32_t object) {
+    const ptst_json *j = r->json;
+    const char *name = e->view.name;
+    int32_t key, value;
+    int dtypes = 0, shapes = 0, offsets = 0, element = -1;
+    ptst_code code = PTST_OK;
+    if (ptst_json_kind(j, object) != PTST_JSON_OBJECT) {
+        return ptst__tensor_fail(r, name, "its description must be an object");
+    }
+    for (key = ptst_json_first(j, object); key >= 0 && code == PTST_OK;
+         key = ptst_json_next(j, value)) {
+        const char *field = ptst_json_string(j, key, NULL);
+        value = ptst_json_next(j, key);
+        if (strcmp(field, "dtype") == 0) {
+            const char *s = ptst_json_string(j, value, NULL);
+            dtypes++;
+            element = s == NULL ? -1 : ptst__file_type_find(s);
+            if (element < 0) {
+                return ptst__fail(r->c, PTST_ERR_FORMAT, "%s: tensor %.200s: unknown dtype %.40s",
+                                  r->path, name, s == NULL ? "(no text)" : s);
+            }
+        } else if (strcmp(field, "shape") == 0) {
+            shapes++;
+            code = ptst__tensor_shape(r, e, value);
+        } else if (strcmp(field, "data_offsets") == 0) {
+            offsets++;
+            code = ptst__tensor_offsets(r, e, value);
+        }
+    }
+    if (code == PTST_OK && (dtypes != 1 || shapes != 1 || offsets != 1)) {
+        return ptst__tensor_fail(r, name, "dtype, shape and data_offsets must be there once each");
+    }
+    if (code == PTST_OK) {
+        e->element = (uint8_t)element;
+        e->view.dtype_name = ptst__file_types[element].name;
+        e->view.dtype = (ptst_dtype)ptst__file_types[element].dtype;
+    }
+    return code;
+}
+
+/* Points the view at its bytes. The kernels read whole elements, so data that lies unaligned in
+   the file (allowed, but no writer does it) is copied. */
+static ptst_code ptst__tensor_bind(ptst__tensor_reader *r, ptst__tensor *e) {
+    ptst_tensor *v = &e->view;
+    size_t align = ptst__file_types[e->element].bits / 8u;
+    uint64_t bytes;
+    if (!ptst__tensor_size(v->shape, v->rank, ptst__file_types[e->element].bits, &v->count,
+                           &bytes)) {
+        return ptst__tensor_fail(r, v->name, "its shape is no possible number of bytes");
+    }
+    if (e->end < e->begin || e->end > r->data_size || bytes != e->end - e->begin) {
+        return ptst__fail(r->c, PTST_ERR_FORMAT,
+                          "%s: tensor %.200s: data_offsets %llu to %llu do not fit, its shape asks "
+                          "for %llu bytes and the file has %llu bytes of data",
+                          r->path, v->name, (unsigned long long)e->begin,
+                          (unsigned long long)e->end, (unsigned long long)bytes,
+                          (unsigned long long)r->data_size);
+    }
+    v->bytes = (size_t)bytes;
+    if (v->bytes == 0) {
+        return PTST_OK;
+    }
+    v->data = r->data + e->begin;
+    if (align > 1 && (uintptr_t)v->data % align != 0) {
+        void *copy = ptst__arena_alloc(r->c, &r->t->arena, v->bytes, 1);
+        if (copy == NULL) {
+            return PTST_ERR_MEMORY;
+        }
+        v->data = memcpy(copy, v->data, v->bytes);
+    }
+    return PTST_OK;
+}
+
+static ptst_code ptst__tensor_add(ptst__tensor_reader *r, int32_t key, int32_t value) {
+    ptst_tensors *t = r->t;
+    size_t size;
+    const char *name = ptst_json_string(r->json, key, &size);
+    void *list = t->list;
+    ptst__tensor *e;
+    ptst_code code = ptst__grow(r->c, &list, &t->capacity, t->count + 1, sizeof *e);
+    if (code != PTST_OK) {
+        return code;
+    }
+    t->list = (ptst__tensor *)list;
+    e = &t->list[t->count];
+    memset(e, 0, sizeof *e);
+    e->file = r->file;
+    e->view.name = ptst__arena_copy(r->c, &t->arena, name, size);
+    if (e->view.name == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    if (strlen(e->view.name) != size) {
+        return ptst__tensor_fail(r, e->view.name, "its name has a NUL inside");
+    }
+    if (ptst__map_get(&t->names, e->view.name, size, -1) >= 0 || t->count >= INT32_MAX) {
+        return ptst__tensor_fail(r, e->view.name, "is there twice");
+    }
+    code = ptst__tensor_fields(r, e, value);
+    if (code == PTST_OK) {
+        code = ptst__tensor_bind(r, e);
+    }
+    if (code == PTST_OK) {
+        code = ptst__map_put(r->c, &t->names, e->view.name, size, (int32_t)t->count);
+        t->count += code == PTST_OK;
+    }
+    return code;
+}
+
+/* "__metadata__": null or an object of texts. */
+static ptst_code ptst__tensor_notes(ptst__tensor_reader *r, int32_t object) {
+    const ptst_json *j = r->json;
+    int32_t key, value;
+    ptst_json_type kind = ptst_json_kind(j, object);
+    if (kind != PTST_JSON_OBJECT && kind != PTST_JSON_NULL) {
+        return ptst__fail(r->c, PTST_ERR_FORMAT, "%s: __metadata__ must be an object", r->path);
+    }
+    for (key = ptst_json_first(j, object); key >= 0; key = ptst_json_next(j, value)) {
+        ptst__tensor_note *note;
+        size_t key_size, size = 0;
+        const char *name = ptst_json_string(j, key, &key_size), *s;
+        value = ptst_json_next(j, key);
+        s = ptst_json_string(j, value, &size);
+        if (s == NULL) {
+            return ptst__fail(r->c, PTST_ERR_FORMAT, "%s: __metadata__: %.200s must be a text",
+                              r->path, name);
+        }
+        note = (ptst__tensor_note *)ptst__arena_alloc(r->c, &r->t->arena, 1, sizeof *note);
+        if (note == NULL ||
+            (note->key = ptst__arena_copy(r->c, &r->t->arena, name, key_size), note->key == NULL) ||
+            (note->value = ptst__arena_copy(r->c, &r->t->arena, s, size), note->value == NULL)) {
+            return PTST_ERR_MEMORY;
+        }
+        if (r->t->last_note == NULL) {
+            r->t->notes = note;
+        } else {
+            r->t->last_note->next = note;
+        }
+        r->t->last_note = note;
+    }
+    return PTST_OK;
+}
+
+static bool ptst__tensor_before(const void *list, uint32_t a, uint32_t b) {
+    const ptst__tensor *x = (const ptst__tensor *)list + a, *y = (const ptst__tensor *)list + b;
+    return x->begin != y->begin ? x->begin < y->begin : x->end < y->end;
+}
+
+/* The tensors of this file (from `first` on) must cover its data exactly. */
+static ptst_code ptst__tensor_cover(ptst__tensor_reader *r, size_t first) {
+    size_t i, n = r->t->count - first;
+    const ptst__tensor *list = r->t->list + first;
+    uint64_t end = 0;
+    ptst_code code = PTST_OK;
+    uint32_t *order = (uint32_t *)ptst__alloc(r->c, n + 1, sizeof *order);
+    if (order == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < n; i++) {
+        order[i] = (uint32_t)i;
+    }
+    ptst__sort(order, n, list, ptst__tensor_before);
+    for (i = 0; i < n && code == PTST_OK; i++) {
+        const ptst__tensor *e = &list[order[i]];
+        if (e->begin != end) {
+            code = ptst__tensor_fail(r, e->view.name,
+                                     e->begin > end ? "there is a hole before its data"
+                                                    : "its data overlaps another tensor");
+        }
+        end = e->end;
+    }
+    if (code == PTST_OK && end != r->data_size) {
+        code = ptst__fail(r->c, PTST_ERR_FORMAT, "%s: %llu bytes of data, the tensors have %llu",
+                          r->path, (unsigned long long)r->data_size, (unsigned long long)end);
+    }
+    ptst__free(r->c, order);
+    return code;
+}
+
+/* Nesting of JSON text that is not parsed yet; brackets in strings do not count. */
+static bool ptst__tensor_too_deep(const char *s, size_t size) {
+    size_t i, depth = 0;
+    bool quoted = false;
+    for (i = 0; i < size && depth <= PTST__TENSOR_DEPTH; i++) {
+        if (quoted) {
+            quoted = s[i] != '"';
+            i += s[i] == '\\';
+        } else if (s[i] == '"') {
+            quoted = true;
+        } else if (s[i] == '{' || s[i] == '[') {
+            depth++;
+        } else if ((s[i] == '}' || s[i] == ']') && depth > 0) {
+            depth--;
+        }
+    }
+    return depth > PTST__TENSOR_DEPTH;
+}
+
+static ptst_code ptst__tensor_walk(ptst__tensor_reader *r) {
+    size_t first = r->t->count;
+    int32_t key, value;
+    int metadata = 0;
+    ptst_code code = PTST_OK;
+    for (key = ptst_json_first(r->json, 0); key >= 0 && code == PTST_OK;
+         key = ptst_json_next(r->json, value)) {
+        size_t size;
+        const char *name = ptst_json_string(r->json, key, &size);
+        value = ptst_json_next(r->json, key);
+        if (size != 12 || memcmp(name, "__metadata__", 12) != 0) {
+            code = ptst__tensor_add(r, key, value);
+        } else if (++metadata > 1) {
+            code = ptst__fail(r->c, PTST_ERR_FORMAT, "%s: __metadata__ is there twice", r->path);
+        } else {
+            code = ptst__tensor_notes(r, value);
+        }
+    }
+    return code == PTST_OK ? ptst__tensor_cover(r, first) : code;
+}
+
+/* Adds the tensors of one file's bytes. */
+static ptst_code ptst__tensors_read(ptst_ctx *c, ptst_tensors *t, uint32_t file, const void *bytes,
+                                    size_t size, const char *path) {
+    const unsigned char *p = (const unsigned char *)bytes;
+    const char *header = (const char *)bytes + 8;
+    ptst__tensor_reader r;
+    ptst_json *json;
+    uint64_t n = 0;
+    int i;
+    ptst_code code;
+    if (size < 8) {
+        return ptst__fail(c, PTST_ERR_FORMAT, "%s: %llu bytes, a safetensors file has at least 8",
+                          path, (unsigned long long)size);
+    }
+    for (i = 7; i >= 0; i--) {
+        n = n << 8 | p[i];
+    }
+    if (n > PTST__TENSOR_HEADER || n > size - 8) {
+        return ptst__fail(c, PTST_ERR_FORMAT,
+                          "%s: its header claims %llu bytes, the file has %llu after the first 8 "
+                          "(cut off, or no safetensors file)",
+                          path, (unsigned long long)n, (unsigned long long)(size - 8));
+    }
+    if (n == 0 || header[0] != '{' || ptst__tensor_too_deep(header, (size_t)n)) {
+        return ptst__fail(c, PTST_ERR_FORMAT,
+                          "%s: the header is no JSON object that begins with "
+                          "'{' and is nested at most 127 deep",
+                          path);
+    }
+    json = ptst_json_parse(c, header, (size_t)n, path);
+    if (json == NULL) {
+        return c->code;
+    }
+    r.c = c;
+    r.t = t;
+    r.path = path;
+    r.json = json;
+    r.file = file;
+    r.data = p + 8 + n;
+    r.data_size = size - 8 - (size_t)n;
+    code = ptst__tensor_walk(&r);
+    ptst_json_free(c, json);
+    return code;
+}
+
+/* ---- files ---- */
+
+/* Maps folder/name (or name alone) and reads it; name is copied. */
+static ptst_code ptst__tensors_file(ptst_ctx *c, ptst_tensors *t, const char *path,
+                                    const char *name) {
+    ptst__tensor_file *f;
+    void *files = t->files;
+    int error;
+    ptst_code code = ptst__grow(c, &files, &t->files_capacity, t->files_count + 1, sizeof *f);
+    if (code != PTST_OK) {
+        return code;
+    }
+    t->files = (ptst__tensor_file *)files;
+    f = &t->files[t->files_count];
+    f->path = ptst__arena_copy(c, &t->arena, path, strlen(path));
+    f->name = ptst__arena_copy(c, &t->arena, name, strlen(name));
+    if (f->path == NULL || f->name == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    if (ptst__path_kind(path) != 1) {
+        return ptst__fail(c, PTST_ERR_NOT_FOUND, "%s: there is no such file", path);
+    }
+    error = ptst__map_file(path, &f->map, &f->size);
+    if (error != 0) {
+        return ptst__fail_errno(c, path, "read", error);
+    }
+    t->files_count++;
+    return ptst__tensors_read(c, t, (uint32_t)(t->files_count - 1), f->map, f->size, f->path);
+}
+
+/* A shard lies in the folder of its index: a plain file name, which cannot lead elsewhere. */
+static bool ptst__tensors_plain_name(const char *name, size_t size) {
+    return size != 0 && strlen(name) == size && strcmp(name, ".") != 0 && strcmp(name, "..") != 0 &&
+           strchr(name, '/') == NULL && strchr(name, '\\') == NULL;
+}
+
+/* Opens the file that a weight_map entry names unless it is open; *file = its number. */
+static ptst_code ptst__tensors_shard(ptst_ctx *c, ptst_tensors *t, const char *index,
+                                     const char *tensor, const char *name, size_t size,
+                                     ptst__map *opened, uint32_t *file) {
+    ptst_text path = {NULL, 0, 0};
+    const char *slash = strrchr(index, '/');
+    size_t folder = slash == NULL ? 0 : (size_t)(slash - index) + 1;
+    int32_t known;
+    ptst_code code;
+    if (name == NULL || !ptst__tensors_plain_name(name, size)) {
+        return ptst__fail(c, PTST_ERR_FORMAT, "%s: weight_map: %.200s: its file is no plain name",
+                          index, tensor);
+    }
+    known = ptst__map_get(opened, name, size, -1);
+    *file = (uint32_t)known;
+    if (known >= 0) {
+        return PTST_OK;
+    }
+    *file = (uint32_t)t->files_count;
+    code = ptst_text_append(c, &path, index, folder);
+    if (code == PTST_OK) {
+        code = ptst_text_append(c, &path, name, size);
+    }
+    if (code == PTST_OK) {
+        code = ptst__tensors_file(c, t, path.data, name);
+    }
+    if (code == PTST_OK) {
+        code = ptst__map_put(c, opened, name, size, (int32_t)*file);
+    }
+    ptst_text_free(c, &path);
+    return code;
+}
+
+static ptst_code ptst__tensors_index_walk(ptst_ctx *c, ptst_tensors *t, const char *path,
+                                          const ptst_json *j, ptst__map *opened) {
+    int32_t map = ptst_json_get(j, 0, "weight_map"), key, value;
+    ptst_code code;
+    if (ptst_json_kind(j, map) != PTST_JSON_OBJECT || ptst_json_size(j, map) == 0) {
+        return ptst__fail(c, PTST_ERR_FORMAT,
+                          "%s: weight_map must be an object that names the "
+                          "file of each tensor",
+                          path);
+    }
+    for (key = ptst_json_first(j, map); key >= 0; key = ptst_json_next(j, value)) {
+        size_t size = 0, name_size;
+        const char *name = ptst_json_string(j, key, &name_size), *shard;
+        uint32_t file;
+        int32_t at;
+        value = ptst_json_next(j, key);
+        shard = ptst_json_string(j, value, &size);
+        code = ptst__tensors_shard(c, t, path, name, shard, size, opened, &file);
+        if (code != PTST_OK) {
+            return code;
+        }
+        at = ptst__map_get(&t->names, name, name_size, -1);
+        if (at < 0 || t->list[at].file != file) {
+            return ptst__fail(c, PTST_ERR_FORMAT, "%s: weight_map: tensor %.200s is not in %.200s",
+                              path, name, shard);
+        }
+    }
+    return PTST_OK;
+}
+
+static ptst_code ptst__tensors_index(ptst_ctx *c, ptst_tensors *t, const char *path) {
+    ptst__map opened = {NULL, 0, 0};
+    ptst_json *j = ptst_json_load(c, path);
+    ptst_code code;
+    if (j == NULL) {
+        return c->code;
+    }
+    code = ptst__tensors_index_walk(c, t, path, j, &opened);
+    ptst__map_free(c, &opened);
+    ptst_json_free(c, j);
+    return code;
+}
+
+static ptst_code ptst__tensors_path(ptst_ctx *c, ptst_tensors *t, const char *path) {
+    static const char *const names[] = {"model.safetensors", "model.safetensors.index.json",
+                                        "adapter_model.safetensors"};
+    ptst_text file = {NULL, 0, 0};
+    size_t i, n = strlen(path);
+    ptst_code code = PTST_ERR_NOT_FOUND;
+    if (ptst__path_kind(path) != 2) {
+        return n > 5 && strcmp(path + n - 5, ".json") == 0 ? ptst__tensors_index(c, t, path)
+                                                           : ptst__tensors_file(c, t, path, path);
+    }
+    for (i = 0; i < 3; i++) {
+        code = ptst__path_join(c, &file, path, names[i]);
+        if (code != PTST_OK || ptst__path_kind(file.data) != 0) {
+            break;
+        }
+    }
+    if (i == 3) {
+        code = ptst__fail(c, PTST_ERR_NOT_FOUND,
+                          "%s: has no model.safetensors, "
+                          "model.safetensors.index.json or adapter_model.safetensors",
+                          path);
+    } else if (code == PTST_OK) {
+        code = i == 1 ? ptst__tensors_index(c, t, file.data)
+                      : ptst__tensors_file(c, t, file.data, names[i]);
+    }
+    ptst_text_free(c, &file);
+    return code;
+}
+
+/* ---- writer ----
+   begin writes the header; then, as long as next gives the number of a tensor, its bytes are put
+   (in as many pieces as is convenient); commit makes the file appear. After a failure: abort. */
+
+typedef struct ptst__tensors_writer {
+    ptst__out out;
+    const ptst_tensor *list; /* of the caller */
+    uint32_t *order;         /* the order of the data in the file */
+    size_t count, at;
+    uint64_t left; /* bytes that tensor order[at] still needs */
+} ptst__tensors_writer;
+
+static int ptst__tensor_element(const ptst_tensor *v) {
+    const char *name = v->dtype_name != NULL   ? v->dtype_name
+                       : v->dtype == PTST_F32  ? "F32"
+                       : v->dtype == PTST_F16  ? "F16"
+                       : v->dtype == PTST_BF16 ? "BF16"
+                                               : "";
+    return ptst__file_type_find(name);
+}
+
+/* Large elements first, so that all data is aligned; then by name. As the reference. */
+static bool ptst__tensor_precedes(const void *list, uint32_t a, uint32_t b) {
+    const ptst_tensor *x = (const ptst_tensor *)list + a, *y = (const ptst_tensor *)list + b;
+    int element_x = ptst__tensor_element(x), element_y = ptst__tensor_element(y);
+    return element_x != element_y ? element_x > element_y : strcmp(x->name, y->name) < 0;
+}
+
+static ptst_code ptst__tensors_check(ptst_ctx *c, const ptst_tensor *v, uint64_t *bytes) {
+    int element = ptst__tensor_element(v);
+    uint64_t count;
+    if (element < 0 || v->rank < 0 || v->rank > PTST__TENSOR_RANK ||
+        !ptst__tensor_size(v->shape, v->rank, ptst__file_types[element].bits, &count, bytes)) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT,
+                          "tensor %.200s: its dtype or shape cannot be "
+                          "written",
+                          v->name);
+    }
+    return PTST_OK;
+}
+
+/* {"__metadata__":{"k":"v"},"name":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}} + blanks */
+static ptst_code ptst__tensors_header(ptst_ctx *c, const ptst__tensors_writer *w,
+                                      const char *const *metadata, ptst_text *h) {
+    size_t i;
+    int k;
+    uint64_t at = 0, bytes;
+    ptst_code code = ptst__text_add(c, h, metadata == NULL ? "{" : "{\"__metadata__\":{");
+    for (i = 0; metadata != NULL && metadata[i] != NULL && code == PTST_OK; i++) {
+        code = ptst__text_add(c, h, i % 2 == 1 ? ":" : i == 0 ? "" : ",");
+        code = code != PTST_OK ? code : ptst__json_quote(c, h, metadata[i], strlen(metadata[i]));
+    }
+    if (code == PTST_OK && metadata != NULL) {
+        code = ptst__text_add(c, h, w->count == 0 ? "}" : "},");
+    }
+    for (i = 0; i < w->count && code == PTST_OK; i++) {
+        const ptst_tensor *v = &w->list[w->order[i]];
+        code = ptst__tensors_check(c, v, &bytes);
+        if (code == PTST_OK && i > 0 && strcmp(w->list[w->order[i - 1]].name, v->name) == 0) {
+            code = ptst__fail(c, PTST_ERR_ARGUMENT, "tensor %.200s is there twice", v->name);
+        }
+        code = code != PTST_OK ? code : ptst__text_add(c, h, i == 0 ? "" : ",");
+        code = code != PTST_OK ? code : ptst__json_quote(c, h, v->name, strlen(v->name));
+        code = code != PTST_OK ? code
+                               : ptst__text_format(c, h, ":{\"dtype\":\"%s\",\"shape\":[",
+                                                   ptst__file_types[ptst__tensor_element(v)].name);
+        for (k = 0; k < v->rank && code == PTST_OK; k++) {
+            code = ptst__text_format(c, h, "%s%llu", k == 0 ? "" : ",",
+                                     (unsigned long long)v->shape[k]);
+        }
+        code = code != PTST_OK
+                   ? code
+                   : ptst__text_format(c, h, "],\"data_offsets\":[%llu,%llu]}",
+                                       (unsigned long long)at, (unsigned long long)(at + bytes));
+        at += bytes;
+    }
+    code = code != PTST_OK ? code : ptst__text_add(c, h, "}");
+    while (code == PTST_OK && h->size % 8 != 0) {
+        code = ptst__text_add(c, h, " ");
+    }
+    return code;
+}
+
+static void ptst__tensors_abort(ptst_ctx *c, ptst__tensors_writer *w) {
+    ptst__out_abort(c, &w->out);
+    ptst__free(c, w->order);
+    w->order = NULL;
+}
+
+/* The bytes of tensor order[at] are what is left now. */
+static void ptst__tensors_turn(ptst__tensors_writer *w) {
+    const ptst_tensor *v = w->at < w->count ? &w->list[w->order[w->at]] : NULL;
+    uint64_t count;
+    w->left = 0;
+    if (v != NULL) { /* cannot fail: the header was made from the same numbers */
+        (void)ptst__tensor_size(v->shape, v->rank, ptst__file_types[ptst__tensor_element(v)].bits,
+                                &count, &w->left);
+    }
+}
+
+static ptst_code ptst__tensors_begin(ptst_ctx *c, ptst__tensors_writer *w, const char *path,
+                                     const ptst_tensor *list, size_t count,
+                                     const char *const *metadata) {
+    ptst_text header = {NULL, 0, 0};
+    unsigned char size[8];
+    size_t i;
+    ptst_code code;
+    memset(w, 0, sizeof *w);
+    w->list = list;
+    w->count = count;
+    w->order = (uint32_t *)ptst__alloc(c, count + 1, sizeof *w->order);
+    if (w->order == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < count; i++) {
+        w->order[i] = (uint32_t)i;
+    }
+    ptst__sort(w->order, count, list, ptst__tensor_precedes);
+    code = ptst__tensors_header(c, w, metadata, &header);
+    if (code == PTST_OK && header.size > PTST__TENSOR_HEADER) {
+        code = ptst__fail(c, PTST_ERR_LIMIT, "%s: a header of more than 100 MB", path);
+    }
+    if (code == PTST_OK) {
+        code = ptst__out_open(c, &w->out, path);
+    }
+    for (i = 0; i < 8; i++) {
+        size[i] = (unsigned char)((uint64_t)header.size >> (8 * i));
+    }
+    if (code == PTST_OK) {
+        code = ptst__out_write(c, &w->out, size, 8);
+    }
+    if (code == PTST_OK) {
+        code = ptst__out_write(c, &w->out, header.data, header.size);
+    }
+    ptst_text_free(c, &header);
+    if (code != PTST_OK) {
+        ptst__tensors_abort(c, w);
+        return code;
+    }
+    ptst__tensors_turn(w);
+    return PTST_OK;
+}
+
+/* Number (in the list) of the tensor whose bytes come next; count when all are written. */
+static size_t ptst__tensors_next(ptst__tensors_writer *w) {
+    while (w->at < w->count && w->left == 0) {
+        w->at++;
+        ptst__tensors_turn(w);
+    }
+    return w->at < w->count ? w->order[w->at] : w->count;
+}
+
+static ptst_code ptst__tensors_put(ptst_ctx *c, ptst__tensors_writer *w, const void *data,
+                                   size_t bytes) {
+    if (bytes > w->left) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "%s: more bytes than the tensor has",
+                          w->out.path.data);
+    }
+    w->left -= bytes;
+    return ptst__out_write(c, &w->out, data, bytes);
+}
+
+static ptst_code ptst__tensors_commit(ptst_ctx *c, ptst__tensors_writer *w) {
+    ptst_code code;
+    if (ptst__tensors_next(w) != w->count) {
+        code = ptst__fail(c, PTST_ERR_ARGUMENT, "%s: tensors are missing", w->out.path.data);
+        ptst__tensors_abort(c, w);
+        return code;
+    }
+    code = ptst__out_commit(c, &w->out);
+    ptst__tensors_abort(c, w);
+    return code;
+}
+
+/* ---- public part ---- */
+
+PTST_API void ptst_tensors_close(ptst_ctx *c, ptst_tensors *t) {
+    size_t i;
+    if (t != NULL) {
+        for (i = 0; i < t->files_count; i++) {
+            ptst__unmap_file(t->files[i].map, t->files[i].size);
+        }
+        ptst__free(c, t->files);
+        ptst__free(c, t->list);
+        ptst__map_free(c, &t->names);
+        ptst__arena_free(c, &t->arena);
+        ptst__free(c, t);
+    }
+}
+
+PTST_API ptst_tensors *ptst_tensors_open(ptst_ctx *c, const char *path) {
+    ptst_tensors *t = (ptst_tensors *)ptst__calloc(c, 1, sizeof *t);
+    if (t != NULL && ptst__tensors_path(c, t, path) != PTST_OK) {
+        ptst_tensors_close(c, t);
+        t = NULL;
+    }
+    return t;
+}
+
+PTST_API ptst_tensors *ptst_tensors_parse(ptst_ctx *c, const void *data, size_t size,
+                                          const char *name) {
+    ptst_tensors *t = (ptst_tensors *)ptst__calloc(c, 1, sizeof *t);
+    if (t != NULL && ptst__tensors_read(c, t, 0, data, size, name) != PTST_OK) {
+        ptst_tensors_close(c, t);
+        t = NULL;
+    }
+    return t;
+}
+
+PTST_API size_t ptst_tensors_count(const ptst_tensors *t) { return t->count; }
+
+PTST_API const ptst_tensor *ptst_tensors_at(const ptst_tensors *t, size_t i) {
+    return i < t->count ? &t->list[i].view : NULL;
+}
+
+PTST_API const ptst_tensor *ptst_tensors_find(const ptst_tensors *t, const char *name) {
+    int32_t i = ptst__map_get(&t->names, name, strlen(name), -1);
+    return i < 0 ? NULL : &t->list[i].view;
+}
+
+PTST_API const char *ptst_tensors_metadata(const ptst_tensors *t, const char *key) {
+    const ptst__tensor_note *n;
+    for (n = t->notes; n != NULL; n = n->next) {
+        if (strcmp(n->key, key) == 0) {
+            return n->value;
+        }
+    }
+    return NULL;
+}
+
+PTST_API ptst_code ptst_tensors_write(ptst_ctx *c, const char *path, const ptst_tensor *list,
+                                      size_t count, const char *const *metadata) {
+    ptst__tensors_writer w;
+    size_t i;
+    ptst_code code = ptst__tensors_begin(c, &w, path, list, count, metadata);
+    if (code != PTST_OK) {
+        return code;
+    }
+    while (code == PTST_OK && (i = ptst__tensors_next(&w)) < count) {
+        code = ptst__tensors_put(c, &w, list[i].data, (size_t)w.left);
+    }
+    if (code != PTST_OK) {
+        ptst__tensors_abort(c, &w);
+        return code;
+    }
+    return ptst__tensors_commit(c, &w);
+}
 
 /* >>kernels =======================================================================================
    The operations: conversion of element types, matrix products, and what a transformer layer does
@@ -2909,6 +3803,7 @@ typedef struct ptst__tile {
     float *y;
     size_t ldy, rows, cols;
     float alpha, beta;
+    const float *ahead; /* a hint: K cache lines from here are needed soon */
 } ptst__tile;
 
 struct ptst__adamw_factors;
@@ -2929,8 +3824,8 @@ struct ptst__kernels {
     void (*pack_rows)(float *dst, size_t width, const void *src, ptst_dtype dtype, size_t ld,
                       size_t cols, size_t K);
     /* The same from columns: dst[k * width + j] = src[min(j, cols - 1) * ld + k]. */
-    void (*pack_cols)(float *dst, size_t width, const float *src, size_t ld, size_t cols,
-                      size_t K);
+    void (*pack_cols)(float *dst, size_t width, const void *src, ptst_dtype dtype, size_t ld,
+                      size_t cols, size_t K);
     /* sum(i, j) = sum_k a[k * a_width + i] b[k * tile_cols + j] */
     void (*tile)(size_t K, const float *a, const float *b, const ptst__tile *t);
     /* sums[4 * i + j] = sum_k a[i][k] w[j][k] for i < rows (1 or 4), j < 4; w[j] is of dtype. */
@@ -3220,8 +4115,7 @@ enum {
     PTST__BLOCK_N = 2048,
     PTST__BLOCK_M = 1024,
     PTST__TASK_ROWS = 168, /* rows of A that one task keeps in the second cache */
-    PTST__FEW = 16,        /* "few" rows or columns */
-    PTST__CONVERT = 64     /* elements per row that are converted before they are turned */
+    PTST__FEW = 16         /* "few" rows or columns */
 };
 
 /* A matrix [K, N] in memory: element (k, n) is data[n * ld + k] if transposed, data[k * ld + n]
@@ -3233,6 +4127,10 @@ typedef struct ptst__matrix {
     ptst_dtype dtype;
     bool transposed;
 } ptst__matrix;
+
+static size_t ptst__min(size_t a, size_t b) { return a < b ? a : b; }
+
+static size_t ptst__ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
 
 /* Adds a block of sums (row stride ld) to Y as the tile says. */
 static void ptst__tile_put(const ptst__tile *t, const float *sums, size_t ld) {
@@ -3258,13 +4156,13 @@ static void ptst__pack_rows__scalar(float *dst, size_t width, const void *src, p
     }
 }
 
-static void ptst__pack_cols__scalar(float *dst, size_t width, const float *src, size_t ld,
-                                    size_t cols, size_t K) {
+static void ptst__pack_cols__scalar(float *dst, size_t width, const void *src, ptst_dtype dtype,
+                                    size_t ld, size_t cols, size_t K) {
     size_t k, j;
     for (j = 0; j < width; j++) {
-        const float *column = src + (j < cols ? j : cols - 1) * ld;
+        const void *column = ptst__element(src, dtype, (j < cols ? j : cols - 1) * ld);
         for (k = 0; k < K; k++) {
-            dst[k * width + j] = column[k];
+            ptst__to_f32__scalar(dst + k * width + j, ptst__element(column, dtype, k), dtype, 1);
         }
     }
 }
@@ -3321,67 +4219,93 @@ static double ptst__peak__scalar(size_t rounds, float scale, float *sink) {
 
 /* ---- matmul, AVX2 ---- */
 
-/* As __scalar, 8 columns at a time. */
+/* The first n < 8 elements at src, then 0; nothing beyond them is read. */
+PTST__AVX2 PTST__INLINE __m256 ptst__load_part__avx2(const void *src, ptst_dtype dtype, size_t n) {
+    uint16_t h[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    if (dtype == PTST_F32) {
+        __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm256_maskload_ps((const float *)src,
+                                  _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), lane));
+    }
+    memcpy(h, src, n * sizeof *h);
+    return ptst__load8__avx2(h, dtype, 0);
+}
+
+/* As __scalar, 8 columns at a time. A row is only one or two cache lines, and no processor guesses
+   where the next one is: rows are asked for ahead of time. */
 PTST__AVX2 static void ptst__pack_rows__avx2(float *dst, size_t width, const void *src,
                                              ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
-    size_t k, j, whole = cols / 8 * 8;
-    if (whole < cols) {
-        ptst__pack_rows__scalar(dst, width, src, dtype, ld, cols, K);
-        return;
-    }
+    size_t k, j;
     for (k = 0; k < K; k++) {
-        for (j = 0; j < whole; j += 8) {
-            __m256 x = ptst__load8__avx2(src, dtype, k * ld + j);
+        const void *row = ptst__element(src, dtype, k * ld);
+        _mm_prefetch((const char *)ptst__element(src, dtype, ptst__min(k + 16, K - 1) * ld),
+                     _MM_HINT_T0);
+        for (j = 0; j < width; j += 8) {
+            __m256 x = _mm256_setzero_ps();
+            if (j + 8 <= cols) {
+                x = ptst__load8__avx2(row, dtype, j);
+            } else if (j < cols) {
+                x = ptst__load_part__avx2(ptst__element(row, dtype, j), dtype, cols - j);
+            }
             _mm256_storeu_ps(dst + k * width + j, x);
         }
-        for (; j < width; j += 8) {
-            _mm256_storeu_ps(dst + k * width + j, _mm256_setzero_ps());
-        }
     }
 }
 
-/* Turns 8 rows of 8: dst[k * width + j] = r[j][k]. Pairs, then quadruples, then halves. */
-PTST__AVX2 PTST__INLINE void ptst__turn8__avx2(float *dst, size_t width, const float *const r[8],
-                                               size_t k) {
-    __m256 t[8], u[8];
-    size_t i;
-    for (i = 0; i < 4; i++) { /* t[i] = row i, k..k+3 | row i + 4, k..k+3; t[i+4]: k+4..k+7 */
-        __m256 low = _mm256_loadu_ps(r[i] + k), high = _mm256_loadu_ps(r[i + 4] + k);
-        t[i] = _mm256_permute2f128_ps(low, high, 0x20);
-        t[i + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+/* Elements k..k+3 of columns i and i + 4. */
+PTST__AVX2 PTST__INLINE __m256 ptst__lanes__avx2(const void *const column[8], ptst_dtype dtype,
+                                                 size_t i, size_t k) {
+    const void *p = ptst__element(column[i], dtype, k), *q = ptst__element(column[i + 4], dtype, k);
+    __m128i h;
+    if (dtype == PTST_F32) {
+        return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps((const float *)p)),
+                                    _mm_loadu_ps((const float *)q), 1);
     }
-    for (i = 0; i < 8; i += 4) {
-        u[i] = _mm256_unpacklo_ps(t[i], t[i + 1]);
-        u[i + 1] = _mm256_unpackhi_ps(t[i], t[i + 1]);
-        u[i + 2] = _mm256_unpacklo_ps(t[i + 2], t[i + 3]);
-        u[i + 3] = _mm256_unpackhi_ps(t[i + 2], t[i + 3]);
-    }
-    for (i = 0; i < 8; i += 4) {
-        float *d = dst + (k + i) * width;
-        _mm256_storeu_ps(d, _mm256_shuffle_ps(u[i], u[i + 2], 0x44));
-        _mm256_storeu_ps(d + width, _mm256_shuffle_ps(u[i], u[i + 2], 0xEE));
-        _mm256_storeu_ps(d + 2 * width, _mm256_shuffle_ps(u[i + 1], u[i + 3], 0x44));
-        _mm256_storeu_ps(d + 3 * width, _mm256_shuffle_ps(u[i + 1], u[i + 3], 0xEE));
-    }
+    h = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *)p), _mm_loadl_epi64((const __m128i *)q));
+    return dtype == PTST_F16 ? _mm256_cvtph_ps(h)
+                             : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 
-/* As __scalar, in squares of 8 x 8. */
-PTST__AVX2 static void ptst__pack_cols__avx2(float *dst, size_t width, const float *src, size_t ld,
-                                             size_t cols, size_t K) {
-    const float *r[8];
+/* As __scalar, 8 columns and 4 k at a time: squares of 4 x 4 are turned within the lanes. */
+PTST__AVX2 PTST__INLINE void ptst__turn__avx2(float *dst, size_t width, const void *src,
+                                              ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
+    const void *column[8];
     size_t i, j, k;
     for (j = 0; j < width; j += 8) {
         for (i = 0; i < 8; i++) {
-            r[i] = src + (j + i < cols ? j + i : cols - 1) * ld;
+            column[i] = ptst__element(src, dtype, (j + i < cols ? j + i : cols - 1) * ld);
         }
-        for (k = 0; k + 8 <= K; k += 8) {
-            ptst__turn8__avx2(dst + j, width, r, k);
+        for (k = 0; K - k >= 4; k += 4) {
+            __m256 x0 = ptst__lanes__avx2(column, dtype, 0, k);
+            __m256 x1 = ptst__lanes__avx2(column, dtype, 1, k);
+            __m256 x2 = ptst__lanes__avx2(column, dtype, 2, k);
+            __m256 x3 = ptst__lanes__avx2(column, dtype, 3, k);
+            __m256 y0 = _mm256_unpacklo_ps(x0, x2), y1 = _mm256_unpackhi_ps(x0, x2);
+            __m256 y2 = _mm256_unpacklo_ps(x1, x3), y3 = _mm256_unpackhi_ps(x1, x3);
+            float *d = dst + k * width + j;
+            _mm256_storeu_ps(d, _mm256_unpacklo_ps(y0, y2));
+            _mm256_storeu_ps(d + width, _mm256_unpackhi_ps(y0, y2));
+            _mm256_storeu_ps(d + 2 * width, _mm256_unpacklo_ps(y1, y3));
+            _mm256_storeu_ps(d + 3 * width, _mm256_unpackhi_ps(y1, y3));
         }
         for (; k < K; k++) {
             for (i = 0; i < 8; i++) {
-                dst[k * width + j + i] = r[i][k];
+                ptst__to_f32__scalar(dst + k * width + j + i, ptst__element(column[i], dtype, k),
+                                     dtype, 1);
             }
         }
+    }
+}
+
+/* The dtype is made a constant of the loop. */
+PTST__AVX2 static void ptst__pack_cols__avx2(float *dst, size_t width, const void *src,
+                                             ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
+    if (dtype == PTST_F32) {
+        ptst__turn__avx2(dst, width, src, PTST_F32, ld, cols, K);
+    } else if (dtype == PTST_F16) {
+        ptst__turn__avx2(dst, width, src, PTST_F16, ld, cols, K);
+    } else {
+        ptst__turn__avx2(dst, width, src, PTST_BF16, ld, cols, K);
     }
 }
 
@@ -3402,6 +4326,7 @@ PTST__AVX2 static void ptst__tile__avx2(size_t K, const float *a, const float *b
     float *y = whole ? t->y : edge;
     size_t ldy = whole ? t->ldy : 16;
     float alpha = whole ? t->alpha : 1, beta = whole ? t->beta : 0;
+    const char *ahead = (const char *)t->ahead;
 #define PTST__X(i) __m256 p##i = _mm256_setzero_ps(), q##i = _mm256_setzero_ps();
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
@@ -3412,7 +4337,7 @@ PTST__AVX2 static void ptst__tile__avx2(size_t K, const float *a, const float *b
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
     }
-    for (; K > 0; K--, a += 8, b += 16) {
+    for (; K > 0; K--, a += 8, b += 16, ahead += 64) {
         __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8), ai;
 #define PTST__X(i)                                                                                 \
     ai = _mm256_broadcast_ss(a + i);                                                               \
@@ -3420,6 +4345,7 @@ PTST__AVX2 static void ptst__tile__avx2(size_t K, const float *a, const float *b
     q##i = _mm256_fmadd_ps(ai, b1, q##i);
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
+        _mm_prefetch(ahead, _MM_HINT_T1);
     }
 #define PTST__X(i)                                                                                 \
     ptst__put8__avx2(y + i * ldy, p##i, alpha, beta);                                              \
@@ -3538,17 +4464,85 @@ PTST__AVX2 static double ptst__peak__avx2(size_t rounds, float scale, float *sin
 
 /* ---- matmul, AVX-512 ---- */
 
-/* As __scalar, 16 columns at a time. */
+/* As __scalar, 16 columns at a time. A row is only one or two cache lines, and no processor guesses
+   where the next one is: rows are asked for ahead of time. */
 PTST__AVX512 static void ptst__pack_rows__avx512(float *dst, size_t width, const void *src,
                                                  ptst_dtype dtype, size_t ld, size_t cols,
                                                  size_t K) {
     size_t k, j;
-    for (j = 0; j < width; j += 16) {
-        __mmask16 mask = cols > j ? ptst__mask16__avx512(cols - j) : (__mmask16)0;
-        for (k = 0; k < K; k++) {
+    for (k = 0; k < K; k++) {
+        const char *later = (const char *)ptst__element(src, dtype, ptst__min(k + 16, K - 1) * ld);
+        _mm_prefetch(later, _MM_HINT_T0);
+        _mm_prefetch(later + 64, _MM_HINT_T0);
+        for (j = 0; j < width; j += 16) {
+            __mmask16 mask = cols > j ? ptst__mask16__avx512(cols - j) : (__mmask16)0;
             __m512 x = ptst__load16__avx512(src, dtype, k * ld + j, mask);
             _mm512_storeu_ps(dst + k * width + j, x);
         }
+    }
+}
+
+/* Elements k..k+3 of columns i, i + 4, i + 8 and i + 12. */
+PTST__AVX512 PTST__INLINE __m512 ptst__lanes__avx512(const void *const column[16],
+                                                     ptst_dtype dtype, size_t i, size_t k) {
+    __m256 low, high;
+    if (dtype == PTST_F32) {
+        low = ptst__lanes__avx2(column, dtype, i, k);
+        high = ptst__lanes__avx2(column + 8, dtype, i, k);
+        return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+    }
+#define PTST__X(n)                                                                                 \
+    __m128i h##n = _mm_loadl_epi64((const __m128i *)ptst__element(column[i + 4 * n], dtype, k));
+    PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    __m256i h = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi64(h0, h1)),
+                                        _mm_unpacklo_epi64(h2, h3), 1);
+    return dtype == PTST_F16 ? _mm512_cvtph_ps(h)
+                             : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+
+/* As __scalar, 16 columns and 4 k at a time: squares of 4 x 4 are turned within the lanes. */
+PTST__AVX512 PTST__INLINE void ptst__turn__avx512(float *dst, size_t width, const void *src,
+                                                  ptst_dtype dtype, size_t ld, size_t cols,
+                                                  size_t K) {
+    const void *column[16];
+    size_t i, j, k;
+    for (j = 0; j < width; j += 16) {
+        for (i = 0; i < 16; i++) {
+            column[i] = ptst__element(src, dtype, (j + i < cols ? j + i : cols - 1) * ld);
+        }
+        for (k = 0; K - k >= 4; k += 4) {
+            __m512 x0 = ptst__lanes__avx512(column, dtype, 0, k);
+            __m512 x1 = ptst__lanes__avx512(column, dtype, 1, k);
+            __m512 x2 = ptst__lanes__avx512(column, dtype, 2, k);
+            __m512 x3 = ptst__lanes__avx512(column, dtype, 3, k);
+            __m512 y0 = _mm512_unpacklo_ps(x0, x2), y1 = _mm512_unpackhi_ps(x0, x2);
+            __m512 y2 = _mm512_unpacklo_ps(x1, x3), y3 = _mm512_unpackhi_ps(x1, x3);
+            float *d = dst + k * width + j;
+            _mm512_storeu_ps(d, _mm512_unpacklo_ps(y0, y2));
+            _mm512_storeu_ps(d + width, _mm512_unpackhi_ps(y0, y2));
+            _mm512_storeu_ps(d + 2 * width, _mm512_unpacklo_ps(y1, y3));
+            _mm512_storeu_ps(d + 3 * width, _mm512_unpackhi_ps(y1, y3));
+        }
+        for (; k < K; k++) {
+            for (i = 0; i < 16; i++) {
+                ptst__to_f32__scalar(dst + k * width + j + i, ptst__element(column[i], dtype, k),
+                                     dtype, 1);
+            }
+        }
+    }
+}
+
+/* The dtype is made a constant of the loop. */
+PTST__AVX512 static void ptst__pack_cols__avx512(float *dst, size_t width, const void *src,
+                                                 ptst_dtype dtype, size_t ld, size_t cols,
+                                                 size_t K) {
+    if (dtype == PTST_F32) {
+        ptst__turn__avx512(dst, width, src, PTST_F32, ld, cols, K);
+    } else if (dtype == PTST_F16) {
+        ptst__turn__avx512(dst, width, src, PTST_F16, ld, cols, K);
+    } else {
+        ptst__turn__avx512(dst, width, src, PTST_BF16, ld, cols, K);
     }
 }
 
@@ -3568,6 +4562,7 @@ PTST__AVX512 static void ptst__tile__avx512(size_t K, const float *a, const floa
     __mmask16 m0 = ptst__mask16__avx512(t->cols);
     __mmask16 m1 = t->cols > 16 ? ptst__mask16__avx512(t->cols - 16) : (__mmask16)0;
     size_t rows = t->rows, ldy = t->ldy;
+    const char *ahead = (const char *)t->ahead;
     float *y = t->y;
 #define PTST__X(i) __m512 p##i = _mm512_setzero_ps(), q##i = _mm512_setzero_ps();
     PTST__ROWS_14(PTST__X)
@@ -3579,7 +4574,7 @@ PTST__AVX512 static void ptst__tile__avx512(size_t K, const float *a, const floa
         PTST__ROWS_14(PTST__X)
 #undef PTST__X
     }
-    for (; K > 0; K--, a += 16, b += 32) {
+    for (; K > 0; K--, a += 16, b += 32, ahead += 64) {
         __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16), ai;
 #define PTST__X(i)                                                                                 \
     ai = _mm512_set1_ps(a[i]);                                                                     \
@@ -3587,6 +4582,7 @@ PTST__AVX512 static void ptst__tile__avx512(size_t K, const float *a, const floa
     q##i = _mm512_fmadd_ps(ai, b1, q##i);
         PTST__ROWS_14(PTST__X)
 #undef PTST__X
+        _mm_prefetch(ahead, _MM_HINT_T1);
     }
 #define PTST__X(i)                                                                                 \
     if (i < rows) {                                                                                \
@@ -3711,17 +4707,19 @@ static void ptst__pack_rows__neon(float *dst, size_t width, const void *src, pts
 }
 
 /* As __scalar, in squares of 4 x 4: pairs are exchanged, then halves. */
-static void ptst__pack_cols__neon(float *dst, size_t width, const float *src, size_t ld,
-                                  size_t cols, size_t K) {
-    const float *r[4];
+static void ptst__pack_cols__neon(float *dst, size_t width, const void *src, ptst_dtype dtype,
+                                  size_t ld, size_t cols, size_t K) {
+    const void *r[4];
     size_t i, j, k;
     for (j = 0; j < width; j += 4) {
         for (i = 0; i < 4; i++) {
-            r[i] = src + (j + i < cols ? j + i : cols - 1) * ld;
+            r[i] = ptst__element(src, dtype, (j + i < cols ? j + i : cols - 1) * ld);
         }
-        for (k = 0; k + 4 <= K; k += 4) {
-            float32x4x2_t u = vtrnq_f32(vld1q_f32(r[0] + k), vld1q_f32(r[1] + k));
-            float32x4x2_t v = vtrnq_f32(vld1q_f32(r[2] + k), vld1q_f32(r[3] + k));
+        for (k = 0; K - k >= 4; k += 4) {
+            float32x4x2_t u = vtrnq_f32(ptst__load4__neon(r[0], dtype, k),
+                                        ptst__load4__neon(r[1], dtype, k));
+            float32x4x2_t v = vtrnq_f32(ptst__load4__neon(r[2], dtype, k),
+                                        ptst__load4__neon(r[3], dtype, k));
             float *d = dst + k * width + j;
             vst1q_f32(d, vcombine_f32(vget_low_f32(u.val[0]), vget_low_f32(v.val[0])));
             vst1q_f32(d + width, vcombine_f32(vget_low_f32(u.val[1]), vget_low_f32(v.val[1])));
@@ -3731,7 +4729,8 @@ static void ptst__pack_cols__neon(float *dst, size_t width, const float *src, si
         }
         for (; k < K; k++) {
             for (i = 0; i < 4; i++) {
-                dst[k * width + j + i] = r[i][k];
+                ptst__to_f32__scalar(dst + k * width + j + i, ptst__element(r[i], dtype, k), dtype,
+                                     1);
             }
         }
     }
@@ -3859,25 +4858,6 @@ typedef struct ptst__product {
     size_t task_rows, task_cols, row_tasks; /* tiles of Y that one task computes */
 } ptst__product;
 
-static size_t ptst__min(size_t a, size_t b) { return a < b ? a : b; }
-
-static size_t ptst__ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
-
-/* Columns of a matrix, converted and turned: dst[k * width + j] = data[(n + j) * ld + k0 + k]. */
-static void ptst__pack_converted(const struct ptst__kernels *kernels, float *dst, size_t width,
-                                 ptst__matrix B, size_t n, size_t cols, size_t k0, size_t kc) {
-    float rows[32 * PTST__CONVERT];
-    size_t k, j, count;
-    for (k = 0; k < kc; k += count) {
-        count = ptst__min(kc - k, PTST__CONVERT);
-        for (j = 0; j < cols; j++) {
-            const void *src = ptst__element(B.data, B.dtype, (n + j) * B.ld + k0 + k);
-            kernels->to_f32(rows + j * PTST__CONVERT, src, B.dtype, count);
-        }
-        kernels->pack_cols(dst + k * width, width, rows, PTST__CONVERT, cols, count);
-    }
-}
-
 /* Task: packs one panel, first those of B, then those of A. */
 static void ptst__pack_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
@@ -3905,11 +4885,9 @@ static void ptst__pack_task(void *arg, size_t task, int thread) {
     if (!B.transposed) {
         kernels->pack_rows(dst, width, ptst__element(B.data, B.dtype, p->k0 * B.ld + at), B.dtype,
                            B.ld, count, p->kc);
-    } else if (B.dtype == PTST_F32) {
-        kernels->pack_cols(dst, width, (const float *)B.data + at * B.ld + p->k0, B.ld, count,
-                           p->kc);
     } else {
-        ptst__pack_converted(kernels, dst, width, B, at, count, p->k0, p->kc);
+        kernels->pack_cols(dst, width, ptst__element(B.data, B.dtype, at * B.ld + p->k0), B.dtype,
+                           B.ld, count, p->kc);
     }
 }
 
@@ -3927,12 +4905,15 @@ static void ptst__tiles_task(void *arg, size_t task, int thread) {
     t.alpha = p->alpha;
     t.beta = p->k0 == 0 ? p->beta : 1;
     for (n = n_first; n < n_end; n += kernels->tile_cols) {
-        const float *b = p->packed_b + n * p->kc;
+        const float *b = p->packed_b + n * p->kc, *ahead = b + kernels->tile_cols * p->kc;
+        const float *b_end = ahead + (n + kernels->tile_cols < n_end ? kernels->tile_cols * p->kc : 0);
         t.cols = ptst__min(kernels->tile_cols, n_end - n);
         for (m = m_first; m < m_end; m += kernels->tile_rows) {
             const float *a = p->packed_a + m / kernels->tile_rows * kernels->a_width * p->kc;
             t.rows = ptst__min(kernels->tile_rows, m_end - m);
             t.y = p->Y + (p->m0 + m) * p->ldy + p->n0 + n;
+            t.ahead = ahead < b_end ? ahead : a;
+            ahead += 16 * p->kc;
             kernels->tile(p->kc, a, b, &t);
         }
     }
@@ -4864,7 +5845,7 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     16,
     32,
     ptst__pack_rows__avx512,
-    ptst__pack_cols__avx2,
+    ptst__pack_cols__avx512,
     ptst__tile__avx512,
     ptst__dots__avx512,
     ptst__peak__avx512,

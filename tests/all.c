@@ -3,6 +3,7 @@
 #include "test_core.c"
 #include "test_json.c"
 #include "test_kernels.c"
+#include "test_safetensors.c"
 #include "test_ops.c"
 #include "test_template.c"
 
@@ -11,6 +12,7 @@ int main(int argc, char **argv) {
     suite_core();
     suite_json();
     suite_kernels();
+    suite_safetensors();
     suite_ops();
     suite_template();
     return test_summary();
