@@ -476,7 +476,228 @@ PTST_API void ptst_adamw(ptst_ctx *c, size_t n, float *w, const float *g, float 
 
 /* ---- api >>train ----------------------------------------------------------------------------- */
 
+struct ptst_prompt; /* >>template, >>tokenizer, >>model, >>lora */
+struct ptst_tokenizer;
+struct ptst_model;
+struct ptst_adapter;
+struct ptst_lora_desc;
+
+/* One row to learn: after the prompt the model should write the answer (and end-of-text). */
+typedef struct ptst_example {
+    const struct ptst_prompt *prompt; /* NULL = empty: the answer is learned from its first token */
+    const char *answer;
+    size_t answer_size;
+} ptst_example;
+
+/* How a row becomes tokens. joint: encode(prompt + answer) + eos, of which the first
+   encode(prompt) tokens are no label. separate: encode(prompt) + encode(answer) + eos. */
+typedef enum ptst_mask { PTST_MASK_JOINT, PTST_MASK_SEPARATE } ptst_mask;
+
+/* examples: `batch` rows make a batch. packing: rows fill `batch` x `context` tokens. Rows never
+   see each other and nothing is padded in either. */
+typedef enum ptst_batching { PTST_BATCHING_EXAMPLES, PTST_BATCHING_PACKING } ptst_batching;
+
+/* Learning rate at step i = 0, 1, ... of n, after w warm-up steps (i < w: lr i / w): constant: lr;
+   linear: lr (n - i) / (n - w); cosine: lr (1 + cos(pi (i - w) / (n - w))) / 2; step: lr
+   gamma^epoch. As in transformers and torch.optim.lr_scheduler.StepLR. */
+typedef enum ptst_schedule {
+    PTST_SCHEDULE_CONSTANT,
+    PTST_SCHEDULE_LINEAR,
+    PTST_SCHEDULE_COSINE,
+    PTST_SCHEDULE_STEP
+} ptst_schedule;
+
+/* ---- rows as tokens ---- */
+
+typedef struct ptst_dataset_desc {
+    ptst_mask mask;
+    size_t max_tokens; /* longer rows lose their end; 0 = no limit */
+    int32_t eos;       /* token that ends an answer; 0 = the tokenizer's */
+} ptst_dataset_desc;
+
+/* What became of the rows that were added. */
+typedef struct ptst_dataset_info {
+    size_t rows;       /* kept */
+    size_t tokens;     /* of these */
+    size_t labels;     /* tokens to be predicted */
+    size_t cut;        /* rows that were longer than max_tokens */
+    size_t dropped;    /* rows that had no label left; not kept */
+    size_t not_prefix; /* joint: rows whose prompt tokens are no prefix of their tokens */
+} ptst_dataset_info;
+
+/* Rows as tokens; constant once a trainer uses it. */
+typedef struct ptst_dataset ptst_dataset;
+
+/* desc may be NULL. */
+PTST_API ptst_dataset *ptst_dataset_new(ptst_ctx *c, const ptst_dataset_desc *desc);
+PTST_API void ptst_dataset_free(ptst_ctx *c, ptst_dataset *d);
+/* Adds rows. Each begins with the tokenizer's bos (once) and ends with eos (once), unless cut. */
+PTST_API ptst_code ptst_dataset_add(ptst_ctx *c, ptst_dataset *d, const struct ptst_tokenizer *t,
+                                    const ptst_example *examples, size_t count);
+/* Adds one row of tokens as they are; the first `prompt` (at least 1) are no labels. */
+PTST_API ptst_code ptst_dataset_add_tokens(ptst_ctx *c, ptst_dataset *d, const int32_t *tokens,
+                                           size_t count, size_t prompt);
+PTST_API ptst_dataset_info ptst_dataset_about(const ptst_dataset *d);
+/* Tokens of row i, NULL if out of range; count and prompt (tokens that are no labels) may be NULL. */
+PTST_API const int32_t *ptst_dataset_row(const ptst_dataset *d, size_t i, size_t *count,
+                                         size_t *prompt);
+
+/* ---- training ---- */
+
+typedef struct ptst_train_desc {
+    double lr; /* 0 = 1e-4 */
+    ptst_schedule schedule;
+    double gamma; /* of PTST_SCHEDULE_STEP, per epoch; 0 = 0.85 */
+    uint64_t warmup;
+    uint64_t epochs;    /* 0 = 3 */
+    uint64_t max_steps; /* ends earlier; 0 = no limit */
+    size_t batch;       /* rows (or contexts) of a batch; 0 = 4 */
+    size_t accumulate;  /* batches of a step; 0 = 1 */
+    ptst_batching batching;
+    size_t context;      /* tokens, for packing; 0 = 4096, but what the model can take at most */
+    double beta1, beta2; /* AdamW; 0 = 0.9, 0.999 */
+    double eps;          /* 0 = 1e-8 */
+    double weight_decay; /* 0 = none */
+    double clip;         /* largest norm of the gradient; 0 = off */
+    double dropout;      /* on the input of the adapters, 0..1; 0 = none */
+    uint64_t seed;       /* order and dropout */
+    bool no_shuffle;     /* rows in the order of the dataset */
+    bool no_prefix;      /* compute the common head of the rows of a batch for each row again */
+} ptst_train_desc;
+
+/* One optimiser step. */
+typedef struct ptst_step {
+    uint64_t step;    /* from 1 */
+    uint64_t steps;   /* of the whole training */
+    double epoch;     /* epochs done after it */
+    double loss;      /* sum over labels / number of labels */
+    double grad_norm; /* of that loss, before clipping */
+    double learning_rate;
+    uint64_t tokens; /* of its rows, the common head counted for each */
+    uint64_t labels;
+    double tokens_per_second;
+} ptst_step;
+
+/* Trains an adapter (or, with adapter NULL, all weights of a trainable model) on a dataset. It
+   borrows all three. */
+typedef struct ptst_trainer ptst_trainer;
+
+/* desc may be NULL. Sizes all memory; steps allocate nothing. */
+PTST_API ptst_trainer *ptst_trainer_new(ptst_ctx *c, struct ptst_model *model,
+                                        struct ptst_adapter *adapter, const ptst_dataset *data,
+                                        const ptst_train_desc *desc);
+PTST_API void ptst_trainer_free(ptst_ctx *c, ptst_trainer *t);
+/* The options with all defaults filled in. */
+PTST_API ptst_train_desc ptst_trainer_options(const ptst_trainer *t);
+/* Steps done, and of how many. */
+PTST_API uint64_t ptst_trainer_done(const ptst_trainer *t);
+PTST_API uint64_t ptst_trainer_steps(const ptst_trainer *t);
+/* One step. PTST_ERR_NUMERIC if loss or gradient is not finite (the weights stay as they were);
+   PTST_ERR_ARGUMENT after the last one. */
+PTST_API ptst_code ptst_trainer_step(ptst_ctx *c, ptst_trainer *t, ptst_step *out);
+/* Writes weights, moments, step and options to one file, whole or not at all; restore goes on from
+   it bit by bit, or names the option that differs (PTST_ERR_MISMATCH). */
+PTST_API ptst_code ptst_trainer_save(ptst_ctx *c, ptst_trainer *t, const char *path);
+PTST_API ptst_code ptst_trainer_restore(ptst_ctx *c, ptst_trainer *t, const char *path);
+
+/* ---- one call: fine-tune, with log, checkpoints and resume ---- */
+
+typedef struct ptst_finetune_desc {
+    struct ptst_model *model; /* with `full` it must be trainable, and changes */
+    const char *model_dir;    /* base model named in adapter_config.json; with `full` the
+                                     tokenizer files are copied from here; may be NULL */
+    const struct ptst_tokenizer *tokenizer;
+    const ptst_example *examples;
+    size_t examples_count;
+    const ptst_example *mix; /* safety rows: the first mix_count of them take part in each epoch */
+    size_t mix_count;
+    const char *out;                   /* folder, is made */
+    const char *init_adapter;          /* PEFT folder to start from; NULL = new adapter */
+    const struct ptst_lora_desc *lora; /* of a new adapter; NULL = defaults */
+    bool full;                         /* all weights instead of an adapter */
+    ptst_dataset_desc dataset;
+    ptst_train_desc train;
+    uint64_t save_every; /* steps between checkpoints; 0 = only when stopped */
+    bool resume;         /* go on from OUT's checkpoint; without one start anew */
+    const char *log;     /* one JSON object a step; NULL = OUT/log.jsonl */
+    void (*on_step)(void *user, const ptst_step *step); /* NULL = none */
+    void *user;
+} ptst_finetune_desc;
+
+typedef struct ptst_finetune_info {
+    ptst_dataset_info data;
+    ptst_step last; /* all 0 if there was nothing to do */
+    bool finished;  /* false: stopped, the checkpoint is written */
+    bool resumed;   /* went on from a checkpoint */
+} ptst_finetune_info;
+
+/* Writes OUT/adapter_config.json and adapter_model.safetensors (or a model folder), OUT/log.jsonl
+   and OUT/trainer_state.safetensors, the checkpoint. ptst_desc.progress is called after each step;
+   if it returns a value other than 0 the state is saved and the result is PTST_ERR_STOPPED. info
+   may be NULL. */
+PTST_API ptst_code ptst_finetune(ptst_ctx *c, const ptst_finetune_desc *desc,
+                                 ptst_finetune_info *info);
+
 /* ---- api >>generate -------------------------------------------------------------------------- */
+
+typedef struct ptst_sample_desc {
+    double temperature;        /* 0 = greedy (of equal logits the lowest id) */
+    double top_p;              /* smallest set of tokens with at least this probability; 0 = the
+                                  most probable one alone (greedy), 1 = off */
+    size_t top_k;              /* 0 = off */
+    double repetition_penalty; /* on tokens of prompt and answer; 0 or 1 = off */
+} ptst_sample_desc;
+
+/* Chooses the next token from logits [vocab], which it may overwrite. seen: the tokens so far, for
+   the repetition penalty. scratch: 2 * vocab floats, may be NULL if greedy. rng may be NULL if
+   greedy. As transformers' logits processors, in this order: penalty, temperature, top-k, top-p. */
+PTST_API int32_t ptst_sample(const ptst_sample_desc *desc, float *logits, size_t vocab,
+                             const int32_t *seen, size_t seen_count, ptst_rng *rng, float *scratch);
+
+typedef enum ptst_finish {
+    PTST_FINISH_NONE,  /* not finished (stopped, or an earlier failure) */
+    PTST_FINISH_EOS,   /* an end token, or a stop string */
+    PTST_FINISH_LENGTH /* max_new_tokens, or no room left */
+} ptst_finish;
+
+/* Zero-initialise; release with ptst_answers_free. */
+typedef struct ptst_answer {
+    ptst_text text; /* decoded, without special tokens, end token and stop string */
+    ptst_ids ids;   /* all tokens that were generated, end token included */
+    ptst_finish finish;
+    size_t prompt_tokens;
+} ptst_answer;
+
+typedef struct ptst_generate_desc {
+    ptst_sample_desc sample;
+    size_t max_new_tokens;   /* 0 = 512 */
+    size_t batch;            /* answers at a time; 0 = 16 */
+    size_t capacity;         /* tokens of prompt and answer; 0 = what the prompts need, at most
+                                what the model can take */
+    uint64_t seed;           /* answer i draws from stream i, whatever the batch */
+    const int32_t *stop_ids; /* besides the tokenizer's eos */
+    size_t stop_ids_count;
+    const char *const *stop_strings; /* the answer ends before one */
+    size_t stop_strings_count;
+    bool ignore_eos; /* only max_new_tokens ends an answer */
+    bool no_prefix;  /* compute the common head of the prompts for each again */
+    /* NULL = none. Called with whole UTF-8 characters as they come, for prompt `index`. */
+    void (*on_text)(void *user, size_t index, const char *text, size_t size);
+    /* NULL = none. Called when answer `index` is finished, in the order of finishing. */
+    void (*on_answer)(void *user, size_t index, const ptst_answer *answer);
+    void *user;
+} ptst_generate_desc;
+
+/* Answers count prompts; answers[i] belongs to prompts[i]. adapter may be NULL, desc may be NULL.
+   Answers do not depend on batch, on the order of the prompts or on what else is generated. A
+   prompt that has no room for a token is PTST_ERR_LIMIT. After PTST_ERR_STOPPED (asked for by
+   ptst_desc.progress) finished answers are there. */
+PTST_API ptst_code ptst_generate(ptst_ctx *c, const struct ptst_model *model,
+                                 const struct ptst_adapter *adapter,
+                                 const struct ptst_tokenizer *tokenizer,
+                                 const struct ptst_prompt *prompts, size_t count,
+                                 const ptst_generate_desc *desc, ptst_answer *answers);
+PTST_API void ptst_answers_free(ptst_ctx *c, ptst_answer *answers, size_t count);
 
 /* ---- api >>data ------------------------------------------------------------------------------ */
 
