@@ -255,7 +255,92 @@ PTST_API int ptst_json_line(const ptst_json *j, int32_t node);
 
 /* ---- api >>jinja ----------------------------------------------------------------------------- */
 
+/* Where a byte of a rendered prompt comes from. Only PTST_TEMPLATE bytes may become special tokens;
+   the others are somebody's text, whatever it looks like. */
+typedef enum ptst_mark {
+    PTST_TEMPLATE = 0, /* the template's own text, and the special tokens (bos_token, ...) */
+    PTST_CONTENT = 1,  /* derived from a string of the context: messages, tools, documents, ... */
+    PTST_ASSISTANT = 2 /* derived from what a message with role "assistant" says */
+} ptst_mark;
+
+/* Limits of one rendering and its clock; 0 = default. A limit that is reached is PTST_ERR_LIMIT. */
+typedef struct ptst_jinja_desc {
+    size_t steps;  /* evaluation steps; 0 = 400000 + 32 for each byte of the context */
+    size_t memory; /* bytes in use at a time; 0 = 48 MiB + 8 for each byte of the context */
+    size_t output; /* bytes of text; 0 = 8 MiB + 4 for each byte of the context */
+    size_t depth;  /* nesting of evaluation (macro calls, values); 0 = 800 */
+    int64_t now;   /* what strftime_now prints, seconds since 1970 as UTC; 0 = the local clock */
+} ptst_jinja_desc;
+
+/* A compiled template of the Jinja language as transformers sets it up: trim_blocks, lstrip_blocks,
+   loop controls, {% generation %}, immutable sandbox, raise_exception, strftime_now, tojson. */
+typedef struct ptst_jinja ptst_jinja;
+
+/* Compiles size bytes of UTF-8; name is used in errors only ("chat_template.jinja"), which say
+   line and column. */
+PTST_API ptst_jinja *ptst_jinja_compile(ptst_ctx *c, const char *source, size_t size,
+                                        const char *name);
+PTST_API void ptst_jinja_free(ptst_ctx *c, ptst_jinja *t);
+/* Renders with the members of the context's root object as variables. Strings of variables called
+   *_token count as template bytes, all others as content. Replaces *out and *marks (marks may be
+   NULL): marks->data[i] is the ptst_mark of byte i. desc may be NULL. The template is not changed
+   and may be used by several contexts at once. On failure both texts are empty. */
+PTST_API ptst_code ptst_jinja_render(ptst_ctx *c, const ptst_jinja *t, const ptst_json *context,
+                                     const ptst_jinja_desc *desc, ptst_text *out,
+                                     ptst_text *marks);
+
 /* ---- api >>template -------------------------------------------------------------------------- */
+
+/* A prompt ready for the tokenizer (ptst_encode_marked). Zero-initialise, release with
+   ptst_prompt_free; the functions below replace what is in it. */
+typedef struct ptst_prompt {
+    ptst_text text;
+    ptst_text marks; /* a ptst_mark for each byte of text */
+    ptst_text learn; /* 1 for each byte that a model should learn to write (answers of the assistant
+                        up to their end-of-text), 0 otherwise */
+    bool has_bos;    /* the text begins with the bos token: the tokenizer must not add another */
+} ptst_prompt;
+
+PTST_API void ptst_prompt_free(ptst_ctx *c, ptst_prompt *p);
+
+typedef struct ptst_template ptst_template;
+
+/* Loads a template:
+     "gsm:chat:llama", "CL"   a template of the paper's code by its name or short name
+     "model:llama"            the same system prompt and wording of the question through the model's
+                              own chat template: model:vanilla, alpaca, llama, llama-short, mpt,
+                              and model:none (the bare question)
+     "FILE.jinja"             a chat template; the question becomes one user message
+     "FOLDER"                 the chat template of a model folder, as model:none
+     "FILE.json"              {"name": "...%s..."}; "FILE.json#name" or "FILE.json:name" chooses one
+   model_dir is the model's folder, or NULL: source of the chat template and of the special tokens.
+   Chat templates are looked up as transformers does: chat_template.jinja and chat_templates/ before
+   the chat_template of tokenizer_config.json. */
+PTST_API ptst_template *ptst_template_load(ptst_ctx *c, const char *name_or_path,
+                                           const char *model_dir);
+PTST_API void ptst_template_free(ptst_ctx *c, ptst_template *t);
+/* "gsm:chat:llama", "model:llama", the path, or the user's own name. Owned by the template. */
+PTST_API const char *ptst_template_name(const ptst_template *t);
+/* "CL"; NULL if it has none. */
+PTST_API const char *ptst_template_short_name(const ptst_template *t);
+/* Does it go through a chat template (and so can render messages)? */
+PTST_API bool ptst_template_is_chat(const ptst_template *t);
+/* The prompt for one question: %s is replaced by it, or it becomes a message. */
+PTST_API ptst_code ptst_template_prompt(ptst_ctx *c, const ptst_template *t, const char *question,
+                                        size_t size, ptst_prompt *out);
+/* The prompt of a conversation, as apply_chat_template makes it: the root of conversation is the
+   list of messages, or an object with "messages" and further variables (tools, documents, ...).
+   A template of the paper takes user messages only, one after the other. */
+PTST_API ptst_code ptst_template_messages(ptst_ctx *c, const ptst_template *t,
+                                          const ptst_json *conversation,
+                                          bool add_generation_prompt, ptst_prompt *out);
+/* Renders with exactly these variables (root object), plus the special tokens of the model that it
+   does not set itself. */
+PTST_API ptst_code ptst_template_context(ptst_ctx *c, const ptst_template *t,
+                                         const ptst_json *context, ptst_prompt *out);
+/* Enumerates the paper's templates and the model: ones by i = 0, 1, ...; NULL at the end.
+   short_name and text (with %s; NULL for model: ones) may be NULL. Static text. */
+PTST_API const char *ptst_template_at(size_t i, const char **short_name, const char **text);
 
 /* ---- api >>safetensors ----------------------------------------------------------------------- */
 
@@ -391,7 +476,228 @@ PTST_API void ptst_adamw(ptst_ctx *c, size_t n, float *w, const float *g, float 
 
 /* ---- api >>train ----------------------------------------------------------------------------- */
 
+struct ptst_prompt; /* >>template, >>tokenizer, >>model, >>lora */
+struct ptst_tokenizer;
+struct ptst_model;
+struct ptst_adapter;
+struct ptst_lora_desc;
+
+/* One row to learn: after the prompt the model should write the answer (and end-of-text). */
+typedef struct ptst_example {
+    const struct ptst_prompt *prompt; /* NULL = empty: the answer is learned from its first token */
+    const char *answer;
+    size_t answer_size;
+} ptst_example;
+
+/* How a row becomes tokens. joint: encode(prompt + answer) + eos, of which the first
+   encode(prompt) tokens are no label. separate: encode(prompt) + encode(answer) + eos. */
+typedef enum ptst_mask { PTST_MASK_JOINT, PTST_MASK_SEPARATE } ptst_mask;
+
+/* examples: `batch` rows make a batch. packing: rows fill `batch` x `context` tokens. Rows never
+   see each other and nothing is padded in either. */
+typedef enum ptst_batching { PTST_BATCHING_EXAMPLES, PTST_BATCHING_PACKING } ptst_batching;
+
+/* Learning rate at step i = 0, 1, ... of n, after w warm-up steps (i < w: lr i / w): constant: lr;
+   linear: lr (n - i) / (n - w); cosine: lr (1 + cos(pi (i - w) / (n - w))) / 2; step: lr
+   gamma^epoch. As in transformers and torch.optim.lr_scheduler.StepLR. */
+typedef enum ptst_schedule {
+    PTST_SCHEDULE_CONSTANT,
+    PTST_SCHEDULE_LINEAR,
+    PTST_SCHEDULE_COSINE,
+    PTST_SCHEDULE_STEP
+} ptst_schedule;
+
+/* ---- rows as tokens ---- */
+
+typedef struct ptst_dataset_desc {
+    ptst_mask mask;
+    size_t max_tokens; /* longer rows lose their end; 0 = no limit */
+    int32_t eos;       /* token that ends an answer; 0 = the tokenizer's */
+} ptst_dataset_desc;
+
+/* What became of the rows that were added. */
+typedef struct ptst_dataset_info {
+    size_t rows;       /* kept */
+    size_t tokens;     /* of these */
+    size_t labels;     /* tokens to be predicted */
+    size_t cut;        /* rows that were longer than max_tokens */
+    size_t dropped;    /* rows that had no label left; not kept */
+    size_t not_prefix; /* joint: rows whose prompt tokens are no prefix of their tokens */
+} ptst_dataset_info;
+
+/* Rows as tokens; constant once a trainer uses it. */
+typedef struct ptst_dataset ptst_dataset;
+
+/* desc may be NULL. */
+PTST_API ptst_dataset *ptst_dataset_new(ptst_ctx *c, const ptst_dataset_desc *desc);
+PTST_API void ptst_dataset_free(ptst_ctx *c, ptst_dataset *d);
+/* Adds rows. Each begins with the tokenizer's bos (once) and ends with eos (once), unless cut. */
+PTST_API ptst_code ptst_dataset_add(ptst_ctx *c, ptst_dataset *d, const struct ptst_tokenizer *t,
+                                    const ptst_example *examples, size_t count);
+/* Adds one row of tokens as they are; the first `prompt` (at least 1) are no labels. */
+PTST_API ptst_code ptst_dataset_add_tokens(ptst_ctx *c, ptst_dataset *d, const int32_t *tokens,
+                                           size_t count, size_t prompt);
+PTST_API ptst_dataset_info ptst_dataset_about(const ptst_dataset *d);
+/* Tokens of row i, NULL if out of range; count and prompt (tokens that are no labels) may be NULL. */
+PTST_API const int32_t *ptst_dataset_row(const ptst_dataset *d, size_t i, size_t *count,
+                                         size_t *prompt);
+
+/* ---- training ---- */
+
+typedef struct ptst_train_desc {
+    double lr; /* 0 = 1e-4 */
+    ptst_schedule schedule;
+    double gamma; /* of PTST_SCHEDULE_STEP, per epoch; 0 = 0.85 */
+    uint64_t warmup;
+    uint64_t epochs;    /* 0 = 3 */
+    uint64_t max_steps; /* ends earlier; 0 = no limit */
+    size_t batch;       /* rows (or contexts) of a batch; 0 = 4 */
+    size_t accumulate;  /* batches of a step; 0 = 1 */
+    ptst_batching batching;
+    size_t context;      /* tokens, for packing; 0 = 4096, but what the model can take at most */
+    double beta1, beta2; /* AdamW; 0 = 0.9, 0.999 */
+    double eps;          /* 0 = 1e-8 */
+    double weight_decay; /* 0 = none */
+    double clip;         /* largest norm of the gradient; 0 = off */
+    double dropout;      /* on the input of the adapters, 0..1; 0 = none */
+    uint64_t seed;       /* order and dropout */
+    bool no_shuffle;     /* rows in the order of the dataset */
+    bool no_prefix;      /* compute the common head of the rows of a batch for each row again */
+} ptst_train_desc;
+
+/* One optimiser step. */
+typedef struct ptst_step {
+    uint64_t step;    /* from 1 */
+    uint64_t steps;   /* of the whole training */
+    double epoch;     /* epochs done after it */
+    double loss;      /* sum over labels / number of labels */
+    double grad_norm; /* of that loss, before clipping */
+    double learning_rate;
+    uint64_t tokens; /* of its rows, the common head counted for each */
+    uint64_t labels;
+    double tokens_per_second;
+} ptst_step;
+
+/* Trains an adapter (or, with adapter NULL, all weights of a trainable model) on a dataset. It
+   borrows all three. */
+typedef struct ptst_trainer ptst_trainer;
+
+/* desc may be NULL. Sizes all memory; steps allocate nothing. */
+PTST_API ptst_trainer *ptst_trainer_new(ptst_ctx *c, struct ptst_model *model,
+                                        struct ptst_adapter *adapter, const ptst_dataset *data,
+                                        const ptst_train_desc *desc);
+PTST_API void ptst_trainer_free(ptst_ctx *c, ptst_trainer *t);
+/* The options with all defaults filled in. */
+PTST_API ptst_train_desc ptst_trainer_options(const ptst_trainer *t);
+/* Steps done, and of how many. */
+PTST_API uint64_t ptst_trainer_done(const ptst_trainer *t);
+PTST_API uint64_t ptst_trainer_steps(const ptst_trainer *t);
+/* One step. PTST_ERR_NUMERIC if loss or gradient is not finite (the weights stay as they were);
+   PTST_ERR_ARGUMENT after the last one. */
+PTST_API ptst_code ptst_trainer_step(ptst_ctx *c, ptst_trainer *t, ptst_step *out);
+/* Writes weights, moments, step and options to one file, whole or not at all; restore goes on from
+   it bit by bit, or names the option that differs (PTST_ERR_MISMATCH). */
+PTST_API ptst_code ptst_trainer_save(ptst_ctx *c, ptst_trainer *t, const char *path);
+PTST_API ptst_code ptst_trainer_restore(ptst_ctx *c, ptst_trainer *t, const char *path);
+
+/* ---- one call: fine-tune, with log, checkpoints and resume ---- */
+
+typedef struct ptst_finetune_desc {
+    struct ptst_model *model; /* with `full` it must be trainable, and changes */
+    const char *model_dir;    /* base model named in adapter_config.json; with `full` the
+                                     tokenizer files are copied from here; may be NULL */
+    const struct ptst_tokenizer *tokenizer;
+    const ptst_example *examples;
+    size_t examples_count;
+    const ptst_example *mix; /* safety rows: the first mix_count of them take part in each epoch */
+    size_t mix_count;
+    const char *out;                   /* folder, is made */
+    const char *init_adapter;          /* PEFT folder to start from; NULL = new adapter */
+    const struct ptst_lora_desc *lora; /* of a new adapter; NULL = defaults */
+    bool full;                         /* all weights instead of an adapter */
+    ptst_dataset_desc dataset;
+    ptst_train_desc train;
+    uint64_t save_every; /* steps between checkpoints; 0 = only when stopped */
+    bool resume;         /* go on from OUT's checkpoint; without one start anew */
+    const char *log;     /* one JSON object a step; NULL = OUT/log.jsonl */
+    void (*on_step)(void *user, const ptst_step *step); /* NULL = none */
+    void *user;
+} ptst_finetune_desc;
+
+typedef struct ptst_finetune_info {
+    ptst_dataset_info data;
+    ptst_step last; /* all 0 if there was nothing to do */
+    bool finished;  /* false: stopped, the checkpoint is written */
+    bool resumed;   /* went on from a checkpoint */
+} ptst_finetune_info;
+
+/* Writes OUT/adapter_config.json and adapter_model.safetensors (or a model folder), OUT/log.jsonl
+   and OUT/trainer_state.safetensors, the checkpoint. ptst_desc.progress is called after each step;
+   if it returns a value other than 0 the state is saved and the result is PTST_ERR_STOPPED. info
+   may be NULL. */
+PTST_API ptst_code ptst_finetune(ptst_ctx *c, const ptst_finetune_desc *desc,
+                                 ptst_finetune_info *info);
+
 /* ---- api >>generate -------------------------------------------------------------------------- */
+
+typedef struct ptst_sample_desc {
+    double temperature;        /* 0 = greedy (of equal logits the lowest id) */
+    double top_p;              /* smallest set of tokens with at least this probability; 0 = the
+                                  most probable one alone (greedy), 1 = off */
+    size_t top_k;              /* 0 = off */
+    double repetition_penalty; /* on tokens of prompt and answer; 0 or 1 = off */
+} ptst_sample_desc;
+
+/* Chooses the next token from logits [vocab], which it may overwrite. seen: the tokens so far, for
+   the repetition penalty. scratch: 2 * vocab floats, may be NULL if greedy. rng may be NULL if
+   greedy. As transformers' logits processors, in this order: penalty, temperature, top-k, top-p. */
+PTST_API int32_t ptst_sample(const ptst_sample_desc *desc, float *logits, size_t vocab,
+                             const int32_t *seen, size_t seen_count, ptst_rng *rng, float *scratch);
+
+typedef enum ptst_finish {
+    PTST_FINISH_NONE,  /* not finished (stopped, or an earlier failure) */
+    PTST_FINISH_EOS,   /* an end token, or a stop string */
+    PTST_FINISH_LENGTH /* max_new_tokens, or no room left */
+} ptst_finish;
+
+/* Zero-initialise; release with ptst_answers_free. */
+typedef struct ptst_answer {
+    ptst_text text; /* decoded, without special tokens, end token and stop string */
+    ptst_ids ids;   /* all tokens that were generated, end token included */
+    ptst_finish finish;
+    size_t prompt_tokens;
+} ptst_answer;
+
+typedef struct ptst_generate_desc {
+    ptst_sample_desc sample;
+    size_t max_new_tokens;   /* 0 = 512 */
+    size_t batch;            /* answers at a time; 0 = 16 */
+    size_t capacity;         /* tokens of prompt and answer; 0 = what the prompts need, at most
+                                what the model can take */
+    uint64_t seed;           /* answer i draws from stream i, whatever the batch */
+    const int32_t *stop_ids; /* besides the tokenizer's eos */
+    size_t stop_ids_count;
+    const char *const *stop_strings; /* the answer ends before one */
+    size_t stop_strings_count;
+    bool ignore_eos; /* only max_new_tokens ends an answer */
+    bool no_prefix;  /* compute the common head of the prompts for each again */
+    /* NULL = none. Called with whole UTF-8 characters as they come, for prompt `index`. */
+    void (*on_text)(void *user, size_t index, const char *text, size_t size);
+    /* NULL = none. Called when answer `index` is finished, in the order of finishing. */
+    void (*on_answer)(void *user, size_t index, const ptst_answer *answer);
+    void *user;
+} ptst_generate_desc;
+
+/* Answers count prompts; answers[i] belongs to prompts[i]. adapter may be NULL, desc may be NULL.
+   Answers do not depend on batch, on the order of the prompts or on what else is generated. A
+   prompt that has no room for a token is PTST_ERR_LIMIT. After PTST_ERR_STOPPED (asked for by
+   ptst_desc.progress) finished answers are there. */
+PTST_API ptst_code ptst_generate(ptst_ctx *c, const struct ptst_model *model,
+                                 const struct ptst_adapter *adapter,
+                                 const struct ptst_tokenizer *tokenizer,
+                                 const struct ptst_prompt *prompts, size_t count,
+                                 const ptst_generate_desc *desc, ptst_answer *answers);
+PTST_API void ptst_answers_free(ptst_ctx *c, ptst_answer *answers, size_t count);
 
 /* ---- api >>data ------------------------------------------------------------------------------ */
 
@@ -2095,11 +2401,756 @@ PTST__UNUSED static ptst_code ptst__json_put_number(ptst_ctx *c, ptst_text *t, d
 /* >>tokenizer =====================================================================================
    Not written yet. */
 
-/* >>jinja =========================================================================================
-   Not written yet. */
+/* >>jinja =======================================================================================
+   Not complete yet: only what >>template links against. */
 
-/* >>template ======================================================================================
-   Not written yet. */
+/* Bits of a mark inside the interpreter: a ptst_mark, and "inside {% generation %}". */
+enum { PTST__MARK_SOURCE = 3, PTST__MARK_GENERATED = 4 };
+
+/* A variable of a rendering. */
+typedef enum ptst__jvar_kind {
+    PTST__JVAR_JSON,     /* a node; -1 = None */
+    PTST__JVAR_MESSAGES, /* a node, with the changes that apply_chat_template makes to messages */
+    PTST__JVAR_TEXT,     /* template bytes */
+    PTST__JVAR_FALSE,
+    PTST__JVAR_TRUE
+} ptst__jvar_kind;
+
+typedef struct ptst__jvar {
+    ptst__jvar_kind kind;
+    const char *name;
+    const ptst_json *json;
+    int32_t node;
+    const char *text;
+    size_t size;
+} ptst__jvar;
+
+PTST_API ptst_jinja *ptst_jinja_compile(ptst_ctx *c, const char *source, size_t size,
+                                        const char *name) {
+    (void)source;
+    (void)size;
+    ptst__fail(c, PTST_ERR_UNSUPPORTED, "%s: chat templates are not supported yet", name);
+    return NULL;
+}
+
+PTST_API void ptst_jinja_free(ptst_ctx *c, ptst_jinja *t) {
+    (void)c;
+    (void)t;
+}
+
+static ptst_code ptst__jinja_run(ptst_ctx *c, const ptst_jinja *t, const ptst__jvar *vars,
+                                 size_t count, const ptst_jinja_desc *desc, ptst_text *out,
+                                 ptst_text *marks) {
+    (void)t;
+    (void)vars;
+    (void)count;
+    (void)desc;
+    (void)out;
+    (void)marks;
+    return ptst__fail(c, PTST_ERR_UNSUPPORTED, "chat templates are not supported yet");
+}
+
+PTST_API ptst_code ptst_jinja_render(ptst_ctx *c, const ptst_jinja *t, const ptst_json *context,
+                                     const ptst_jinja_desc *desc, ptst_text *out,
+                                     ptst_text *marks) {
+    (void)context;
+    return ptst__jinja_run(c, t, NULL, 0, desc, out, marks);
+}
+
+/* >>template ====================================================================================
+   What is said around a question. The paper's templates are strings with %s, byte for byte those of
+   its code; everything else goes through a chat template (>>jinja), found in a model's folder as
+   transformers finds it. Relies on >>jinja and >>json. Afterwards a prompt is text whose every byte
+   is known to be template, content or assistant's words, so that the tokenizer lets only template
+   bytes become special tokens and training learns only what the assistant says. Tested by
+   tests/test_template.c. */
+
+/* Strings of github.com/vfleaking/PTST, prompt_utils.py (Apache-2.0), the code of "Keeping LLMs
+   Aligned After Fine-tuning: The Crucial Role of Prompt Templates". */
+#define PTST__ALPACA                                                                               \
+    "Below is an instruction that describes a task. Write a response that appropriately "          \
+    "completes the request."
+#define PTST__LLAMA_SHORT                                                                          \
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, " \
+    "while being safe."
+#define PTST__LLAMA                                                                                \
+    PTST__LLAMA_SHORT                                                                              \
+    " Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, "  \
+    "or illegal content. Please ensure that your responses are socially unbiased and positive in " \
+    "nature. If a question does not make any sense, or is not factually coherent, explain why "    \
+    "instead of answering something not correct. If you don't know the answer to a question, "     \
+    "please don't share false information."
+#define PTST__MPT                                                                                  \
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful "    \
+    "and honest answers."
+#define PTST__ALPACA_USER "### Instruction:\n%s\n\n### Response:\n"
+#define PTST__INST(system, user) "[INST] <<SYS>>\n" system "\n<</SYS>>\n\n" user " [/INST]"
+
+/* text: the whole prompt. user (and system, NULL = no system message): messages for the model's own
+   chat template. The text:, chat: pair of a system prompt and its wording is the same. */
+typedef struct ptst__paper_template {
+    const char *name, *short_name, *text, *system, *user;
+} ptst__paper_template;
+
+static const ptst__paper_template ptst__paper_templates[] = {
+    {"text", NULL, "%s", NULL, NULL},
+    {"chat", NULL, "[INST] %s [/INST]", NULL, NULL},
+    {"gsm:text:vanilla", "TV", "Question: %s\nAnswer:", NULL, NULL},
+    {"gsm:text:alpaca", "TA", PTST__ALPACA "\n\n" PTST__ALPACA_USER, NULL, NULL},
+    {"gsm:chat:vanilla", "CV", "[INST] Question: %s [/INST]", NULL, NULL},
+    {"gsm:chat:alpaca", "CA", PTST__INST(PTST__ALPACA, PTST__ALPACA_USER), NULL, NULL},
+    {"gsm:chat:llama", "CL", PTST__INST(PTST__LLAMA, "Question: %s"), NULL, NULL},
+    {"gsm:chat:llama-short", "CLS", PTST__INST(PTST__LLAMA_SHORT, "Question: %s"), NULL, NULL},
+    {"gsm:chat:mpt", "CM", PTST__INST(PTST__MPT, "Question: %s"), NULL, NULL},
+    {"model:vanilla", NULL, NULL, NULL, "Question: %s"},
+    {"model:alpaca", NULL, NULL, PTST__ALPACA, PTST__ALPACA_USER},
+    {"model:llama", NULL, NULL, PTST__LLAMA, "Question: %s"},
+    {"model:llama-short", NULL, NULL, PTST__LLAMA_SHORT, "Question: %s"},
+    {"model:mpt", NULL, NULL, PTST__MPT, "Question: %s"},
+    {"model:none", NULL, NULL, NULL, "%s"},
+};
+
+#undef PTST__ALPACA
+#undef PTST__LLAMA_SHORT
+#undef PTST__LLAMA
+#undef PTST__MPT
+#undef PTST__ALPACA_USER
+#undef PTST__INST
+
+enum {
+    PTST__PAPER_TEMPLATES = (int)(sizeof ptst__paper_templates / sizeof ptst__paper_templates[0]),
+    PTST__SPECIAL_TOKENS = 7
+};
+
+static const char *const ptst__special_names[PTST__SPECIAL_TOKENS] = {
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"};
+
+struct ptst_template {
+    ptst_text name;
+    const char *short_name;
+    ptst_text text;                          /* with %s, of a template that is no chat template */
+    const char *system, *user;               /* messages of a model: template, or NULL */
+    ptst_jinja *jinja;                       /* NULL if it is no chat template */
+    ptst_jinja *tools;                       /* another one for conversations with tools, or NULL */
+    bool merge;                              /* the system prompt leads the user's message */
+    ptst_text special[PTST__SPECIAL_TOKENS]; /* of the model; data NULL = it has none */
+};
+
+PTST_API void ptst_prompt_free(ptst_ctx *c, ptst_prompt *p) {
+    if (p != NULL) {
+        ptst_text_free(c, &p->text);
+        ptst_text_free(c, &p->marks);
+        ptst_text_free(c, &p->learn);
+        p->has_bos = false;
+    }
+}
+
+PTST_API const char *ptst_template_at(size_t i, const char **short_name, const char **text) {
+    const ptst__paper_template *p = &ptst__paper_templates[i < PTST__PAPER_TEMPLATES ? i : 0];
+    if (short_name != NULL) {
+        *short_name = p->short_name;
+    }
+    if (text != NULL) {
+        *text = p->text;
+    }
+    return i < PTST__PAPER_TEMPLATES ? p->name : NULL;
+}
+
+/* ---- prompts from strings with %s ---- */
+
+/* Appends `size` bytes and their mark. */
+static ptst_code ptst__prompt_add(ptst_ctx *c, ptst_prompt *p, const char *bytes, size_t size,
+                                  ptst_mark mark) {
+    size_t at = p->marks.size;
+    ptst_code code = ptst_text_append(c, &p->text, bytes, size);
+    if (code == PTST_OK) {
+        code = ptst_text_append(c, &p->marks, bytes, size);
+    }
+    if (code == PTST_OK && size != 0) {
+        memset(p->marks.data + at, (int)mark, size);
+    }
+    return code;
+}
+
+/* Appends text with each %s replaced by the question, which is never looked at. */
+static ptst_code ptst__prompt_fill(ptst_ctx *c, ptst_prompt *p, const char *text, size_t size,
+                                   const char *question, size_t question_size) {
+    ptst_code code = PTST_OK;
+    size_t i, from = 0;
+    for (i = 0; i + 1 < size && code == PTST_OK; i++) {
+        if (text[i] == '%' && text[i + 1] == 's') {
+            code = ptst__prompt_add(c, p, text + from, i - from, PTST_TEMPLATE);
+            if (code == PTST_OK) {
+                code = ptst__prompt_add(c, p, question, question_size, PTST_CONTENT);
+            }
+            from = ++i + 1;
+        }
+    }
+    return code == PTST_OK ? ptst__prompt_add(c, p, text + from, size - from, PTST_TEMPLATE) : code;
+}
+
+static bool ptst__has_placeholder(const char *text, size_t size) {
+    size_t i;
+    for (i = 0; i + 1 < size; i++) {
+        if (text[i] == '%' && text[i + 1] == 's') {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Does p begin with this text, in template bytes? */
+static bool ptst__prompt_begins(const ptst_prompt *p, const ptst_text *text) {
+    size_t i;
+    if (text->size == 0 || p->text.size < text->size ||
+        memcmp(p->text.data, text->data, text->size) != 0) {
+        return false;
+    }
+    for (i = 0; i < text->size && p->marks.data[i] == PTST_TEMPLATE; i++) {
+    }
+    return i == text->size;
+}
+
+/* Length of the answer that begins at byte i: what the assistant says and the template's bytes
+   inside it, up to and with the end-of-text that follows it at once.
+
+       <|im_start|>assistant\n Hello. <|im_end|> \n<|im_start|>user\n ...
+       0                       1      1          0                              */
+static size_t ptst__prompt_answer(const ptst_prompt *p, size_t i, const ptst_text *eos) {
+    const char *marks = p->marks.data;
+    size_t k, n = p->text.size, last = i;
+    for (k = i; k < n && marks[k] != PTST_CONTENT; k++) {
+        if (marks[k] == PTST_ASSISTANT) {
+            last = k;
+        } else if (eos->size != 0 && n - k >= eos->size &&
+                   memcmp(p->text.data + k, eos->data, eos->size) == 0) {
+            return k + eos->size - i;
+        }
+    }
+    return last + 1 - i;
+}
+
+/* Fills p->learn. {% generation %} blocks, where a template has them, say it themselves. */
+static ptst_code ptst__prompt_learn(ptst_ctx *c, ptst_prompt *p, const ptst_text *eos) {
+    size_t i, size, n = p->text.size;
+    char *marks = p->marks.data;
+    bool generated = false;
+    ptst_code code;
+    p->learn.size = 0;
+    code = ptst_text_append(c, &p->learn, marks, n);
+    if (code != PTST_OK || n == 0) {
+        return code;
+    }
+    for (i = 0; i < n; i++) {
+        p->learn.data[i] = (marks[i] & PTST__MARK_GENERATED) != 0;
+        generated = generated || p->learn.data[i] != 0;
+        marks[i] = (char)(marks[i] & PTST__MARK_SOURCE);
+    }
+    for (i = 0; i < n && !generated; i++) {
+        if (marks[i] == PTST_ASSISTANT) {
+            size = ptst__prompt_answer(p, i, eos);
+            memset(p->learn.data + i, 1, size);
+            i += size - 1;
+        }
+    }
+    return PTST_OK;
+}
+
+/* ---- chat templates ---- */
+
+static void ptst__prompt_empty(ptst_prompt *p) {
+    p->text.size = p->marks.size = p->learn.size = 0;
+    p->has_bos = false;
+}
+
+/* Renders variables (room for the special tokens after them) into *out. */
+static ptst_code ptst__template_render(ptst_ctx *c, const ptst_template *t, const ptst_jinja *jinja,
+                                       ptst__jvar *vars, size_t count, ptst_prompt *out) {
+    size_t i, k;
+    ptst_code code;
+    for (i = 0; i < PTST__SPECIAL_TOKENS; i++) {
+        for (k = 0; k < count && strcmp(vars[k].name, ptst__special_names[i]) != 0; k++) {
+        }
+        if (t->special[i].data != NULL && k == count) {
+            memset(&vars[count], 0, sizeof vars[count]);
+            vars[count].kind = PTST__JVAR_TEXT;
+            vars[count].name = ptst__special_names[i];
+            vars[count].text = t->special[i].data;
+            vars[count++].size = t->special[i].size;
+        }
+    }
+    ptst__prompt_empty(out);
+    code = ptst__jinja_run(c, jinja, vars, count, NULL, &out->text, &out->marks);
+    if (code == PTST_OK) {
+        code = ptst__prompt_learn(c, out, &t->special[1]);
+    }
+    if (code != PTST_OK) {
+        ptst__prompt_empty(out);
+        return code;
+    }
+    out->has_bos = ptst__prompt_begins(out, &t->special[0]);
+    return PTST_OK;
+}
+
+PTST_API ptst_code ptst_template_context(ptst_ctx *c, const ptst_template *t,
+                                         const ptst_json *context, ptst_prompt *out) {
+    size_t count = 0, members = ptst_json_size(context, 0);
+    ptst__jvar *vars;
+    ptst_code code;
+    int32_t key;
+    ptst__prompt_empty(out);
+    if (t->jinja == NULL) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "%s: not a chat template, so it takes a question",
+                          t->name.data);
+    }
+    if (ptst_json_kind(context, 0) != PTST_JSON_OBJECT) {
+        return ptst__fail(c, PTST_ERR_FORMAT, "the context must be a JSON object of variables");
+    }
+    vars = (ptst__jvar *)ptst__calloc(c, members + PTST__SPECIAL_TOKENS, sizeof *vars);
+    if (vars == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (key = ptst_json_first(context, 0); key >= 0;) {
+        vars[count].kind = PTST__JVAR_JSON;
+        vars[count].name = ptst_json_string(context, key, NULL);
+        vars[count].json = context;
+        vars[count].node = ptst_json_next(context, key);
+        key = ptst_json_next(context, vars[count++].node);
+    }
+    code = ptst__template_render(c, t, t->jinja, vars, count, out);
+    ptst__free(c, vars);
+    return code;
+}
+
+/* Messages of the form [{"role": "system", ...}, {"role": "user", ...}]; system may be NULL. */
+static ptst_json *ptst__messages_make(ptst_ctx *c, const char *system, const char *user,
+                                      size_t user_size) {
+    ptst_text text = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    ptst_code code = ptst__text_add(c, &text, "[");
+    if (code == PTST_OK && system != NULL) {
+        code = ptst__text_add(c, &text, "{\"role\": \"system\", \"content\": ");
+        code = code == PTST_OK ? ptst__json_quote(c, &text, system, strlen(system)) : code;
+        code = code == PTST_OK ? ptst__text_add(c, &text, "}, ") : code;
+    }
+    code = code == PTST_OK ? ptst__text_add(c, &text, "{\"role\": \"user\", \"content\": ") : code;
+    code = code == PTST_OK ? ptst__json_quote(c, &text, user, user_size) : code;
+    code = code == PTST_OK ? ptst__text_add(c, &text, "}]") : code;
+    if (code == PTST_OK) {
+        j = ptst_json_parse(c, text.data, text.size, "messages");
+    }
+    ptst_text_free(c, &text);
+    return j;
+}
+
+/* The variables of apply_chat_template. conversation is a list, or an object with "messages". */
+static ptst_code ptst__messages_render(ptst_ctx *c, const ptst_template *t,
+                                       const ptst_json *conversation, bool generate,
+                                       ptst_prompt *out) {
+    enum { FIXED = 4 };
+    static const char *const names[FIXED] = {"messages", "add_generation_prompt", "tools",
+                                             "documents"};
+    bool object = ptst_json_kind(conversation, 0) == PTST_JSON_OBJECT;
+    int32_t key, node, messages = object ? ptst_json_get(conversation, 0, "messages") : 0;
+    size_t i, count = FIXED;
+    bool tools = ptst_json_size(conversation, ptst_json_get(conversation, 0, "tools")) != 0;
+    ptst__jvar *vars;
+    ptst_code code;
+    if (ptst_json_kind(conversation, messages) != PTST_JSON_ARRAY ||
+        ptst_json_size(conversation, messages) == 0) {
+        return ptst__fail(c, PTST_ERR_FORMAT,
+                          "a conversation must be a list of at least one "
+                          "message, or an object with such a list as \"messages\"");
+    }
+    vars = (ptst__jvar *)ptst__calloc(
+        c, FIXED + (object ? ptst_json_size(conversation, 0) : 0) + PTST__SPECIAL_TOKENS,
+        sizeof *vars);
+    if (vars == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < FIXED; i++) {
+        vars[i].name = names[i];
+        vars[i].json = conversation;
+        vars[i].node = -1; /* None */
+        vars[i].kind = PTST__JVAR_JSON;
+    }
+    vars[0].kind = PTST__JVAR_MESSAGES;
+    vars[0].node = messages;
+    vars[1].kind = generate ? PTST__JVAR_TRUE : PTST__JVAR_FALSE;
+    for (key = object ? ptst_json_first(conversation, 0) : -1; key >= 0;) {
+        const char *name = ptst_json_string(conversation, key, NULL);
+        node = ptst_json_next(conversation, key);
+        for (i = 0; i < count && strcmp(vars[i].name, name) != 0; i++) {
+        }
+        if (i != 0) {
+            vars[i].kind = PTST__JVAR_JSON;
+            vars[i].name = name;
+            vars[i].json = conversation;
+            vars[i].node = node;
+            count += i == count;
+        }
+        key = ptst_json_next(conversation, node);
+    }
+    code = ptst__template_render(c, t, tools && t->tools != NULL ? t->tools : t->jinja, vars, count,
+                                 out);
+    ptst__free(c, vars);
+    return code;
+}
+
+/* The question as the last of the messages of a model: template (system may be NULL). If merge is
+   set, the system prompt leads the user's message instead. */
+static ptst_code ptst__question_render(ptst_ctx *c, const ptst_template *t, bool merge,
+                                       const char *question, size_t size, ptst_prompt *out) {
+    ptst_prompt user;
+    ptst_json *j;
+    const char *wording = t->user == NULL ? "%s" : t->user;
+    ptst_code code = PTST_OK;
+    memset(&user, 0, sizeof user);
+    if (merge && t->system != NULL) {
+        code = ptst__prompt_add(c, &user, t->system, strlen(t->system), PTST_CONTENT);
+        code = code == PTST_OK ? ptst__prompt_add(c, &user, "\n\n", 2, PTST_CONTENT) : code;
+    }
+    if (code == PTST_OK) {
+        code = ptst__prompt_fill(c, &user, wording, strlen(wording), question, size);
+    }
+    if (code == PTST_OK) {
+        j = ptst__messages_make(c, merge ? NULL : t->system, user.text.data, user.text.size);
+        code = j == NULL ? ptst_error_code(c) : ptst__messages_render(c, t, j, true, out);
+        ptst_json_free(c, j);
+    }
+    ptst_prompt_free(c, &user);
+    return code;
+}
+
+/* Does this chat template print a system message? Some refuse one, some drop it silently; then the
+   system prompt is put before the question. */
+static ptst_code ptst__template_try_system(ptst_ctx *c, ptst_template *t) {
+    ptst_prompt p;
+    ptst_code code;
+    memset(&p, 0, sizeof p);
+    code = ptst__question_render(c, t, false, "?", 1, &p);
+    t->merge =
+        code == PTST_ERR_MISMATCH || (code == PTST_OK && strstr(p.text.data, t->system) == NULL);
+    ptst_prompt_free(c, &p);
+    if (t->merge) {
+        ptst__log(c, PTST_LOG_WARNING,
+                  "%s: the model's chat template takes no system message, so the system prompt is "
+                  "put before the question",
+                  t->name.data);
+        return PTST_OK;
+    }
+    return code;
+}
+
+/* ---- finding them ---- */
+
+/* The chat template called `name` among those of tokenizer_config.json (a string is "default");
+   its node or -1. */
+static int32_t ptst__config_template(const ptst_json *j, const char *name) {
+    int32_t node = ptst_json_get(j, 0, "chat_template"), k;
+    if (ptst_json_kind(j, node) == PTST_JSON_STRING) {
+        return strcmp(name, "default") == 0 ? node : -1;
+    }
+    if (ptst_json_kind(j, node) != PTST_JSON_ARRAY) {
+        return -1;
+    }
+    for (k = ptst_json_first(j, node); k >= 0; k = ptst_json_next(j, k)) {
+        const char *entry = ptst_json_string(j, ptst_json_get(j, k, "name"), NULL);
+        if (entry != NULL && strcmp(entry, name) == 0) {
+            return ptst_json_get(j, k, "template");
+        }
+    }
+    return -1;
+}
+
+/* Compiles folder/file if it is there; *out stays NULL if it is not. */
+static ptst_code ptst__template_from_file(ptst_ctx *c, const char *folder, const char *file,
+                                          ptst_jinja **out) {
+    ptst_text path = {NULL, 0, 0}, text = {NULL, 0, 0};
+    ptst_code code = ptst__path_join(c, &path, folder, file);
+    if (code == PTST_OK && ptst__path_kind(path.data) == 1) {
+        code = ptst__read_file(c, path.data, &text);
+        if (code == PTST_OK) {
+            ptst_jinja_free(c, *out);
+            *out = ptst_jinja_compile(c, text.data, text.size, path.data);
+            code = *out == NULL ? ptst_error_code(c) : PTST_OK;
+        }
+    }
+    ptst_text_free(c, &path);
+    ptst_text_free(c, &text);
+    return code;
+}
+
+/* The same for the templates inside folder/file, which is JSON. */
+static ptst_code ptst__template_from_config(ptst_ctx *c, ptst_template *t, const char *folder,
+                                            const char *file) {
+    ptst_text path = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    const char *text;
+    size_t i, size = 0;
+    ptst_code code = ptst__path_join(c, &path, folder, file);
+    if (code == PTST_OK && ptst__path_kind(path.data) == 1) {
+        j = ptst_json_load(c, path.data);
+        code = j == NULL ? ptst_error_code(c) : PTST_OK;
+    }
+    for (i = 0; i < 2 && code == PTST_OK && j != NULL; i++) {
+        text =
+            ptst_json_string(j, ptst__config_template(j, i == 0 ? "default" : "tool_use"), &size);
+        if (text != NULL) {
+            ptst_jinja **to = i == 0 ? &t->jinja : &t->tools;
+            *to = ptst_jinja_compile(c, text, size, path.data);
+            code = *to == NULL ? ptst_error_code(c) : PTST_OK;
+        }
+    }
+    ptst_json_free(c, j);
+    ptst_text_free(c, &path);
+    return code;
+}
+
+/* transformers: template files, if there is any, replace what tokenizer_config.json says.
+   chat_template.json is where processors of older multimodal models keep it. */
+static ptst_code ptst__template_from_folder(ptst_ctx *c, ptst_template *t, const char *folder) {
+    ptst_code code = ptst__template_from_file(c, folder, "chat_template.jinja", &t->jinja);
+    if (code == PTST_OK) {
+        code = ptst__template_from_file(c, folder, "chat_templates/default.jinja", &t->jinja);
+    }
+    if (code == PTST_OK) {
+        code = ptst__template_from_file(c, folder, "chat_templates/tool_use.jinja", &t->tools);
+    }
+    if (code == PTST_OK && t->jinja == NULL && t->tools == NULL) {
+        code = ptst__template_from_config(c, t, folder, "tokenizer_config.json");
+    }
+    if (code == PTST_OK && t->jinja == NULL && t->tools == NULL) {
+        code = ptst__template_from_config(c, t, folder, "chat_template.json");
+    }
+    if (code == PTST_OK && t->jinja == NULL) {
+        return ptst__fail(c, PTST_ERR_UNSUPPORTED,
+                          "%s: has no chat template (chat_template.jinja, or chat_template in "
+                          "tokenizer_config.json)",
+                          folder);
+    }
+    return code;
+}
+
+/* bos_token and its like: a string, or an AddedToken object with "content". */
+static ptst_code ptst__template_special(ptst_ctx *c, ptst_template *t, const char *folder,
+                                        const char *file) {
+    ptst_text path = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    size_t i, size = 0;
+    ptst_code code = ptst__path_join(c, &path, folder, file);
+    if (code == PTST_OK && ptst__path_kind(path.data) == 1) {
+        j = ptst_json_load(c, path.data);
+        code = j == NULL ? ptst_error_code(c) : PTST_OK;
+    }
+    for (i = 0; i < PTST__SPECIAL_TOKENS && j != NULL && code == PTST_OK; i++) {
+        int32_t node = ptst_json_get(j, 0, ptst__special_names[i]);
+        const char *text = ptst_json_string(
+            j,
+            ptst_json_kind(j, node) == PTST_JSON_OBJECT ? ptst_json_get(j, node, "content") : node,
+            &size);
+        if (text != NULL && t->special[i].data == NULL) {
+            code = ptst_text_append(c, &t->special[i], text, size);
+        }
+    }
+    ptst_json_free(c, j);
+    ptst_text_free(c, &path);
+    return code;
+}
+
+/* A string of the user's own file; path is "FILE.json", "FILE.json#name" or "FILE.json:name". */
+static ptst_code ptst__template_from_json(ptst_ctx *c, ptst_template *t, const char *path,
+                                          size_t file_size) {
+    ptst_text file = {NULL, 0, 0};
+    const char *name = path[file_size] == 0 ? NULL : path + file_size + 1;
+    const char *text;
+    ptst_json *j = NULL;
+    size_t size = 0;
+    int32_t node = -1;
+    ptst_code code = ptst_text_append(c, &file, path, file_size);
+    if (code == PTST_OK) {
+        j = ptst_json_load(c, file.data);
+        code = j == NULL ? ptst_error_code(c) : PTST_OK;
+    }
+    if (j != NULL && name == NULL && ptst_json_size(j, 0) == 1) {
+        name = ptst_json_string(j, ptst_json_first(j, 0), NULL);
+    }
+    if (j != NULL && name == NULL) {
+        code =
+            ptst__fail(c, PTST_ERR_ARGUMENT, "%s: holds several templates; choose one by %s#name",
+                       file.data, file.data);
+    } else if (j != NULL) {
+        node = ptst_json_get(j, 0, name);
+        text = ptst_json_string(j, node, &size);
+        if (text == NULL) {
+            code =
+                ptst__fail(c, PTST_ERR_FORMAT, "%s: has no string called \"%s\"", file.data, name);
+        } else if (!ptst__has_placeholder(text, size)) {
+            code = ptst__fail(c, PTST_ERR_FORMAT, "%s: line %d: template \"%s\" has no %%s",
+                              file.data, ptst_json_line(j, node), name);
+        } else {
+            code = ptst_text_append(c, &t->text, text, size);
+        }
+        code = code == PTST_OK ? ptst__text_add(c, &t->name, name) : code;
+    }
+    ptst_json_free(c, j);
+    ptst_text_free(c, &file);
+    return code;
+}
+
+/* Length of the "FILE.json" part of a path, 0 if there is none. */
+static size_t ptst__json_path_size(const char *path) {
+    size_t i, n = strlen(path), found = 0;
+    for (i = 0; i + 5 <= n; i++) {
+        if (memcmp(path + i, ".json", 5) == 0 &&
+            (i + 5 == n || path[i + 5] == '#' || path[i + 5] == ':')) {
+            found = i + 5;
+        }
+    }
+    return found;
+}
+
+static ptst_code ptst__template_from_path(ptst_ctx *c, ptst_template *t, const char *path) {
+    size_t n = strlen(path), json = ptst__json_path_size(path);
+    int kind = ptst__path_kind(path);
+    ptst_code code;
+    if (json != 0 && kind != 2) {
+        return ptst__template_from_json(c, t, path, json);
+    }
+    code = ptst__text_add(c, &t->name, path);
+    if (code != PTST_OK) {
+        return code;
+    }
+    if (kind == 2) {
+        return ptst__template_from_folder(c, t, path);
+    }
+    if (kind == 1) {
+        return ptst__template_from_file(c, "", path, &t->jinja);
+    }
+    if (n > 6 && strcmp(path + n - 6, ".jinja") == 0) {
+        return ptst__fail_errno(c, path, "open", ENOENT);
+    }
+    return ptst__fail(c, PTST_ERR_ARGUMENT,
+                      "unknown template \"%.200s\": expected gsm:text:vanilla (TV), "
+                      "gsm:text:alpaca (TA), gsm:chat:vanilla (CV), gsm:chat:alpaca (CA), "
+                      "gsm:chat:llama (CL), gsm:chat:llama-short (CLS), gsm:chat:mpt (CM), text, "
+                      "chat, model:vanilla, model:alpaca, model:llama, model:llama-short, "
+                      "model:mpt, model:none, a .jinja file, FILE.json#name or a model folder",
+                      path);
+}
+
+static ptst_code ptst__template_fill(ptst_ctx *c, ptst_template *t, const char *name,
+                                     const char *model_dir) {
+    const ptst__paper_template *p = NULL;
+    const char *folder = model_dir == NULL && ptst__path_kind(name) == 2 ? name : model_dir;
+    ptst_code code = PTST_OK;
+    size_t i;
+    for (i = 0; i < PTST__PAPER_TEMPLATES && p == NULL; i++) {
+        const ptst__paper_template *q = &ptst__paper_templates[i];
+        if (strcmp(q->name, name) == 0 ||
+            (q->short_name != NULL && strcmp(q->short_name, name) == 0)) {
+            p = q;
+        }
+    }
+    if (folder != NULL) {
+        code = ptst__template_special(c, t, folder, "tokenizer_config.json");
+        code = code == PTST_OK ? ptst__template_special(c, t, folder, "special_tokens_map.json")
+                               : code;
+    }
+    if (code != PTST_OK || p == NULL) {
+        return code != PTST_OK ? code : ptst__template_from_path(c, t, name);
+    }
+    t->short_name = p->short_name;
+    t->system = p->system;
+    t->user = p->user;
+    code = ptst__text_add(c, &t->name, p->name);
+    if (code != PTST_OK || p->text != NULL) {
+        return code != PTST_OK ? code : ptst__text_add(c, &t->text, p->text);
+    }
+    if (model_dir == NULL) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT,
+                          "%s needs a model folder: it uses its chat template", p->name);
+    }
+    code = ptst__template_from_folder(c, t, model_dir);
+    return code == PTST_OK && t->system != NULL ? ptst__template_try_system(c, t) : code;
+}
+
+PTST_API ptst_template *ptst_template_load(ptst_ctx *c, const char *name_or_path,
+                                           const char *model_dir) {
+    ptst_template *t = (ptst_template *)ptst__calloc(c, 1, sizeof *t);
+    if (t != NULL && ptst__template_fill(c, t, name_or_path, model_dir) != PTST_OK) {
+        ptst_template_free(c, t);
+        return NULL;
+    }
+    return t;
+}
+
+PTST_API void ptst_template_free(ptst_ctx *c, ptst_template *t) {
+    size_t i;
+    if (t == NULL) {
+        return;
+    }
+    ptst_text_free(c, &t->name);
+    ptst_text_free(c, &t->text);
+    ptst_jinja_free(c, t->jinja);
+    ptst_jinja_free(c, t->tools);
+    for (i = 0; i < PTST__SPECIAL_TOKENS; i++) {
+        ptst_text_free(c, &t->special[i]);
+    }
+    ptst__free(c, t);
+}
+
+PTST_API const char *ptst_template_name(const ptst_template *t) { return t->name.data; }
+
+PTST_API const char *ptst_template_short_name(const ptst_template *t) { return t->short_name; }
+
+PTST_API bool ptst_template_is_chat(const ptst_template *t) { return t->jinja != NULL; }
+
+PTST_API ptst_code ptst_template_prompt(ptst_ctx *c, const ptst_template *t, const char *question,
+                                        size_t size, ptst_prompt *out) {
+    ptst_code code;
+    ptst__prompt_empty(out);
+    if (t->jinja != NULL) {
+        return ptst__question_render(c, t, t->merge, question, size, out);
+    }
+    code = ptst__prompt_fill(c, out, t->text.data, t->text.size, question, size);
+    if (code == PTST_OK) {
+        code = ptst__prompt_learn(c, out, &t->special[1]);
+    }
+    if (code != PTST_OK) {
+        ptst__prompt_empty(out);
+        return code;
+    }
+    out->has_bos = ptst__prompt_begins(out, &t->special[0]);
+    return PTST_OK;
+}
+
+PTST_API ptst_code ptst_template_messages(ptst_ctx *c, const ptst_template *t,
+                                          const ptst_json *conversation, bool add_generation_prompt,
+                                          ptst_prompt *out) {
+    const char *role, *content;
+    size_t size = 0;
+    int32_t list, message;
+    ptst__prompt_empty(out);
+    if (t->jinja != NULL) {
+        return ptst__messages_render(c, t, conversation, add_generation_prompt, out);
+    }
+    list = ptst_json_kind(conversation, 0) == PTST_JSON_OBJECT
+               ? ptst_json_get(conversation, 0, "messages")
+               : 0;
+    message = ptst_json_at(conversation, list, 0);
+    role = ptst_json_string(conversation, ptst_json_get(conversation, message, "role"), NULL);
+    content =
+        ptst_json_string(conversation, ptst_json_get(conversation, message, "content"), &size);
+    if (ptst_json_size(conversation, list) != 1 || role == NULL || strcmp(role, "user") != 0 ||
+        content == NULL) {
+        return ptst__fail(c, PTST_ERR_MISMATCH,
+                          "%s: takes one question, so a conversation must be one message with role "
+                          "\"user\"",
+                          t->name.data);
+    }
+    return ptst_template_prompt(c, t, content, size, out);
+}
 
 /* >>safetensors ===================================================================================
    The weight files of Hugging Face: a mapped and fully validated reader for single files and
@@ -2973,6 +4024,7 @@ typedef struct ptst__tile {
     float *y;
     size_t ldy, rows, cols;
     float alpha, beta;
+    const float *ahead; /* a hint: K cache lines from here are needed soon */
 } ptst__tile;
 
 struct ptst__adamw_factors;
@@ -2993,8 +4045,8 @@ struct ptst__kernels {
     void (*pack_rows)(float *dst, size_t width, const void *src, ptst_dtype dtype, size_t ld,
                       size_t cols, size_t K);
     /* The same from columns: dst[k * width + j] = src[min(j, cols - 1) * ld + k]. */
-    void (*pack_cols)(float *dst, size_t width, const float *src, size_t ld, size_t cols,
-                      size_t K);
+    void (*pack_cols)(float *dst, size_t width, const void *src, ptst_dtype dtype, size_t ld,
+                      size_t cols, size_t K);
     /* sum(i, j) = sum_k a[k * a_width + i] b[k * tile_cols + j] */
     void (*tile)(size_t K, const float *a, const float *b, const ptst__tile *t);
     /* sums[4 * i + j] = sum_k a[i][k] w[j][k] for i < rows (1 or 4), j < 4; w[j] is of dtype. */
@@ -3287,8 +4339,7 @@ enum {
     PTST__BLOCK_N = 2048,
     PTST__BLOCK_M = 1024,
     PTST__TASK_ROWS = 168, /* rows of A that one task keeps in the second cache */
-    PTST__FEW = 16,        /* "few" rows or columns */
-    PTST__CONVERT = 64     /* elements per row that are converted before they are turned */
+    PTST__FEW = 16         /* "few" rows or columns */
 };
 
 /* A matrix [K, N] in memory: element (k, n) is data[n * ld + k] if transposed, data[k * ld + n]
@@ -3300,6 +4351,10 @@ typedef struct ptst__matrix {
     ptst_dtype dtype;
     bool transposed;
 } ptst__matrix;
+
+static size_t ptst__min(size_t a, size_t b) { return a < b ? a : b; }
+
+static size_t ptst__ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
 
 /* Adds a block of sums (row stride ld) to Y as the tile says. */
 static void ptst__tile_put(const ptst__tile *t, const float *sums, size_t ld) {
@@ -3325,13 +4380,13 @@ static void ptst__pack_rows__scalar(float *dst, size_t width, const void *src, p
     }
 }
 
-static void ptst__pack_cols__scalar(float *dst, size_t width, const float *src, size_t ld,
-                                    size_t cols, size_t K) {
+static void ptst__pack_cols__scalar(float *dst, size_t width, const void *src, ptst_dtype dtype,
+                                    size_t ld, size_t cols, size_t K) {
     size_t k, j;
     for (j = 0; j < width; j++) {
-        const float *column = src + (j < cols ? j : cols - 1) * ld;
+        const void *column = ptst__element(src, dtype, (j < cols ? j : cols - 1) * ld);
         for (k = 0; k < K; k++) {
-            dst[k * width + j] = column[k];
+            ptst__to_f32__scalar(dst + k * width + j, ptst__element(column, dtype, k), dtype, 1);
         }
     }
 }
@@ -3388,67 +4443,93 @@ static double ptst__peak__scalar(size_t rounds, float scale, float *sink) {
 
 /* ---- matmul, AVX2 ---- */
 
-/* As __scalar, 8 columns at a time. */
+/* The first n < 8 elements at src, then 0; nothing beyond them is read. */
+PTST__AVX2 PTST__INLINE __m256 ptst__load_part__avx2(const void *src, ptst_dtype dtype, size_t n) {
+    uint16_t h[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    if (dtype == PTST_F32) {
+        __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm256_maskload_ps((const float *)src,
+                                  _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), lane));
+    }
+    memcpy(h, src, n * sizeof *h);
+    return ptst__load8__avx2(h, dtype, 0);
+}
+
+/* As __scalar, 8 columns at a time. A row is only one or two cache lines, and no processor guesses
+   where the next one is: rows are asked for ahead of time. */
 PTST__AVX2 static void ptst__pack_rows__avx2(float *dst, size_t width, const void *src,
                                              ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
-    size_t k, j, whole = cols / 8 * 8;
-    if (whole < cols) {
-        ptst__pack_rows__scalar(dst, width, src, dtype, ld, cols, K);
-        return;
-    }
+    size_t k, j;
     for (k = 0; k < K; k++) {
-        for (j = 0; j < whole; j += 8) {
-            __m256 x = ptst__load8__avx2(src, dtype, k * ld + j);
+        const void *row = ptst__element(src, dtype, k * ld);
+        _mm_prefetch((const char *)ptst__element(src, dtype, ptst__min(k + 16, K - 1) * ld),
+                     _MM_HINT_T0);
+        for (j = 0; j < width; j += 8) {
+            __m256 x = _mm256_setzero_ps();
+            if (j + 8 <= cols) {
+                x = ptst__load8__avx2(row, dtype, j);
+            } else if (j < cols) {
+                x = ptst__load_part__avx2(ptst__element(row, dtype, j), dtype, cols - j);
+            }
             _mm256_storeu_ps(dst + k * width + j, x);
         }
-        for (; j < width; j += 8) {
-            _mm256_storeu_ps(dst + k * width + j, _mm256_setzero_ps());
-        }
     }
 }
 
-/* Turns 8 rows of 8: dst[k * width + j] = r[j][k]. Pairs, then quadruples, then halves. */
-PTST__AVX2 PTST__INLINE void ptst__turn8__avx2(float *dst, size_t width, const float *const r[8],
-                                               size_t k) {
-    __m256 t[8], u[8];
-    size_t i;
-    for (i = 0; i < 4; i++) { /* t[i] = row i, k..k+3 | row i + 4, k..k+3; t[i+4]: k+4..k+7 */
-        __m256 low = _mm256_loadu_ps(r[i] + k), high = _mm256_loadu_ps(r[i + 4] + k);
-        t[i] = _mm256_permute2f128_ps(low, high, 0x20);
-        t[i + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+/* Elements k..k+3 of columns i and i + 4. */
+PTST__AVX2 PTST__INLINE __m256 ptst__lanes__avx2(const void *const column[8], ptst_dtype dtype,
+                                                 size_t i, size_t k) {
+    const void *p = ptst__element(column[i], dtype, k), *q = ptst__element(column[i + 4], dtype, k);
+    __m128i h;
+    if (dtype == PTST_F32) {
+        return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps((const float *)p)),
+                                    _mm_loadu_ps((const float *)q), 1);
     }
-    for (i = 0; i < 8; i += 4) {
-        u[i] = _mm256_unpacklo_ps(t[i], t[i + 1]);
-        u[i + 1] = _mm256_unpackhi_ps(t[i], t[i + 1]);
-        u[i + 2] = _mm256_unpacklo_ps(t[i + 2], t[i + 3]);
-        u[i + 3] = _mm256_unpackhi_ps(t[i + 2], t[i + 3]);
-    }
-    for (i = 0; i < 8; i += 4) {
-        float *d = dst + (k + i) * width;
-        _mm256_storeu_ps(d, _mm256_shuffle_ps(u[i], u[i + 2], 0x44));
-        _mm256_storeu_ps(d + width, _mm256_shuffle_ps(u[i], u[i + 2], 0xEE));
-        _mm256_storeu_ps(d + 2 * width, _mm256_shuffle_ps(u[i + 1], u[i + 3], 0x44));
-        _mm256_storeu_ps(d + 3 * width, _mm256_shuffle_ps(u[i + 1], u[i + 3], 0xEE));
-    }
+    h = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *)p), _mm_loadl_epi64((const __m128i *)q));
+    return dtype == PTST_F16 ? _mm256_cvtph_ps(h)
+                             : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 
-/* As __scalar, in squares of 8 x 8. */
-PTST__AVX2 static void ptst__pack_cols__avx2(float *dst, size_t width, const float *src, size_t ld,
-                                             size_t cols, size_t K) {
-    const float *r[8];
+/* As __scalar, 8 columns and 4 k at a time: squares of 4 x 4 are turned within the lanes. */
+PTST__AVX2 PTST__INLINE void ptst__turn__avx2(float *dst, size_t width, const void *src,
+                                              ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
+    const void *column[8];
     size_t i, j, k;
     for (j = 0; j < width; j += 8) {
         for (i = 0; i < 8; i++) {
-            r[i] = src + (j + i < cols ? j + i : cols - 1) * ld;
+            column[i] = ptst__element(src, dtype, (j + i < cols ? j + i : cols - 1) * ld);
         }
-        for (k = 0; k + 8 <= K; k += 8) {
-            ptst__turn8__avx2(dst + j, width, r, k);
+        for (k = 0; K - k >= 4; k += 4) {
+            __m256 x0 = ptst__lanes__avx2(column, dtype, 0, k);
+            __m256 x1 = ptst__lanes__avx2(column, dtype, 1, k);
+            __m256 x2 = ptst__lanes__avx2(column, dtype, 2, k);
+            __m256 x3 = ptst__lanes__avx2(column, dtype, 3, k);
+            __m256 y0 = _mm256_unpacklo_ps(x0, x2), y1 = _mm256_unpackhi_ps(x0, x2);
+            __m256 y2 = _mm256_unpacklo_ps(x1, x3), y3 = _mm256_unpackhi_ps(x1, x3);
+            float *d = dst + k * width + j;
+            _mm256_storeu_ps(d, _mm256_unpacklo_ps(y0, y2));
+            _mm256_storeu_ps(d + width, _mm256_unpackhi_ps(y0, y2));
+            _mm256_storeu_ps(d + 2 * width, _mm256_unpacklo_ps(y1, y3));
+            _mm256_storeu_ps(d + 3 * width, _mm256_unpackhi_ps(y1, y3));
         }
         for (; k < K; k++) {
             for (i = 0; i < 8; i++) {
-                dst[k * width + j + i] = r[i][k];
+                ptst__to_f32__scalar(dst + k * width + j + i, ptst__element(column[i], dtype, k),
+                                     dtype, 1);
             }
         }
+    }
+}
+
+/* The dtype is made a constant of the loop. */
+PTST__AVX2 static void ptst__pack_cols__avx2(float *dst, size_t width, const void *src,
+                                             ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
+    if (dtype == PTST_F32) {
+        ptst__turn__avx2(dst, width, src, PTST_F32, ld, cols, K);
+    } else if (dtype == PTST_F16) {
+        ptst__turn__avx2(dst, width, src, PTST_F16, ld, cols, K);
+    } else {
+        ptst__turn__avx2(dst, width, src, PTST_BF16, ld, cols, K);
     }
 }
 
@@ -3469,6 +4550,7 @@ PTST__AVX2 static void ptst__tile__avx2(size_t K, const float *a, const float *b
     float *y = whole ? t->y : edge;
     size_t ldy = whole ? t->ldy : 16;
     float alpha = whole ? t->alpha : 1, beta = whole ? t->beta : 0;
+    const char *ahead = (const char *)t->ahead;
 #define PTST__X(i) __m256 p##i = _mm256_setzero_ps(), q##i = _mm256_setzero_ps();
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
@@ -3479,7 +4561,7 @@ PTST__AVX2 static void ptst__tile__avx2(size_t K, const float *a, const float *b
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
     }
-    for (; K > 0; K--, a += 8, b += 16) {
+    for (; K > 0; K--, a += 8, b += 16, ahead += 64) {
         __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8), ai;
 #define PTST__X(i)                                                                                 \
     ai = _mm256_broadcast_ss(a + i);                                                               \
@@ -3487,6 +4569,7 @@ PTST__AVX2 static void ptst__tile__avx2(size_t K, const float *a, const float *b
     q##i = _mm256_fmadd_ps(ai, b1, q##i);
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
+        _mm_prefetch(ahead, _MM_HINT_T1);
     }
 #define PTST__X(i)                                                                                 \
     ptst__put8__avx2(y + i * ldy, p##i, alpha, beta);                                              \
@@ -3605,17 +4688,85 @@ PTST__AVX2 static double ptst__peak__avx2(size_t rounds, float scale, float *sin
 
 /* ---- matmul, AVX-512 ---- */
 
-/* As __scalar, 16 columns at a time. */
+/* As __scalar, 16 columns at a time. A row is only one or two cache lines, and no processor guesses
+   where the next one is: rows are asked for ahead of time. */
 PTST__AVX512 static void ptst__pack_rows__avx512(float *dst, size_t width, const void *src,
                                                  ptst_dtype dtype, size_t ld, size_t cols,
                                                  size_t K) {
     size_t k, j;
-    for (j = 0; j < width; j += 16) {
-        __mmask16 mask = cols > j ? ptst__mask16__avx512(cols - j) : (__mmask16)0;
-        for (k = 0; k < K; k++) {
+    for (k = 0; k < K; k++) {
+        const char *later = (const char *)ptst__element(src, dtype, ptst__min(k + 16, K - 1) * ld);
+        _mm_prefetch(later, _MM_HINT_T0);
+        _mm_prefetch(later + 64, _MM_HINT_T0);
+        for (j = 0; j < width; j += 16) {
+            __mmask16 mask = cols > j ? ptst__mask16__avx512(cols - j) : (__mmask16)0;
             __m512 x = ptst__load16__avx512(src, dtype, k * ld + j, mask);
             _mm512_storeu_ps(dst + k * width + j, x);
         }
+    }
+}
+
+/* Elements k..k+3 of columns i, i + 4, i + 8 and i + 12. */
+PTST__AVX512 PTST__INLINE __m512 ptst__lanes__avx512(const void *const column[16],
+                                                     ptst_dtype dtype, size_t i, size_t k) {
+    __m256 low, high;
+    if (dtype == PTST_F32) {
+        low = ptst__lanes__avx2(column, dtype, i, k);
+        high = ptst__lanes__avx2(column + 8, dtype, i, k);
+        return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+    }
+#define PTST__X(n)                                                                                 \
+    __m128i h##n = _mm_loadl_epi64((const __m128i *)ptst__element(column[i + 4 * n], dtype, k));
+    PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    __m256i h = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi64(h0, h1)),
+                                        _mm_unpacklo_epi64(h2, h3), 1);
+    return dtype == PTST_F16 ? _mm512_cvtph_ps(h)
+                             : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+
+/* As __scalar, 16 columns and 4 k at a time: squares of 4 x 4 are turned within the lanes. */
+PTST__AVX512 PTST__INLINE void ptst__turn__avx512(float *dst, size_t width, const void *src,
+                                                  ptst_dtype dtype, size_t ld, size_t cols,
+                                                  size_t K) {
+    const void *column[16];
+    size_t i, j, k;
+    for (j = 0; j < width; j += 16) {
+        for (i = 0; i < 16; i++) {
+            column[i] = ptst__element(src, dtype, (j + i < cols ? j + i : cols - 1) * ld);
+        }
+        for (k = 0; K - k >= 4; k += 4) {
+            __m512 x0 = ptst__lanes__avx512(column, dtype, 0, k);
+            __m512 x1 = ptst__lanes__avx512(column, dtype, 1, k);
+            __m512 x2 = ptst__lanes__avx512(column, dtype, 2, k);
+            __m512 x3 = ptst__lanes__avx512(column, dtype, 3, k);
+            __m512 y0 = _mm512_unpacklo_ps(x0, x2), y1 = _mm512_unpackhi_ps(x0, x2);
+            __m512 y2 = _mm512_unpacklo_ps(x1, x3), y3 = _mm512_unpackhi_ps(x1, x3);
+            float *d = dst + k * width + j;
+            _mm512_storeu_ps(d, _mm512_unpacklo_ps(y0, y2));
+            _mm512_storeu_ps(d + width, _mm512_unpackhi_ps(y0, y2));
+            _mm512_storeu_ps(d + 2 * width, _mm512_unpacklo_ps(y1, y3));
+            _mm512_storeu_ps(d + 3 * width, _mm512_unpackhi_ps(y1, y3));
+        }
+        for (; k < K; k++) {
+            for (i = 0; i < 16; i++) {
+                ptst__to_f32__scalar(dst + k * width + j + i, ptst__element(column[i], dtype, k),
+                                     dtype, 1);
+            }
+        }
+    }
+}
+
+/* The dtype is made a constant of the loop. */
+PTST__AVX512 static void ptst__pack_cols__avx512(float *dst, size_t width, const void *src,
+                                                 ptst_dtype dtype, size_t ld, size_t cols,
+                                                 size_t K) {
+    if (dtype == PTST_F32) {
+        ptst__turn__avx512(dst, width, src, PTST_F32, ld, cols, K);
+    } else if (dtype == PTST_F16) {
+        ptst__turn__avx512(dst, width, src, PTST_F16, ld, cols, K);
+    } else {
+        ptst__turn__avx512(dst, width, src, PTST_BF16, ld, cols, K);
     }
 }
 
@@ -3635,6 +4786,7 @@ PTST__AVX512 static void ptst__tile__avx512(size_t K, const float *a, const floa
     __mmask16 m0 = ptst__mask16__avx512(t->cols);
     __mmask16 m1 = t->cols > 16 ? ptst__mask16__avx512(t->cols - 16) : (__mmask16)0;
     size_t rows = t->rows, ldy = t->ldy;
+    const char *ahead = (const char *)t->ahead;
     float *y = t->y;
 #define PTST__X(i) __m512 p##i = _mm512_setzero_ps(), q##i = _mm512_setzero_ps();
     PTST__ROWS_14(PTST__X)
@@ -3646,7 +4798,7 @@ PTST__AVX512 static void ptst__tile__avx512(size_t K, const float *a, const floa
         PTST__ROWS_14(PTST__X)
 #undef PTST__X
     }
-    for (; K > 0; K--, a += 16, b += 32) {
+    for (; K > 0; K--, a += 16, b += 32, ahead += 64) {
         __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16), ai;
 #define PTST__X(i)                                                                                 \
     ai = _mm512_set1_ps(a[i]);                                                                     \
@@ -3654,6 +4806,7 @@ PTST__AVX512 static void ptst__tile__avx512(size_t K, const float *a, const floa
     q##i = _mm512_fmadd_ps(ai, b1, q##i);
         PTST__ROWS_14(PTST__X)
 #undef PTST__X
+        _mm_prefetch(ahead, _MM_HINT_T1);
     }
 #define PTST__X(i)                                                                                 \
     if (i < rows) {                                                                                \
@@ -3778,17 +4931,19 @@ static void ptst__pack_rows__neon(float *dst, size_t width, const void *src, pts
 }
 
 /* As __scalar, in squares of 4 x 4: pairs are exchanged, then halves. */
-static void ptst__pack_cols__neon(float *dst, size_t width, const float *src, size_t ld,
-                                  size_t cols, size_t K) {
-    const float *r[4];
+static void ptst__pack_cols__neon(float *dst, size_t width, const void *src, ptst_dtype dtype,
+                                  size_t ld, size_t cols, size_t K) {
+    const void *r[4];
     size_t i, j, k;
     for (j = 0; j < width; j += 4) {
         for (i = 0; i < 4; i++) {
-            r[i] = src + (j + i < cols ? j + i : cols - 1) * ld;
+            r[i] = ptst__element(src, dtype, (j + i < cols ? j + i : cols - 1) * ld);
         }
-        for (k = 0; k + 4 <= K; k += 4) {
-            float32x4x2_t u = vtrnq_f32(vld1q_f32(r[0] + k), vld1q_f32(r[1] + k));
-            float32x4x2_t v = vtrnq_f32(vld1q_f32(r[2] + k), vld1q_f32(r[3] + k));
+        for (k = 0; K - k >= 4; k += 4) {
+            float32x4x2_t u = vtrnq_f32(ptst__load4__neon(r[0], dtype, k),
+                                        ptst__load4__neon(r[1], dtype, k));
+            float32x4x2_t v = vtrnq_f32(ptst__load4__neon(r[2], dtype, k),
+                                        ptst__load4__neon(r[3], dtype, k));
             float *d = dst + k * width + j;
             vst1q_f32(d, vcombine_f32(vget_low_f32(u.val[0]), vget_low_f32(v.val[0])));
             vst1q_f32(d + width, vcombine_f32(vget_low_f32(u.val[1]), vget_low_f32(v.val[1])));
@@ -3798,7 +4953,8 @@ static void ptst__pack_cols__neon(float *dst, size_t width, const float *src, si
         }
         for (; k < K; k++) {
             for (i = 0; i < 4; i++) {
-                dst[k * width + j + i] = r[i][k];
+                ptst__to_f32__scalar(dst + k * width + j + i, ptst__element(r[i], dtype, k), dtype,
+                                     1);
             }
         }
     }
@@ -3926,25 +5082,6 @@ typedef struct ptst__product {
     size_t task_rows, task_cols, row_tasks; /* tiles of Y that one task computes */
 } ptst__product;
 
-static size_t ptst__min(size_t a, size_t b) { return a < b ? a : b; }
-
-static size_t ptst__ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
-
-/* Columns of a matrix, converted and turned: dst[k * width + j] = data[(n + j) * ld + k0 + k]. */
-static void ptst__pack_converted(const struct ptst__kernels *kernels, float *dst, size_t width,
-                                 ptst__matrix B, size_t n, size_t cols, size_t k0, size_t kc) {
-    float rows[32 * PTST__CONVERT];
-    size_t k, j, count;
-    for (k = 0; k < kc; k += count) {
-        count = ptst__min(kc - k, PTST__CONVERT);
-        for (j = 0; j < cols; j++) {
-            const void *src = ptst__element(B.data, B.dtype, (n + j) * B.ld + k0 + k);
-            kernels->to_f32(rows + j * PTST__CONVERT, src, B.dtype, count);
-        }
-        kernels->pack_cols(dst + k * width, width, rows, PTST__CONVERT, cols, count);
-    }
-}
-
 /* Task: packs one panel, first those of B, then those of A. */
 static void ptst__pack_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
@@ -3972,11 +5109,9 @@ static void ptst__pack_task(void *arg, size_t task, int thread) {
     if (!B.transposed) {
         kernels->pack_rows(dst, width, ptst__element(B.data, B.dtype, p->k0 * B.ld + at), B.dtype,
                            B.ld, count, p->kc);
-    } else if (B.dtype == PTST_F32) {
-        kernels->pack_cols(dst, width, (const float *)B.data + at * B.ld + p->k0, B.ld, count,
-                           p->kc);
     } else {
-        ptst__pack_converted(kernels, dst, width, B, at, count, p->k0, p->kc);
+        kernels->pack_cols(dst, width, ptst__element(B.data, B.dtype, at * B.ld + p->k0), B.dtype,
+                           B.ld, count, p->kc);
     }
 }
 
@@ -3994,12 +5129,15 @@ static void ptst__tiles_task(void *arg, size_t task, int thread) {
     t.alpha = p->alpha;
     t.beta = p->k0 == 0 ? p->beta : 1;
     for (n = n_first; n < n_end; n += kernels->tile_cols) {
-        const float *b = p->packed_b + n * p->kc;
+        const float *b = p->packed_b + n * p->kc, *ahead = b + kernels->tile_cols * p->kc;
+        const float *b_end = ahead + (n + kernels->tile_cols < n_end ? kernels->tile_cols * p->kc : 0);
         t.cols = ptst__min(kernels->tile_cols, n_end - n);
         for (m = m_first; m < m_end; m += kernels->tile_rows) {
             const float *a = p->packed_a + m / kernels->tile_rows * kernels->a_width * p->kc;
             t.rows = ptst__min(kernels->tile_rows, m_end - m);
             t.y = p->Y + (p->m0 + m) * p->ldy + p->n0 + n;
+            t.ahead = ahead < b_end ? ahead : a;
+            ahead += 16 * p->kc;
             kernels->tile(p->kc, a, b, &t);
         }
     }
@@ -5585,7 +6723,7 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     16,
     32,
     ptst__pack_rows__avx512,
-    ptst__pack_cols__avx2,
+    ptst__pack_cols__avx512,
     ptst__tile__avx512,
     ptst__dots__avx512,
     ptst__peak__avx512,

@@ -5,6 +5,7 @@
 #include "test_kernels.c"
 #include "test_safetensors.c"
 #include "test_ops.c"
+#include "test_template.c"
 
 int main(int argc, char **argv) {
     test_filter = argc > 1 ? argv[1] : NULL;
@@ -13,5 +14,6 @@ int main(int argc, char **argv) {
     suite_kernels();
     suite_safetensors();
     suite_ops();
+    suite_template();
     return test_summary();
 }
