@@ -4028,6 +4028,7 @@ typedef struct ptst__tile {
 } ptst__tile;
 
 struct ptst__adamw_factors;
+struct ptst__patch;
 
 /* What differs between instruction sets. dtype is F32, F16 or BF16 everywhere. */
 struct ptst__kernels {
@@ -4066,6 +4067,11 @@ struct ptst__kernels {
     void (*swiglu)(size_t n, const float *gate, const float *up, float *y);
     void (*swiglu_backward)(size_t n, const float *gate, const float *up, const float *dy,
                             float *dgate, float *dup);
+    void (*multiply)(const struct ptst__patch *p); /* this and the next two: NULL in "scalar" */
+    void (*softmax_tile)(size_t J, size_t R, float scale, float *s, float *max, float *sum,
+                         float *keep);
+    void (*softmax_tile_backward)(size_t J, size_t R, float scale, float *s, float *dp,
+                                  const float *lse, const float *delta);
     void (*adamw)(size_t n, float *w, const float *g, float *m, float *v,
                   const struct ptst__adamw_factors *f);
     float (*row_max)(size_t n, const float *x);
@@ -6306,9 +6312,11 @@ static double ptst__attention_row__scalar(const ptst_attention *a, const ptst_sp
     for (b = 0; b < 2; b++) { /* (3), (4) */
         for (j = begin[b]; j < end[b]; j++) {
             const float *v = s->v[b] + j * a->kv_ld + at;
+            float p;
             score = (double)a->scale * ptst__dot__scalar(a->D, q, s->k[b] + j * a->kv_ld + at);
+            p = (float)exp(score - lse);
             for (d = 0; d < a->D; d++) {
-                out[d] += (float)exp(score - lse) * v[d];
+                out[d] += p * v[d];
             }
         }
     }
@@ -6340,11 +6348,31 @@ static void ptst__attention_row_backward__scalar(const ptst_attention *a, const 
     }
 }
 
+/* Sizes of the tiles of the SIMD versions, see there. */
+enum {
+    PTST__QUERIES = 48,    /* 3 vectors of 16, 6 of 8 */
+    PTST__KEYS = 48,       /* 8 strips of 6 */
+    PTST__DEPTH = 256,     /* floats of a head that are turned at once */
+    PTST__FEW_QUERIES = 3, /* spans of so few go another way */
+    PTST__FEW_KEYS = 64
+};
+
+/* Scratch of one thread. */
+typedef struct ptst__room {
+    float q[PTST__DEPTH * PTST__QUERIES], dout[PTST__DEPTH * PTST__QUERIES]; /* turned */
+    float s[PTST__KEYS * PTST__QUERIES], dp[PTST__KEYS * PTST__QUERIES];
+    float max[PTST__QUERIES], sum[PTST__QUERIES], keep[PTST__QUERIES]; /* of the softmax */
+    float lse[PTST__QUERIES], delta[PTST__QUERIES], ones[PTST__QUERIES];
+} ptst__room;
+
 typedef struct ptst__attention_job {
     const struct ptst__kernels *kernels;
     const ptst_attention *a;
+    ptst__room *rooms;
     const float *q, *out_in, *dout, *lse_in;
     float *out, *lse, *dq;
+    const struct ptst__attention_plan *plan;
+    size_t tiles; /* of the longest span */
 } ptst__attention_job;
 
 /* Task: one span and head. */
@@ -6384,48 +6412,1002 @@ static void ptst__attention_backward_task__scalar(void *arg, size_t task, int th
     }
 }
 
-PTST_API void ptst_attention_forward(ptst_ctx *c, const ptst_attention *a, const float *q,
-                                     float *out, float *lse) {
-    ptst__attention_job j;
-    memset(&j, 0, sizeof j);
-    j.kernels = c->kernels;
-    j.a = a;
-    j.q = q;
-    j.out = out;
-    j.lse = lse;
-    ptst__parallel_for(c, a->spans_count * a->H, ptst__attention_task__scalar, &j);
+/* ---- attention in tiles ----
+   The SIMD versions work on tiles of QUERIES rows of one head times KEYS keys. The queries of a
+   tile are turned once to [D, QUERIES], so that the scores of all its keys come out as
+   [key, query]: lanes are queries, and everything the softmax does to a row is plain vertical
+   arithmetic. Keys and values are read where they lie. All products are of one form, a patch. */
+
+/* C(i, j) = keep[i] C(i, j) + sum_k A(i, k) B[k * ldb + j] for i < M, j < N, k < K, where
+   A(i, k) = A[i * a_row + k * a_col] and C(i, j) = C[i * ldc + j]. keep NULL: C is not read. */
+typedef struct ptst__patch {
+    size_t M, N, K, a_row, a_col, ldb, ldc;
+    const float *A, *B, *keep;
+    float *C;
+} ptst__patch;
+
+PTST__UNUSED static void ptst__multiply__scalar(const ptst__patch *p) {
+    size_t i, j, k;
+    for (i = 0; i < p->M; i++) {
+        for (j = 0; j < p->N; j++) {
+            float *c = p->C + i * p->ldc + j;
+            double sum = p->keep == NULL ? 0 : (double)p->keep[i] * (double)*c;
+            for (k = 0; k < p->K; k++) {
+                sum += (double)p->A[i * p->a_row + k * p->a_col] * (double)p->B[k * p->ldb + j];
+            }
+            *c = (float)sum;
+        }
+    }
 }
 
-/* Bytes of scratch for the backward pass over any spans with at most `rows` rows of queries and
-   `keys` different rows of keys. */
-static size_t ptst__attention_scratch(size_t H, size_t D, size_t rows, size_t keys, size_t spans) {
-    return (2 * rows + 2 * keys) * H * D * sizeof(float) + (spans + 1) * 2 * 64;
+/* A tile s of J keys x R queries: its scores become p = exp(scale s - max), where max is the
+   largest score of a query so far, sum the sum of its p, and keep what the old sums must be
+   multiplied with because max grew. A query that has seen nothing has max -inf and sum 0. */
+PTST__UNUSED static void ptst__softmax_tile__scalar(size_t J, size_t R, float scale, float *s,
+                                                    float *max, float *sum, float *keep) {
+    size_t r, j;
+    for (r = 0; r < R; r++) {
+        float m = max[r], safe;
+        for (j = 0; j < J; j++) {
+            m = fmaxf(m, scale * s[j * PTST__QUERIES + r]);
+        }
+        safe = m == -INFINITY ? 0 : m;
+        keep[r] = expf(max[r] - safe);
+        max[r] = m;
+        sum[r] *= keep[r];
+        for (j = 0; j < J; j++) {
+            float *x = s + j * PTST__QUERIES + r;
+            *x = expf(scale * *x - safe);
+            sum[r] += *x;
+        }
+    }
 }
 
-PTST_API size_t ptst_attention_backward_scratch(const ptst_attention *a) {
-    size_t rows = 0, keys = 0, n;
+/* Backward: s becomes p = exp(scale s - lse), dp becomes scale ds = scale p (dp - delta). */
+PTST__UNUSED static void ptst__softmax_tile_backward__scalar(size_t J, size_t R, float scale,
+                                                             float *s, float *dp, const float *lse,
+                                                             const float *delta) {
+    size_t r, j;
+    for (j = 0; j < J; j++) {
+        for (r = 0; r < R; r++) {
+            size_t at = j * PTST__QUERIES + r;
+            s[at] = expf(scale * s[at] - lse[r]);
+            dp[at] = scale * s[at] * (dp[at] - delta[r]);
+        }
+    }
+}
+
+#if PTST__X86
+
+/* R rows (6, 2 or 1) of V vectors (2 or 1), from row i and column j on; with n < 8 the only vector
+   has n lanes. R, V and n >= 8 are constants where this is used, so the sums are registers. */
+PTST__AVX2 PTST__INLINE void ptst__multiply_part__avx2(const ptst__patch *t, size_t i0, size_t j0,
+                                                       size_t R, size_t V, size_t n) {
+    const float *A = t->A + i0 * t->a_row, *B = t->B + j0;
+    const __m256i mask = ptst__mask8__avx2(n);
+    size_t row = t->a_row, k;
+#define PTST__X(i) __m256 p##i = _mm256_setzero_ps(), q##i = p##i;
+    PTST__ROWS_6(PTST__X)
+#undef PTST__X
+    if (t->keep != NULL) {
+#define PTST__X(i)                                                                                 \
+    if (i < R) {                                                                                   \
+        const float *c = t->C + (i0 + i) * t->ldc + j0;                                            \
+        __m256 keep = _mm256_broadcast_ss(t->keep + i0 + i);                                       \
+        p##i = n < 8 ? _mm256_maskload_ps(c, mask) : _mm256_loadu_ps(c);                           \
+        p##i = _mm256_mul_ps(keep, p##i);                                                          \
+        q##i = V > 1 ? _mm256_mul_ps(keep, _mm256_loadu_ps(c + 8)) : q##i;                         \
+    }
+        PTST__ROWS_6(PTST__X)
+#undef PTST__X
+    }
+    for (k = 0; k < t->K; k++, A += t->a_col, B += t->ldb) {
+        __m256 b0 = n < 8 ? _mm256_maskload_ps(B, mask) : _mm256_loadu_ps(B), a;
+        __m256 b1 = V > 1 ? _mm256_loadu_ps(B + 8) : b0;
+#define PTST__X(i)                                                                                 \
+    if (i < R) {                                                                                   \
+        a = _mm256_broadcast_ss(A + i * row);                                                      \
+        p##i = _mm256_fmadd_ps(a, b0, p##i);                                                       \
+        q##i = V > 1 ? _mm256_fmadd_ps(a, b1, q##i) : q##i;                                        \
+    }
+        PTST__ROWS_6(PTST__X)
+#undef PTST__X
+    }
+#define PTST__X(i)                                                                                 \
+    if (i < R) {                                                                                   \
+        float *c = t->C + (i0 + i) * t->ldc + j0;                                                  \
+        if (n < 8) {                                                                               \
+            _mm256_maskstore_ps(c, mask, p##i);                                                    \
+        } else {                                                                                   \
+            _mm256_storeu_ps(c, p##i);                                                             \
+        }                                                                                          \
+        if (V > 1) {                                                                               \
+            _mm256_storeu_ps(c + 8, q##i);                                                         \
+        }                                                                                          \
+    }
+    PTST__ROWS_6(PTST__X)
+#undef PTST__X
+}
+
+/* As __scalar, float32 sums, in strips of 6 x 16. */
+PTST__AVX2 static void ptst__multiply__avx2(const ptst__patch *t) {
+    size_t i, j, n;
+    for (i = 0; i < t->M;) {
+        size_t R = t->M - i >= 6 ? 6 : t->M - i >= 2 ? 2 : 1;
+        for (j = 0; (n = t->N - j) != 0; j += n) {
+            n = n >= 16 ? 16 : n >= 8 ? 8 : n;
+            if (R == 6) {
+                if (n == 16) {
+                    ptst__multiply_part__avx2(t, i, j, 6, 2, 8);
+                } else if (n == 8) {
+                    ptst__multiply_part__avx2(t, i, j, 6, 1, 8);
+                } else {
+                    ptst__multiply_part__avx2(t, i, j, 6, 1, n);
+                }
+            } else if (n == 16) {
+                if (R == 2) {
+                    ptst__multiply_part__avx2(t, i, j, 2, 2, 8);
+                } else {
+                    ptst__multiply_part__avx2(t, i, j, 1, 2, 8);
+                }
+            } else {
+                ptst__multiply_part__avx2(t, i, j, 1, 1, n);
+                if (R == 2) {
+                    ptst__multiply_part__avx2(t, i + 1, j, 1, 1, n);
+                }
+            }
+        }
+        i += R;
+    }
+}
+
+/* As __scalar, 8 queries at once. */
+PTST__AVX2 static void ptst__softmax_tile__avx2(size_t J, size_t R, float scale, float *s,
+                                                float *max, float *sum, float *keep) {
+    __m256 f = _mm256_set1_ps(scale), none = _mm256_set1_ps(-INFINITY);
+    size_t r, j;
+    for (r = 0; r < R; r += 8) {
+        __m256 old = _mm256_loadu_ps(max + r), m = old, safe, k, l;
+        float *x = s + r;
+        for (j = 0; j < J; j++) {
+            m = _mm256_max_ps(_mm256_mul_ps(f, _mm256_loadu_ps(x + j * PTST__QUERIES)), m);
+        }
+        safe = _mm256_andnot_ps(_mm256_cmp_ps(m, none, _CMP_EQ_OQ), m);
+        k = ptst__exp__avx2(_mm256_sub_ps(old, safe));
+        l = _mm256_mul_ps(_mm256_loadu_ps(sum + r), k);
+        for (j = 0; j < J; j++) {
+            __m256 p = _mm256_loadu_ps(x + j * PTST__QUERIES);
+            p = ptst__exp__avx2(_mm256_fmsub_ps(f, p, safe));
+            l = _mm256_add_ps(l, p);
+            _mm256_storeu_ps(x + j * PTST__QUERIES, p);
+        }
+        _mm256_storeu_ps(keep + r, k);
+        _mm256_storeu_ps(max + r, m);
+        _mm256_storeu_ps(sum + r, l);
+    }
+}
+
+PTST__AVX2 static void ptst__softmax_tile_backward__avx2(size_t J, size_t R, float scale, float *s,
+                                                         float *dp, const float *lse,
+                                                         const float *delta) {
+    __m256 f = _mm256_set1_ps(scale);
+    size_t r, j;
+    for (r = 0; r < R; r += 8) {
+        __m256 l = _mm256_loadu_ps(lse + r), d = _mm256_loadu_ps(delta + r);
+        for (j = 0; j < J; j++) {
+            float *x = s + j * PTST__QUERIES + r, *y = dp + j * PTST__QUERIES + r;
+            __m256 p = ptst__exp__avx2(_mm256_fmsub_ps(f, _mm256_loadu_ps(x), l));
+            __m256 g = _mm256_sub_ps(_mm256_loadu_ps(y), d);
+            _mm256_storeu_ps(x, p);
+            _mm256_storeu_ps(y, _mm256_mul_ps(_mm256_mul_ps(f, p), g));
+        }
+    }
+}
+
+/* R rows of V vectors (4 to 1), the last one under the mask. */
+PTST__AVX512 PTST__INLINE void ptst__multiply_part__avx512(const ptst__patch *t, size_t i0,
+                                                           size_t j0, size_t R, size_t V,
+                                                           __mmask16 last) {
+    const float *A = t->A + i0 * t->a_row, *B = t->B + j0;
+    const __mmask16 m0 = V > 1 ? (__mmask16)0xFFFF : last, m1 = V > 2 ? (__mmask16)0xFFFF : last;
+    const __mmask16 m2 = V > 3 ? (__mmask16)0xFFFF : last;
+    size_t row = t->a_row, k;
+#define PTST__X(i) __m512 p##i = _mm512_setzero_ps(), q##i = p##i, r##i = p##i, s##i = p##i;
+    PTST__ROWS_6(PTST__X)
+#undef PTST__X
+    if (t->keep != NULL) {
+#define PTST__X(i)                                                                                 \
+    if (i < R) {                                                                                   \
+        const float *c = t->C + (i0 + i) * t->ldc + j0;                                            \
+        __m512 keep = _mm512_set1_ps(t->keep[i0 + i]);                                             \
+        p##i = _mm512_mul_ps(keep, _mm512_maskz_loadu_ps(m0, c));                                  \
+        q##i = V > 1 ? _mm512_mul_ps(keep, _mm512_maskz_loadu_ps(m1, c + 16)) : q##i;              \
+        r##i = V > 2 ? _mm512_mul_ps(keep, _mm512_maskz_loadu_ps(m2, c + 32)) : r##i;              \
+        s##i = V > 3 ? _mm512_mul_ps(keep, _mm512_maskz_loadu_ps(last, c + 48)) : s##i;            \
+    }
+        PTST__ROWS_6(PTST__X)
+#undef PTST__X
+    }
+    for (k = 0; k < t->K; k++, A += t->a_col, B += t->ldb) {
+        __m512 b0 = _mm512_maskz_loadu_ps(m0, B), a;
+        __m512 b1 = V > 1 ? _mm512_maskz_loadu_ps(m1, B + 16) : b0;
+        __m512 b2 = V > 2 ? _mm512_maskz_loadu_ps(m2, B + 32) : b0;
+        __m512 b3 = V > 3 ? _mm512_maskz_loadu_ps(last, B + 48) : b0;
+#define PTST__X(i)                                                                                 \
+    if (i < R) {                                                                                   \
+        a = _mm512_set1_ps(A[i * row]);                                                            \
+        p##i = _mm512_fmadd_ps(a, b0, p##i);                                                       \
+        q##i = V > 1 ? _mm512_fmadd_ps(a, b1, q##i) : q##i;                                        \
+        r##i = V > 2 ? _mm512_fmadd_ps(a, b2, r##i) : r##i;                                        \
+        s##i = V > 3 ? _mm512_fmadd_ps(a, b3, s##i) : s##i;                                        \
+    }
+        PTST__ROWS_6(PTST__X)
+#undef PTST__X
+    }
+#define PTST__X(i)                                                                                 \
+    if (i < R) {                                                                                   \
+        float *c = t->C + (i0 + i) * t->ldc + j0;                                                  \
+        _mm512_mask_storeu_ps(c, m0, p##i);                                                        \
+        if (V > 1) {                                                                               \
+            _mm512_mask_storeu_ps(c + 16, m1, q##i);                                               \
+        }                                                                                          \
+        if (V > 2) {                                                                               \
+            _mm512_mask_storeu_ps(c + 32, m2, r##i);                                               \
+        }                                                                                          \
+        if (V > 3) {                                                                               \
+            _mm512_mask_storeu_ps(c + 48, last, s##i);                                             \
+        }                                                                                          \
+    }
+    PTST__ROWS_6(PTST__X)
+#undef PTST__X
+}
+
+/* All rows of V vectors from column j on. */
+PTST__AVX512 PTST__INLINE void ptst__multiply_rows__avx512(const ptst__patch *t, size_t j,
+                                                           size_t V) {
+    __mmask16 last = ptst__mask16__avx512(t->N - j - 16 * (V - 1));
+    size_t i = 0;
+    for (; t->M - i >= 6; i += 6) {
+        ptst__multiply_part__avx512(t, i, j, 6, V, last);
+    }
+    for (; t->M - i >= 2; i += 2) {
+        ptst__multiply_part__avx512(t, i, j, 2, V, last);
+    }
+    if (i < t->M) {
+        ptst__multiply_part__avx512(t, i, j, 1, V, last);
+    }
+}
+
+/* As __scalar, float32 sums, in strips of 6 x 64 (and 48, 32, 16). */
+PTST__AVX512 static void ptst__multiply__avx512(const ptst__patch *t) {
+    size_t j;
+    for (j = 0; t->N - j > 48; j += ptst__min(64, t->N - j)) {
+        ptst__multiply_rows__avx512(t, j, 4);
+    }
+    if (t->N - j > 32) {
+        ptst__multiply_rows__avx512(t, j, 3);
+    } else if (t->N - j > 16) {
+        ptst__multiply_rows__avx512(t, j, 2);
+    } else if (t->N - j > 0) {
+        ptst__multiply_rows__avx512(t, j, 1);
+    }
+}
+
+/* As AVX2, 16 queries at once. */
+PTST__AVX512 static void ptst__softmax_tile__avx512(size_t J, size_t R, float scale, float *s,
+                                                    float *max, float *sum, float *keep) {
+    __m512 f = _mm512_set1_ps(scale), none = _mm512_set1_ps(-INFINITY);
+    size_t r, j;
+    for (r = 0; r < R; r += 16) {
+        __m512 old = _mm512_loadu_ps(max + r), m = old, safe, k, l;
+        float *x = s + r;
+        for (j = 0; j < J; j++) {
+            m = _mm512_max_ps(_mm512_mul_ps(f, _mm512_loadu_ps(x + j * PTST__QUERIES)), m);
+        }
+        safe = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(m, none, _CMP_NEQ_UQ), m);
+        k = ptst__exp__avx512(_mm512_sub_ps(old, safe));
+        l = _mm512_mul_ps(_mm512_loadu_ps(sum + r), k);
+        for (j = 0; j < J; j++) {
+            __m512 p = _mm512_loadu_ps(x + j * PTST__QUERIES);
+            p = ptst__exp__avx512(_mm512_fmsub_ps(f, p, safe));
+            l = _mm512_add_ps(l, p);
+            _mm512_storeu_ps(x + j * PTST__QUERIES, p);
+        }
+        _mm512_storeu_ps(keep + r, k);
+        _mm512_storeu_ps(max + r, m);
+        _mm512_storeu_ps(sum + r, l);
+    }
+}
+
+PTST__AVX512 static void ptst__softmax_tile_backward__avx512(size_t J, size_t R, float scale,
+                                                             float *s, float *dp, const float *lse,
+                                                             const float *delta) {
+    __m512 f = _mm512_set1_ps(scale);
+    size_t r, j;
+    for (r = 0; r < R; r += 16) {
+        __m512 l = _mm512_loadu_ps(lse + r), d = _mm512_loadu_ps(delta + r);
+        for (j = 0; j < J; j++) {
+            float *x = s + j * PTST__QUERIES + r, *y = dp + j * PTST__QUERIES + r;
+            __m512 p = ptst__exp__avx512(_mm512_fmsub_ps(f, _mm512_loadu_ps(x), l));
+            __m512 g = _mm512_sub_ps(_mm512_loadu_ps(y), d);
+            _mm512_storeu_ps(x, p);
+            _mm512_storeu_ps(y, _mm512_mul_ps(_mm512_mul_ps(f, p), g));
+        }
+    }
+}
+
+#elif PTST__NEON
+
+/* R rows (6 or 1) of V vectors (4 or 1). */
+PTST__INLINE void ptst__multiply_part__neon(const ptst__patch *t, size_t i0, size_t j0, size_t R,
+                                            size_t V) {
+    const float *A = t->A + i0 * t->a_row, *B = t->B + j0;
+    size_t row = t->a_row, k;
+#define PTST__X(i) float32x4_t p##i = vdupq_n_f32(0), q##i = p##i, r##i = p##i, s##i = p##i;
+    PTST__ROWS_6(PTST__X)
+#undef PTST__X
+    if (t->keep != NULL) {
+#define PTST__X(i)                                                                                 \
+    if (i < R) {                                                                                   \
+        const float *c = t->C + (i0 + i) * t->ldc + j0, keep = t->keep[i0 + i];                    \
+        p##i = vmulq_n_f32(vld1q_f32(c), keep);                                                    \
+        q##i = V > 1 ? vmulq_n_f32(vld1q_f32(c + 4), keep) : q##i;                                 \
+        r##i = V > 1 ? vmulq_n_f32(vld1q_f32(c + 8), keep) : r##i;                                 \
+        s##i = V > 1 ? vmulq_n_f32(vld1q_f32(c + 12), keep) : s##i;                                \
+    }
+        PTST__ROWS_6(PTST__X)
+#undef PTST__X
+    }
+    for (k = 0; k < t->K; k++, A += t->a_col, B += t->ldb) {
+        float32x4_t b0 = vld1q_f32(B), b1 = b0, b2 = b0, b3 = b0;
+        if (V > 1) {
+            b1 = vld1q_f32(B + 4);
+            b2 = vld1q_f32(B + 8);
+            b3 = vld1q_f32(B + 12);
+        }
+#define PTST__X(i)                                                                                 \
+    if (i < R) {                                                                                   \
+        float a = A[i * row];                                                                      \
+        p##i = vfmaq_n_f32(p##i, b0, a);                                                           \
+        q##i = V > 1 ? vfmaq_n_f32(q##i, b1, a) : q##i;                                            \
+        r##i = V > 1 ? vfmaq_n_f32(r##i, b2, a) : r##i;                                            \
+        s##i = V > 1 ? vfmaq_n_f32(s##i, b3, a) : s##i;                                            \
+    }
+        PTST__ROWS_6(PTST__X)
+#undef PTST__X
+    }
+#define PTST__X(i)                                                                                 \
+    if (i < R) {                                                                                   \
+        float *c = t->C + (i0 + i) * t->ldc + j0;                                                  \
+        vst1q_f32(c, p##i);                                                                        \
+        if (V > 1) {                                                                               \
+            vst1q_f32(c + 4, q##i);                                                                \
+            vst1q_f32(c + 8, r##i);                                                                \
+            vst1q_f32(c + 12, s##i);                                                               \
+        }                                                                                          \
+    }
+    PTST__ROWS_6(PTST__X)
+#undef PTST__X
+}
+
+/* As __scalar, float32 sums, in strips of 6 x 16; the last columns as __scalar. */
+static void ptst__multiply__neon(const ptst__patch *t) {
+    size_t whole = t->N / 4 * 4, i, j;
+    ptst__patch rest = *t;
+    for (i = 0; i < t->M; i += t->M - i >= 6 ? 6 : 1) {
+        for (j = 0; j < whole; j += whole - j >= 16 ? 16 : 4) {
+            if (t->M - i >= 6 && whole - j >= 16) {
+                ptst__multiply_part__neon(t, i, j, 6, 4);
+            } else if (t->M - i >= 6) {
+                ptst__multiply_part__neon(t, i, j, 6, 1);
+            } else if (whole - j >= 16) {
+                ptst__multiply_part__neon(t, i, j, 1, 4);
+            } else {
+                ptst__multiply_part__neon(t, i, j, 1, 1);
+            }
+        }
+    }
+    rest.N = t->N - whole;
+    rest.B = t->B + whole;
+    rest.C = t->C + whole;
+    ptst__multiply__scalar(&rest);
+}
+
+/* As __scalar, 4 queries at once. */
+static void ptst__softmax_tile__neon(size_t J, size_t R, float scale, float *s, float *max,
+                                     float *sum, float *keep) {
+    size_t r, j;
+    for (r = 0; r < R; r += 4) {
+        float32x4_t old = vld1q_f32(max + r), m = old, safe, k, l;
+        uint32x4_t empty;
+        float *x = s + r;
+        for (j = 0; j < J; j++) {
+            m = vmaxq_f32(m, vmulq_n_f32(vld1q_f32(x + j * PTST__QUERIES), scale));
+        }
+        empty = vceqq_f32(m, vdupq_n_f32(-INFINITY));
+        safe = vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(m), empty));
+        k = ptst__exp__neon(vsubq_f32(old, safe));
+        l = vmulq_f32(vld1q_f32(sum + r), k);
+        for (j = 0; j < J; j++) {
+            float32x4_t p = vmulq_n_f32(vld1q_f32(x + j * PTST__QUERIES), scale);
+            p = ptst__exp__neon(vsubq_f32(p, safe));
+            l = vaddq_f32(l, p);
+            vst1q_f32(x + j * PTST__QUERIES, p);
+        }
+        vst1q_f32(keep + r, k);
+        vst1q_f32(max + r, m);
+        vst1q_f32(sum + r, l);
+    }
+}
+
+static void ptst__softmax_tile_backward__neon(size_t J, size_t R, float scale, float *s, float *dp,
+                                              const float *lse, const float *delta) {
+    size_t r, j;
+    for (r = 0; r < R; r += 4) {
+        float32x4_t l = vld1q_f32(lse + r), d = vld1q_f32(delta + r);
+        for (j = 0; j < J; j++) {
+            float *x = s + j * PTST__QUERIES + r, *y = dp + j * PTST__QUERIES + r;
+            float32x4_t p = vsubq_f32(vmulq_n_f32(vld1q_f32(x), scale), l);
+            p = ptst__exp__neon(p);
+            vst1q_f32(x, p);
+            vst1q_f32(y, vmulq_f32(vmulq_n_f32(p, scale), vsubq_f32(vld1q_f32(y), d)));
+        }
+    }
+}
+
+#endif
+
+/* s [J, QUERIES] = x y^T for J rows x (ld_x floats apart) and R rows y (ld_y apart). turned holds y
+   as [D, QUERIES]; if D is too long for that it is filled piece by piece. */
+static void ptst__tile_dots(const ptst__attention_job *job, const ptst__room *room, size_t J,
+                            const float *x, size_t ld_x, size_t R, const float *y, size_t ld_y,
+                            float *turned, float *s) {
+    size_t D = job->a->D, d;
+    ptst__patch t;
+    t.M = J;
+    t.N = ptst__min(ptst__ceil_div(R, 16) * 16, PTST__QUERIES);
+    t.a_row = ld_x;
+    t.a_col = 1;
+    t.B = turned;
+    t.ldb = PTST__QUERIES;
+    t.C = s;
+    t.ldc = PTST__QUERIES;
+    for (d = 0; d < D; d += PTST__DEPTH) {
+        t.K = ptst__min(PTST__DEPTH, D - d);
+        t.A = x + d;
+        t.keep = d == 0 ? NULL : room->ones;
+        if (D > PTST__DEPTH) {
+            job->kernels->pack_cols(turned, PTST__QUERIES, y + d, PTST_F32, ld_y, R, t.K);
+        }
+        job->kernels->multiply(&t);
+    }
+}
+
+/* Sets to value what is not seen in a tile: rows r0 + r, r < R, of span s against keys j0 + j,
+   j < J, of block b. */
+static void ptst__tile_hide(const ptst_attention *a, const ptst_span *s, int b, size_t r0, size_t R,
+                            size_t j0, size_t J, float value, float *tile) {
+    size_t total = s->keys[0] + s->keys[1] + r0, j, r;
+    for (j = j0; j < j0 + J; j++, tile += PTST__QUERIES) {
+        size_t from = 0, to = R; /* the rows that see key j */
+        if (b == 1 && j + s->count > s->keys[1] + r0) {
+            from = ptst__min(j + s->count - s->keys[1] - r0, R);
+        }
+        if (a->window != 0 && a->window < total) {
+            size_t last = (b == 0 ? j : s->keys[0] + j) + a->window + s->count;
+            to = last > total ? ptst__min(last - total, R) : 0;
+        }
+        for (r = 0; r < from; r++) {
+            tile[r] = value;
+        }
+        for (r = to; r < R; r++) {
+            tile[r] = value;
+        }
+    }
+}
+
+/* begin and end [b]: the keys that any of the rows r0 ... r0 + R - 1 sees; all[b]: those from
+   all_begin to all_end are seen by all of them. */
+typedef struct ptst__seen {
+    size_t begin[2], end[2], all_begin[2], all_end[2];
+} ptst__seen;
+
+static ptst__seen ptst__tile_seen(const ptst_attention *a, const ptst_span *s, size_t r0,
+                                  size_t R) {
+    ptst__seen seen;
+    ptst__attention_sees(a, s, r0, seen.begin, seen.all_end);
+    ptst__attention_sees(a, s, r0 + R - 1, seen.all_begin, seen.end);
+    return seen;
+}
+
+/* Ends the softmax of R rows: out (rows ld apart) /= sum, and lse. */
+static void ptst__tile_finish(const ptst__attention_job *job, const ptst__room *room, size_t R,
+                              float *out, size_t ld, float *lse, size_t ld_lse) {
+    size_t r;
+    for (r = 0; r < R; r++) {
+        if (room->max[r] == -INFINITY) { /* no key */
+            memset(out + r * ld, 0, job->a->D * sizeof *out);
+        } else {
+            job->kernels->scale(job->a->D, 1 / room->sum[r], out + r * ld);
+        }
+        if (lse != NULL) {
+            lse[r * ld_lse] =
+                room->max[r] == -INFINITY ? -INFINITY : room->max[r] + logf(room->sum[r]);
+        }
+    }
+}
+
+/* Rows r0 ... of head h of a span. */
+static void ptst__attention_tile(const ptst__attention_job *job, ptst__room *room,
+                                 const ptst_span *s, size_t h, size_t r0) {
+    const ptst_attention *a = job->a;
+    size_t R = ptst__min(PTST__QUERIES, s->count - r0), at = h / (a->H / a->K) * a->D, j, r;
+    size_t row = s->query + r0;
+    const float *q = job->q + row * a->q_ld + h * a->D;
+    ptst__seen seen = ptst__tile_seen(a, s, r0, R);
+    ptst__patch t;
+    int b;
+    t.M = R;
+    t.N = a->D;
+    t.A = room->s;
+    t.a_row = 1;
+    t.a_col = PTST__QUERIES;
+    t.ldb = a->kv_ld;
+    t.keep = NULL;
+    t.C = job->out + (row * a->H + h) * a->D;
+    t.ldc = a->H * a->D;
+    for (r = 0; r < PTST__QUERIES; r++) {
+        room->max[r] = -INFINITY;
+        room->sum[r] = 0;
+        room->ones[r] = 1;
+    }
+    if (a->D <= PTST__DEPTH) {
+        job->kernels->pack_cols(room->q, PTST__QUERIES, q, PTST_F32, a->q_ld, R, a->D);
+    }
+    for (b = 0; b < 2; b++) {
+        for (j = seen.begin[b]; j < seen.end[b]; j += PTST__KEYS) {
+            size_t J = ptst__min(PTST__KEYS, seen.end[b] - j);
+            ptst__tile_dots(job, room, J, s->k[b] + j * a->kv_ld + at, a->kv_ld, R, q, a->q_ld,
+                            room->q, room->s);
+            if (j < seen.all_begin[b] || j + J > seen.all_end[b]) {
+                ptst__tile_hide(a, s, b, r0, R, j, J, -INFINITY, room->s);
+            }
+            job->kernels->softmax_tile(J, R, a->scale, room->s, room->max, room->sum, room->keep);
+            t.K = J;
+            t.B = s->v[b] + j * a->kv_ld + at;
+            job->kernels->multiply(&t);
+            t.keep = room->keep;
+        }
+    }
+    ptst__tile_finish(job, room, R, t.C, t.ldc, job->lse == NULL ? NULL : job->lse + row * a->H + h,
+                      a->H);
+}
+
+/* Row i of a span and heads h ... h + n - 1 (n <= 4) that share a key head: for decoding, where a
+   tile of queries would be almost empty. Lanes are floats of a head, then keys. */
+static void ptst__attention_few(const ptst__attention_job *job, ptst__room *room,
+                                const ptst_span *s, size_t i, size_t h, size_t n) {
+    const ptst_attention *a = job->a;
+    size_t at = h / (a->H / a->K) * a->D, row = s->query + i, begin[2], end[2], j, z, r;
+    const float *q[4];
+    const void *k[4];
+    float sums[16];
+    ptst__patch t;
+    int b;
+    t.M = n;
+    t.N = a->D;
+    t.A = room->s; /* [4, FEW_KEYS] */
+    t.a_row = PTST__FEW_KEYS;
+    t.a_col = 1;
+    t.ldb = a->kv_ld;
+    t.keep = NULL;
+    t.C = job->out + (row * a->H + h) * a->D;
+    t.ldc = a->D;
+    for (r = 0; r < 4; r++) {
+        q[r] = job->q + row * a->q_ld + (h + ptst__min(r, n - 1)) * a->D;
+        room->max[r] = -INFINITY;
+        room->sum[r] = 0;
+    }
+    ptst__attention_sees(a, s, i, begin, end);
+    for (b = 0; b < 2; b++) {
+        for (j = begin[b]; j < end[b]; j += PTST__FEW_KEYS) {
+            const float *keys = s->k[b] + j * a->kv_ld + at;
+            size_t J = ptst__min(PTST__FEW_KEYS, end[b] - j);
+            for (z = 0; z < 4 * ptst__ceil_div(J, 4); z++) {
+                k[z % 4] = keys + ptst__min(z, J - 1) * a->kv_ld;
+                if (z % 4 == 3) {
+                    job->kernels->dots(sums, a->D, q, n == 1 ? 1 : 4, k, PTST_F32);
+                    for (r = 0; r < n; r++) {
+                        memcpy(room->s + r * PTST__FEW_KEYS + z - 3, sums + 4 * r,
+                               4 * sizeof *sums);
+                    }
+                }
+            }
+            for (r = 0; r < n; r++) {
+                float *x = room->s + r * PTST__FEW_KEYS, max;
+                job->kernels->scale(J, a->scale, x);
+                max = fmaxf(room->max[r], job->kernels->row_max(J, x));
+                room->keep[r] = max == -INFINITY ? 1 : expf(room->max[r] - max);
+                room->sum[r] *= room->keep[r];
+                room->sum[r] += (float)job->kernels->row_exp(J, x, max == -INFINITY ? 0 : max, x);
+                room->max[r] = max;
+            }
+            t.K = J;
+            t.B = s->v[b] + j * a->kv_ld + at;
+            job->kernels->multiply(&t);
+            t.keep = room->keep;
+        }
+    }
+    ptst__tile_finish(job, room, n, t.C, t.ldc, job->lse == NULL ? NULL : job->lse + row * a->H + h,
+                      1);
+}
+
+/* Task: a tile of a span and head; the last tiles, which see most, come first. For spans of few
+   queries the first head of a group does it all. */
+static void ptst__attention_task(void *arg, size_t task, int thread) {
+    const ptst__attention_job *job = (const ptst__attention_job *)arg;
+    const ptst_attention *a = job->a;
+    size_t h = task % a->H, group = a->H / a->K, i, g;
+    const ptst_span *s = &a->spans[task / a->H % a->spans_count];
+    size_t tile = job->tiles - 1 - task / a->H / a->spans_count;
+    if (s->count > PTST__FEW_QUERIES) {
+        if (tile * PTST__QUERIES < s->count) {
+            ptst__attention_tile(job, job->rooms + thread, s, h, tile * PTST__QUERIES);
+        }
+    } else if (tile == 0 && h % group == 0) {
+        for (i = 0; i < s->count; i++) {
+            for (g = 0; g < group; g += 4) {
+                ptst__attention_few(job, job->rooms + thread, s, i, h + g, ptst__min(4, group - g));
+            }
+        }
+    }
+}
+
+/* ---- attention in tiles, backward ----
+   A task takes a range of keys and one query head and walks, in order, over all rows that see the
+   range; so it alone writes its part of dk and dv, in an order that does not depend on the
+   threads. A shared block is one range (or two, if long) for all spans that share it. Three things
+   are added up afterwards, again in a fixed order: dk and dv of the heads that share a key head,
+   and dq of a row that sees several ranges (each range has a slot for it). */
+
+/* Keys first ... first + keys - 1 of block `block` of span `span`, the first that uses it. */
+typedef struct ptst__key_range {
+    size_t span, block, first, keys;
+    size_t part;    /* 0, or 1 for the second range of a block */
+    size_t partial; /* row of key 0 of the range in the partial dk and dv */
+} ptst__key_range;
+
+typedef struct ptst__attention_plan {
+    ptst__key_range *ranges;
+    size_t count, keys; /* of ranges, of all keys in them */
+    float *slots[4];    /* [row, H, D]; 0 (dq itself) and 1: own keys, 2 and 3: block 0; or NULL */
+    float *dk, *dv;     /* [H, keys, D] if heads share key heads */
+    size_t bytes;
+} ptst__attention_plan;
+
+/* From so many keys on a block is cut in two, so that there are tasks enough. */
+enum { PTST__CUT = 1024 };
+
+/* Keys of the first of two ranges: both are seen by about as many pairs of a causal block. */
+static size_t ptst__range_cut(size_t keys) {
+    return keys < PTST__CUT ? keys : keys * 3 / 10 / PTST__KEYS * PTST__KEYS;
+}
+
+static bool ptst__same_keys(const ptst_span *s, size_t b, const ptst_span *t, size_t d) {
+    return s->keys[b] != 0 && t->keys[d] != 0 && s->dk[b] == t->dk[d];
+}
+
+/* Is block b of span n the first use of its keys? */
+static bool ptst__first_use(const ptst_attention *a, size_t n, size_t b) {
+    size_t i, d;
+    for (i = 0; i <= n; i++) {
+        for (d = 0; d < 2 && (i < n || d < b); d++) {
+            if (ptst__same_keys(&a->spans[n], b, &a->spans[i], d)) {
+                return false;
+            }
+        }
+    }
+    return a->spans[n].keys[b] != 0;
+}
+
+/* Takes n floats from the scratch that starts at base (NULL: only counts). */
+static float *ptst__plan_take(ptst__attention_plan *p, char *base, size_t n) {
+    float *at = base == NULL ? NULL : (float *)(void *)(base + p->bytes);
+    p->bytes += ptst__ceil_div(n * sizeof(float), PTST__ALIGN) * PTST__ALIGN;
+    return at;
+}
+
+/* Lists the ranges and lays out the scratch; base NULL: only counts the bytes. */
+static ptst__attention_plan ptst__plan_make(const ptst_attention *a, char *base) {
+    ptst__attention_plan p;
+    size_t rows = 0, n, b, i, cut;
+    bool need[4] = {false, false, false, false};
+    memset(&p, 0, sizeof p);
+    p.ranges = (ptst__key_range *)(void *)base;
     for (n = 0; n < a->spans_count; n++) {
         const ptst_span *s = &a->spans[n];
         rows = s->query + s->count > rows ? s->query + s->count : rows;
-        keys += s->keys[0] + s->keys[1];
+        need[1] = need[1] || s->keys[1] >= PTST__CUT;
+        need[2] = need[2] || s->keys[0] != 0;
+        need[3] = need[3] || s->keys[0] >= PTST__CUT;
+        for (b = 0; b < 2; b++) {
+            cut = ptst__range_cut(s->keys[b]);
+            for (i = 0; i < 2 && ptst__first_use(a, n, b); i++) {
+                ptst__key_range r;
+                r.span = n;
+                r.block = b;
+                r.first = i == 0 ? 0 : cut;
+                r.keys = i == 0 ? cut : s->keys[b] - cut;
+                r.part = i;
+                r.partial = p.keys;
+                if (r.keys != 0) {
+                    p.keys += r.keys;
+                    if (base != NULL) {
+                        p.ranges[p.count] = r;
+                    }
+                    p.count++;
+                }
+            }
+        }
     }
-    return ptst__attention_scratch(a->H, a->D, rows, keys, a->spans_count);
+    p.bytes = ptst__ceil_div(p.count * sizeof *p.ranges, PTST__ALIGN) * PTST__ALIGN;
+    for (i = 1; i < 4; i++) {
+        p.slots[i] = need[i] ? ptst__plan_take(&p, base, rows * a->H * a->D) : NULL;
+    }
+    if (a->H != a->K) {
+        p.dk = ptst__plan_take(&p, base, p.keys * a->H * a->D);
+        p.dv = ptst__plan_take(&p, base, p.keys * a->H * a->D);
+    }
+    return p;
+}
+
+/* Where a task adds its gradients. */
+typedef struct ptst__range_out {
+    float *dk, *dv; /* of key 0 of the range and the head */
+    size_t ld;
+} ptst__range_out;
+
+/* Fills the room with what the backward pass needs of rows row ... row + R - 1 of head h. */
+static void ptst__tile_load(const ptst__attention_job *job, ptst__room *room, size_t row, size_t h,
+                            size_t R) {
+    const ptst_attention *a = job->a;
+    size_t at = (row * a->H + h) * a->D, ld = a->H * a->D, r;
+    for (r = 0; r < PTST__QUERIES; r++) {
+        bool used = r < R;
+        float lse = used ? job->lse_in[(row + r) * a->H + h] : 0;
+        room->lse[r] = lse == -INFINITY ? 0 : lse; /* such a row sees nothing */
+        room->delta[r] = used ? (float)job->kernels->dot(a->D, job->dout + at + r * ld,
+                                                         job->out_in + at + r * ld)
+                              : 0;
+        room->ones[r] = 1;
+    }
+    if (a->D <= PTST__DEPTH) {
+        job->kernels->pack_cols(room->q, PTST__QUERIES, job->q + row * a->q_ld + h * a->D, PTST_F32,
+                                a->q_ld, R, a->D);
+        job->kernels->pack_cols(room->dout, PTST__QUERIES, job->dout + at, PTST_F32, ld, R, a->D);
+    }
+}
+
+/* Rows r0 ... of head h of a span against J keys from j on of its block b: the five products. */
+static void ptst__tile_backward(const ptst__attention_job *job, ptst__room *room,
+                                const ptst_span *s, int b, size_t h, size_t r0, size_t R, size_t j,
+                                size_t J, bool hide, ptst__patch dq, const ptst__range_out *o) {
+    const ptst_attention *a = job->a;
+    size_t row = s->query + r0, at = j * a->kv_ld + h / (a->H / a->K) * a->D;
+    const float *q = job->q + row * a->q_ld + h * a->D;
+    const float *dout = job->dout + (row * a->H + h) * a->D;
+    ptst__patch t;
+    ptst__tile_dots(job, room, J, s->k[b] + at, a->kv_ld, R, q, a->q_ld, room->q, room->s);
+    ptst__tile_dots(job, room, J, s->v[b] + at, a->kv_ld, R, dout, a->H * a->D, room->dout,
+                    room->dp);
+    if (hide) {
+        ptst__tile_hide(a, s, b, r0, R, j, J, -INFINITY, room->s);
+        ptst__tile_hide(a, s, b, r0, R, j, J, 0, room->dp);
+    }
+    job->kernels->softmax_tile_backward(J, R, a->scale, room->s, room->dp, room->lse, room->delta);
+    dq.K = J;
+    dq.B = s->k[b] + at;
+    job->kernels->multiply(&dq);
+    t.M = J;
+    t.N = a->D;
+    t.K = R;
+    t.a_row = PTST__QUERIES;
+    t.a_col = 1;
+    t.keep = room->ones;
+    t.ldc = o->ld;
+    t.A = room->dp;
+    t.B = q;
+    t.ldb = a->q_ld;
+    t.C = o->dk;
+    job->kernels->multiply(&t);
+    t.A = room->s;
+    t.B = dout;
+    t.ldb = a->H * a->D;
+    t.C = o->dv;
+    job->kernels->multiply(&t);
+}
+
+/* One span and head against the keys of a range in its block b. */
+static void ptst__span_backward(const ptst__attention_job *job, ptst__room *room,
+                                const ptst_span *s, int b, const ptst__key_range *range, size_t h,
+                                ptst__range_out out) {
+    const ptst_attention *a = job->a;
+    size_t slot = (b == 1 ? 0 : 2) + range->part, r0, r, j, R;
+    float *dq = slot == 0 ? job->dq + h * a->D : job->plan->slots[slot] + h * a->D;
+    ptst__patch t;
+    t.N = a->D;
+    t.A = room->dp;
+    t.a_row = 1;
+    t.a_col = PTST__QUERIES;
+    t.ldb = a->kv_ld;
+    t.ldc = slot == 0 ? a->q_ld : a->H * a->D;
+    for (r0 = 0; r0 < s->count; r0 += R) {
+        ptst__seen seen;
+        size_t begin, end;
+        R = ptst__min(PTST__QUERIES, s->count - r0);
+        seen = ptst__tile_seen(a, s, r0, R);
+        begin = seen.begin[b] > range->first ? seen.begin[b] : range->first;
+        end = ptst__min(seen.end[b], range->first + range->keys);
+        t.M = R;
+        t.C = dq + (s->query + r0) * t.ldc;
+        t.keep = NULL;
+        for (r = 0; r < R && begin >= end; r++) {
+            memset(t.C + r * t.ldc, 0, a->D * sizeof(float));
+        }
+        if (begin < end) {
+            ptst__tile_load(job, room, s->query + r0, h, R);
+        }
+        for (j = begin; j < end; j += PTST__KEYS) {
+            size_t J = ptst__min(PTST__KEYS, end - j);
+            ptst__range_out o = out;
+            o.dk += (j - range->first) * o.ld;
+            o.dv += (j - range->first) * o.ld;
+            ptst__tile_backward(job, room, s, b, h, r0, R, j, J,
+                                j < seen.all_begin[b] || j + J > seen.all_end[b], t, &o);
+            t.keep = room->ones;
+        }
+    }
+}
+
+/* Task: a range and a head. */
+static void ptst__attention_backward_task(void *arg, size_t task, int thread) {
+    const ptst__attention_job *job = (const ptst__attention_job *)arg;
+    const ptst_attention *a = job->a;
+    const ptst__attention_plan *plan = job->plan;
+    const ptst__key_range *range = &plan->ranges[task / a->H];
+    const ptst_span *owner = &a->spans[range->span], *s;
+    size_t h = task % a->H, n, b;
+    ptst__range_out out;
+    if (plan->dk == NULL) {
+        size_t at = range->first * a->kv_ld + h * a->D;
+        out.ld = a->kv_ld;
+        out.dk = owner->dk[range->block] + at;
+        out.dv = owner->dv[range->block] + at;
+    } else {
+        size_t at = (h * plan->keys + range->partial) * a->D;
+        out.ld = a->D;
+        out.dk = plan->dk + at;
+        out.dv = plan->dv + at;
+        memset(out.dk, 0, range->keys * a->D * sizeof(float));
+        memset(out.dv, 0, range->keys * a->D * sizeof(float));
+    }
+    for (n = range->span; n < a->spans_count; n++) {
+        s = &a->spans[n];
+        for (b = 0; b < 2; b++) {
+            if (ptst__same_keys(s, b, owner, range->block)) {
+                ptst__span_backward(job, job->rooms + thread, s, (int)b, range, h, out);
+            }
+        }
+    }
+}
+
+/* Task: adds up dk and dv of the heads that share key head task % K, in a range. */
+static void ptst__attention_heads_task(void *arg, size_t task, int thread) {
+    const ptst__attention_job *job = (const ptst__attention_job *)arg;
+    const ptst_attention *a = job->a;
+    const ptst__attention_plan *plan = job->plan;
+    const ptst__key_range *range = &plan->ranges[task / a->K];
+    const ptst_span *owner = &a->spans[range->span];
+    size_t head = task % a->K, group = a->H / a->K, j, g;
+    (void)thread;
+    for (j = 0; j < range->keys; j++) {
+        size_t to = (range->first + j) * a->kv_ld + head * a->D;
+        for (g = 0; g < group; g++) {
+            size_t from = ((head * group + g) * plan->keys + range->partial + j) * a->D;
+            job->kernels->axpy(a->D, 1, plan->dk + from, owner->dk[range->block] + to);
+            job->kernels->axpy(a->D, 1, plan->dv + from, owner->dv[range->block] + to);
+        }
+    }
+}
+
+/* Task: adds up dq of a tile of rows over the slots that its span has. */
+static void ptst__attention_slots_task(void *arg, size_t task, int thread) {
+    const ptst__attention_job *job = (const ptst__attention_job *)arg;
+    const ptst_attention *a = job->a;
+    const ptst_span *s = &a->spans[task % a->spans_count];
+    size_t r0 = task / a->spans_count * PTST__QUERIES, n = a->H * a->D, r, i;
+    bool has[4];
+    (void)thread;
+    has[0] = s->keys[1] != 0;
+    has[1] = s->keys[1] >= PTST__CUT;
+    has[2] = s->keys[0] != 0;
+    has[3] = s->keys[0] >= PTST__CUT;
+    for (r = r0; r < ptst__min(r0 + PTST__QUERIES, s->count); r++) {
+        float *dq = job->dq + (s->query + r) * a->q_ld;
+        if (!has[0]) {
+            memset(dq, 0, n * sizeof *dq);
+        }
+        for (i = 1; i < 4; i++) {
+            if (has[i]) {
+                job->kernels->axpy(n, 1, job->plan->slots[i] + (s->query + r) * n, dq);
+            }
+        }
+    }
+}
+
+static void ptst__attention_job_open(ptst_ctx *c, ptst__attention_job *j, const ptst_attention *a,
+                                     const float *q) {
+    size_t n, longest = 0;
+    memset(j, 0, sizeof *j);
+    j->kernels = c->kernels;
+    j->a = a;
+    j->q = q;
+    j->rooms = (ptst__room *)(void *)((char *)c->scratch + c->scratch_size);
+    for (n = 0; n < a->spans_count; n++) {
+        longest = a->spans[n].count > longest ? a->spans[n].count : longest;
+    }
+    j->tiles = ptst__ceil_div(longest, PTST__QUERIES);
+}
+
+PTST_API void ptst_attention_forward(ptst_ctx *c, const ptst_attention *a, const float *q,
+                                     float *out, float *lse) {
+    ptst__attention_job j;
+    ptst__attention_job_open(c, &j, a, q);
+    j.out = out;
+    j.lse = lse;
+    if (c->kernels->multiply == NULL) {
+        ptst__parallel_for(c, a->spans_count * a->H, ptst__attention_task__scalar, &j);
+    } else {
+        ptst__parallel_for(c, j.tiles * a->spans_count * a->H, ptst__attention_task, &j);
+    }
+}
+
+/* Bytes of scratch for the backward pass over any spans with at most `rows` rows of queries and
+   `keys` different rows of keys in all. */
+PTST__UNUSED static size_t ptst__attention_scratch(size_t H, size_t D, size_t rows, size_t keys,
+                                                   size_t spans) {
+    size_t slots = keys < PTST__CUT ? 1 : 3;
+    return (slots * rows + 2 * keys) * H * D * sizeof(float) + 4 * spans * sizeof(ptst__key_range) +
+           8 * PTST__ALIGN;
+}
+
+PTST_API size_t ptst_attention_backward_scratch(const ptst_attention *a) {
+    return ptst__plan_make(a, NULL).bytes + PTST__ALIGN;
 }
 
 PTST_API void ptst_attention_backward(ptst_ctx *c, const ptst_attention *a, const float *q,
                                       const float *out, const float *lse, const float *dout,
                                       float *dq, void *scratch) {
     ptst__attention_job j;
-    memset(&j, 0, sizeof j);
-    j.kernels = c->kernels;
-    j.a = a;
-    j.q = q;
+    ptst__attention_plan plan;
+    char *base = (char *)scratch;
+    ptst__attention_job_open(c, &j, a, q);
     j.out_in = out;
     j.lse_in = lse;
     j.dout = dout;
     j.dq = dq;
-    (void)scratch;
-    ptst__parallel_for(c, a->K, ptst__attention_backward_task__scalar, &j);
+    if (c->kernels->multiply == NULL) {
+        ptst__parallel_for(c, a->K, ptst__attention_backward_task__scalar, &j);
+        return;
+    }
+    base += (PTST__ALIGN - (uintptr_t)base % PTST__ALIGN) % PTST__ALIGN;
+    plan = ptst__plan_make(a, base);
+    j.plan = &plan;
+    ptst__parallel_for(c, plan.count * a->H, ptst__attention_backward_task, &j);
+    if (plan.dk != NULL) {
+        ptst__parallel_for(c, plan.count * a->K, ptst__attention_heads_task, &j);
+    }
+    ptst__parallel_for(c, j.tiles * a->spans_count, ptst__attention_slots_task, &j);
 }
 
 /* ---- cross-entropy ---------------------------------------------------------------------------
@@ -6680,6 +7662,9 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     ptst__rope__scalar,
     ptst__swiglu__scalar,
     ptst__swiglu_backward__scalar,
+    NULL,
+    NULL,
+    NULL,
     ptst__adamw__scalar,
     ptst__row_max__scalar,
     ptst__row_exp__scalar,
@@ -6707,6 +7692,9 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     ptst__rope__avx2,
     ptst__swiglu__avx2,
     ptst__swiglu_backward__avx2,
+    ptst__multiply__avx2,
+    ptst__softmax_tile__avx2,
+    ptst__softmax_tile_backward__avx2,
     ptst__adamw__avx2,
     ptst__row_max__avx2,
     ptst__row_exp__avx2,
@@ -6733,6 +7721,9 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     ptst__rope__avx2,
     ptst__swiglu__avx512,
     ptst__swiglu_backward__avx512,
+    ptst__multiply__avx512,
+    ptst__softmax_tile__avx512,
+    ptst__softmax_tile_backward__avx512,
     ptst__adamw__avx2,
     ptst__row_max__avx2,
     ptst__row_exp__avx512,
@@ -6760,6 +7751,9 @@ static const struct ptst__kernels ptst__kernels_neon = {
     ptst__rope__neon,
     ptst__swiglu__neon,
     ptst__swiglu_backward__neon,
+    ptst__multiply__neon,
+    ptst__softmax_tile__neon,
+    ptst__softmax_tile_backward__neon,
     ptst__adamw__neon,
     ptst__row_max__neon,
     ptst__row_exp__neon,
@@ -6821,7 +7815,7 @@ PTST_API ptst_code ptst_open(const ptst_desc *desc, ptst_ctx **out) {
     c->threads = c->desc.threads == 0 ? ptst__core_count() : c->desc.threads;
     c->threads = c->threads > PTST__THREADS_MAX ? PTST__THREADS_MAX : c->threads;
     c->scratch_size = ptst__scratch_size(kernels);
-    c->scratch = ptst__alloc(c, c->scratch_size, 1);
+    c->scratch = ptst__alloc(c, c->scratch_size + (size_t)c->threads * sizeof(ptst__room), 1);
     if (c->scratch == NULL || ptst__pool_open(c) != PTST_OK) {
         ptst_close(c);
         return PTST_ERR_MEMORY;
