@@ -472,7 +472,165 @@ PTST_API void ptst_adamw(ptst_ctx *c, size_t n, float *w, const float *g, float 
 
 /* ---- api >>model ----------------------------------------------------------------------------- */
 
+enum {
+    PTST_LAYERS_MAX = 512, /* layers of a model */
+    PTST_EOS_MAX = 16      /* end-of-text tokens of a model */
+};
+
+/* What config.json says, with the names of Hugging Face. For ptst_model_new 0 (or "") means the
+   default written beside the field; without one the field must be set. */
+typedef struct ptst_config {
+    char model_type[32]; /* "llama" (the default), "mistral", "qwen2" */
+    int32_t vocab_size;  /* rows of the embedding; may be more than the tokenizer has */
+    int32_t hidden_size;
+    int32_t intermediate_size;
+    int32_t num_hidden_layers; /* at most PTST_LAYERS_MAX */
+    int32_t num_attention_heads;
+    int32_t num_key_value_heads;     /* num_attention_heads */
+    int32_t head_dim;                /* hidden_size / num_attention_heads; even */
+    int32_t max_position_embeddings; /* llama 2048, mistral 131072, qwen2 32768 */
+    double rms_norm_eps;             /* 1e-6 */
+    double initializer_range;        /* 0.02 */
+    bool tie_word_embeddings;        /* the head is the embedding */
+    bool attention_bias;             /* llama: on q, k, v, o (qwen2 always has it on q, k, v) */
+    bool mlp_bias;                   /* llama */
+    int32_t sliding_window;          /* keys that a token sees up to itself; none */
+    bool sliding_layers[PTST_LAYERS_MAX];     /* layers with the window (mistral: all) */
+    char rope_type[16];                       /* "default", "linear", "llama3" */
+    double rope_theta;                        /* 10000 */
+    double rope_factor;                       /* linear, llama3 */
+    double rope_low_freq_factor;              /* llama3 */
+    double rope_high_freq_factor;             /* llama3 */
+    int32_t original_max_position_embeddings; /* llama3: max_position_embeddings */
+    int32_t bos_token_id, pad_token_id;       /* -1 = none */
+    int32_t eos_token_id[PTST_EOS_MAX];
+    size_t eos_count;
+} ptst_config;
+
+/* How the model's makers want it to be sampled: generation_config.json, or config.json where that
+   is silent. 0 (and false) = not given. */
+typedef struct ptst_generation_config {
+    int32_t eos_token_id[PTST_EOS_MAX]; /* any of them ends an answer */
+    size_t eos_count;
+    int32_t bos_token_id, pad_token_id; /* -1 = none */
+    bool do_sample;
+    double temperature, top_p, repetition_penalty;
+    int32_t top_k, max_new_tokens;
+} ptst_generation_config;
+
+/* A transformer of the Llama family: its weights and what they mean. Constant after loading. */
+typedef struct ptst_model ptst_model;
+
+/* Loads a Hugging Face folder: config.json, model.safetensors (or its shards), and
+   generation_config.json if it is there. Weight matrices stay mapped in their file type, or are
+   converted once to dtype (PTST_F32, PTST_F16, PTST_BF16; PTST_DTYPE_FILE = as in the file). Each
+   tensor must have the shape that config.json asks for; what is missing or superfluous is named. */
+PTST_API ptst_model *ptst_model_load(ptst_ctx *c, const char *folder, ptst_dtype dtype);
+/* A trainable F32 model with random weights: normal with initializer_range, norms 1, biases 0, as
+   transformers starts one. */
+PTST_API ptst_model *ptst_model_new(ptst_ctx *c, const ptst_config *config, uint64_t seed);
+PTST_API void ptst_model_free(ptst_ctx *c, ptst_model *m);
+/* Makes all weights trainable: F32 copies in memory instead of mapped files. No session or trainer
+   may use the model at this time. */
+PTST_API ptst_code ptst_model_unfreeze(ptst_ctx *c, ptst_model *m);
+PTST_API bool ptst_model_trainable(const ptst_model *m);
+/* All defaults are filled in. */
+PTST_API const ptst_config *ptst_model_config(const ptst_model *m);
+PTST_API const ptst_generation_config *ptst_model_generation(const ptst_model *m);
+/* Number of weights, a tied head counted once; and the bytes they take in memory or mapped. */
+PTST_API uint64_t ptst_model_parameters(const ptst_model *m);
+PTST_API uint64_t ptst_model_bytes(const ptst_model *m);
+/* Writes config.json and model.safetensors, as transformers opens them, into a folder (which is
+   made); dtype as in ptst_model_load. */
+PTST_API ptst_code ptst_model_save(ptst_ctx *c, const ptst_model *m, const char *folder,
+                                   ptst_dtype dtype);
+
+struct ptst_adapter;
+
+typedef struct ptst_session_desc {
+    size_t slots;        /* sequences that live side by side; 0 = 1 */
+    size_t capacity;     /* tokens of each; 0 = max_position_embeddings, but at most 4096 */
+    size_t batch_tokens; /* computed at a time, more are cut into pieces; 0 = 256 */
+    size_t logit_rows;   /* rows of logits that one ptst_eval may ask for; 0 = slots */
+} ptst_session_desc;
+
+/* Sequences in the course of being read or written: their keys and values, and the last logits. */
+typedef struct ptst_session ptst_session;
+
+typedef enum ptst_logits_of { PTST_LOGITS_NONE, PTST_LOGITS_LAST, PTST_LOGITS_ALL } ptst_logits_of;
+
+/* Tokens that continue the sequence in a slot. */
+typedef struct ptst_chunk {
+    int32_t slot;
+    const int32_t *tokens;
+    size_t count;
+    ptst_logits_of logits; /* wanted after none, the last, or each of these tokens */
+} ptst_chunk;
+
+/* Borrows model and adapter (NULL = none; applied beside the weights, not merged). desc may be
+   NULL. Takes all its memory now. */
+PTST_API ptst_session *ptst_session_new(ptst_ctx *c, const ptst_model *m,
+                                        const struct ptst_adapter *a,
+                                        const ptst_session_desc *desc);
+PTST_API void ptst_session_free(ptst_ctx *c, ptst_session *s);
+/* Bytes that ptst_session_new would take, 0 if that does not fit into memory at all. */
+PTST_API size_t ptst_session_bytes(const ptst_model *m, const struct ptst_adapter *a,
+                                   const ptst_session_desc *desc);
+/* Empties a slot. With prefix >= 0 its sequence continues the one in that slot, whose keys and
+   values are read from there, not copied: that slot cannot be continued or emptied until no slot
+   builds on it, and must not build on a third one. prefix -1 = none. */
+PTST_API ptst_code ptst_session_reset(ptst_ctx *c, ptst_session *s, int32_t slot, int32_t prefix);
+/* Forgets all but the first `length` tokens of a slot itself (a prefix does not count). */
+PTST_API ptst_code ptst_session_rewind(ptst_ctx *c, ptst_session *s, int32_t slot, size_t length);
+/* Tokens in a slot, its prefix not counted; 0 if there is no such slot. */
+PTST_API size_t ptst_session_length(const ptst_session *s, int32_t slot);
+/* Continues sequences by their chunks, all of them in one go through the model. A bad argument or
+   a full slot (PTST_ERR_LIMIT) is found before anything is computed. Allocates nothing. */
+PTST_API ptst_code ptst_eval(ptst_ctx *c, ptst_session *s, const ptst_chunk *chunks, size_t count);
+/* Row r [vocab_size] of the logits that the last ptst_eval was asked for, in the order of chunks
+   and tokens; NULL if there are not so many. Valid until the next ptst_eval, and yours to change. */
+PTST_API float *ptst_logits(ptst_session *s, size_t row);
+
 /* ---- api >>lora ------------------------------------------------------------------------------ */
+
+/* Low-rank adapters (Hu et al. 2021): y = x W^T + b + scale drop(x) A^T B^T with A [rank, in] and
+   B [out, rank] in F32; scale = alpha / rank, or alpha / sqrt(rank) with rslora. */
+typedef struct ptst_lora_desc {
+    int32_t rank;        /* 0 = 8 */
+    double alpha;        /* 0 = 32 */
+    double dropout;      /* on the input of A while training, 0 <= dropout < 1; noted in the file */
+    const char *targets; /* q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj by commas,
+                            or "all-linear"; NULL = "q_proj,v_proj" */
+    uint64_t seed;       /* of A; B starts at 0, so a new adapter changes nothing */
+    bool rslora;
+} ptst_lora_desc;
+
+typedef struct ptst_adapter ptst_adapter;
+
+/* A new adapter for a model, initialised as PEFT does: A uniform within +-1 / sqrt(in), B 0. desc
+   may be NULL. The adapter does not refer to the model afterwards. */
+PTST_API ptst_adapter *ptst_adapter_new(ptst_ctx *c, const ptst_model *m,
+                                        const ptst_lora_desc *desc);
+/* Reads a PEFT folder (adapter_config.json, adapter_model.safetensors). Every tensor must find its
+   weight and every target its tensors; a feature that is active there and not supported here is
+   named. */
+PTST_API ptst_adapter *ptst_adapter_load(ptst_ctx *c, const ptst_model *m, const char *folder);
+/* A copy of its own. */
+PTST_API ptst_adapter *ptst_adapter_copy(ptst_ctx *c, const ptst_adapter *a);
+PTST_API void ptst_adapter_free(ptst_ctx *c, ptst_adapter *a);
+/* Rank (the largest), alpha, dropout, targets; the text lives as long as the adapter. */
+PTST_API ptst_lora_desc ptst_adapter_about(const ptst_adapter *a);
+/* Number of its weights. */
+PTST_API uint64_t ptst_adapter_parameters(const ptst_adapter *a);
+/* Writes a PEFT folder (which is made) that old and new versions of PEFT open. base_model is noted
+   as base_model_name_or_path; NULL = none. */
+PTST_API ptst_code ptst_adapter_save(ptst_ctx *c, const ptst_adapter *a, const char *folder,
+                                     const char *base_model);
+/* Folds an adapter into its model: W + scale B A, computed in F32 and rounded once to the type of
+   the weight. Everything else in the model's folder is copied; each file appears whole or not at
+   all, config.json last. out must be another folder. */
+PTST_API ptst_code ptst_merge(ptst_ctx *c, const char *model_folder, const char *adapter_folder,
+                              const char *out);
 
 /* ---- api >>train ----------------------------------------------------------------------------- */
 
