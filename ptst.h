@@ -4182,10 +4182,13 @@ struct ptst__kernels {
     void (*swiglu)(size_t n, const float *gate, const float *up, float *y);
     void (*swiglu_backward)(size_t n, const float *gate, const float *up, const float *dy,
                             float *dgate, float *dup);
-    double (*cross_entropy)(size_t V, float *x, size_t label, float scale);
     void (*adamw)(size_t n, float *w, const float *g, float *m, float *v,
                   const struct ptst__adamw_factors *f);
+    float (*row_max)(size_t n, const float *x);
+    double (*row_exp)(size_t n, const float *x, float max, float *y);
+    double (*dot)(size_t n, const float *x, const float *y);
     double (*sum_squares)(size_t n, const float *x);
+    void (*scale)(size_t n, float alpha, float *y);
     void (*axpy)(size_t n, float alpha, const float *x, float *y);
 };
 
@@ -5472,6 +5475,333 @@ PTST_API void ptst_matmul_backward(ptst_ctx *c, size_t M, size_t N, size_t K, co
     }
 }
 
+/* ---- exp and sums of rows --------------------------------------------------------------------
+   The SIMD versions of exp share one scheme: n = round(x / ln 2), r = x - n ln 2 (|r| <= 0.347,
+   ln 2 in two parts), exp(x) = 2^n (1 + r + r^2 q(r)) with q of degree 4, a minimax fit of
+   relative error 3e-9. The result is within 1 ulp for -86.9 <= x <= 88.72; below it is 0, above
+   infinity, NaN stays NaN. Proof: tests/test_ops.c, exp_accuracy. */
+
+#define PTST__EXP_LOW (-86.9f) /* exp(x) is still a normal number, and 2^(n-1) as well */
+#define PTST__EXP_HIGH 89.0f   /* exp(x) is infinite */
+#define PTST__LOG2_E 1.44269504f
+#define PTST__LN2_HIGH 0.693147182f /* the nearest float32, and what is missing to ln 2 */
+#define PTST__LN2_LOW (-1.90465421e-9f)
+#define PTST__EXP_2 0.49999994f
+#define PTST__EXP_3 0.166665211f
+#define PTST__EXP_4 0.041668389f
+#define PTST__EXP_5 0.00836872403f
+#define PTST__EXP_6 0.00138145836f
+
+/* Largest of n >= 1 numbers; which one is open if NaN is among them. */
+static float ptst__row_max__scalar(size_t n, const float *x) {
+    float max = x[0];
+    size_t i;
+    for (i = 1; i < n; i++) {
+        max = x[i] > max ? x[i] : max;
+    }
+    return max;
+}
+
+/* y_i = exp(x_i - max) (y may be x, or NULL) and the sum of them. */
+static double ptst__row_exp__scalar(size_t n, const float *x, float max, float *y) {
+    double sum = 0, e;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        e = exp((double)x[i] - (double)max);
+        sum += e;
+        if (y != NULL) {
+            y[i] = (float)e;
+        }
+    }
+    return sum;
+}
+
+static double ptst__dot__scalar(size_t n, const float *x, const float *y) {
+    double sum = 0;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        sum += (double)x[i] * (double)y[i];
+    }
+    return sum;
+}
+
+static double ptst__sum_squares__scalar(size_t n, const float *x) {
+    return ptst__dot__scalar(n, x, x);
+}
+
+static void ptst__scale__scalar(size_t n, float alpha, float *y) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        y[i] *= alpha;
+    }
+}
+
+static void ptst__axpy__scalar(size_t n, float alpha, const float *x, float *y) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        y[i] += alpha * x[i];
+    }
+}
+
+#if PTST__X86
+
+/* min and max return their second argument if one is NaN, so x comes second. */
+PTST__AVX2 PTST__INLINE __m256 ptst__exp__avx2(__m256 x) {
+    __m256 n, r, p, keep = _mm256_cmp_ps(x, _mm256_set1_ps(PTST__EXP_LOW), _CMP_NLT_UQ);
+    __m256i power;
+    x = _mm256_max_ps(_mm256_set1_ps(PTST__EXP_LOW), x);
+    x = _mm256_min_ps(_mm256_set1_ps(PTST__EXP_HIGH), x);
+    n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(PTST__LOG2_E)),
+                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(PTST__LN2_HIGH), x);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(PTST__LN2_LOW), r);
+    p = _mm256_set1_ps(PTST__EXP_6);
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(PTST__EXP_5));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(PTST__EXP_4));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(PTST__EXP_3));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(PTST__EXP_2));
+    p = _mm256_fmadd_ps(_mm256_mul_ps(p, r), r, r);
+    p = _mm256_add_ps(p, _mm256_set1_ps(1));
+    p = _mm256_add_ps(p, p); /* the n of large x has no 2^n, but 2^(n-1) */
+    power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(126)), 23);
+    return _mm256_and_ps(_mm256_mul_ps(p, _mm256_castsi256_ps(power)), keep);
+}
+
+/* Sum of the lanes. */
+PTST__AVX2 PTST__INLINE float ptst__sum8__avx2(__m256 x) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+/* Lane i is on for i < n. */
+PTST__AVX2 PTST__INLINE __m256i ptst__mask8__avx2(size_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n > 8 ? 8 : (int)n),
+                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+PTST__AVX2 static float ptst__row_max__avx2(size_t n, const float *x) {
+    __m256 low = _mm256_set1_ps(x[0]), m = low, k = low;
+    float lanes[8];
+    size_t i;
+    for (i = 0; n - i >= 16; i += 16) {
+        m = _mm256_max_ps(m, _mm256_loadu_ps(x + i));
+        k = _mm256_max_ps(k, _mm256_loadu_ps(x + i + 8));
+    }
+    for (; i < n; i += 8) {
+        __m256i mask = ptst__mask8__avx2(n - i);
+        m = _mm256_max_ps(
+            m, _mm256_blendv_ps(low, _mm256_maskload_ps(x + i, mask), _mm256_castsi256_ps(mask)));
+    }
+    _mm256_storeu_ps(lanes, _mm256_max_ps(m, k));
+    return ptst__row_max__scalar(8, lanes);
+}
+
+/* As __scalar, with float32 lanes: callers pass short pieces of a row. */
+PTST__AVX2 static double ptst__row_exp__avx2(size_t n, const float *x, float max, float *y) {
+    __m256 m = _mm256_set1_ps(max), sum = _mm256_setzero_ps(), e;
+    size_t i;
+    for (i = 0; n - i >= 8; i += 8) {
+        e = ptst__exp__avx2(_mm256_sub_ps(_mm256_loadu_ps(x + i), m));
+        sum = _mm256_add_ps(sum, e);
+        if (y != NULL) {
+            _mm256_storeu_ps(y + i, e);
+        }
+    }
+    if (i < n) {
+        __m256i mask = ptst__mask8__avx2(n - i);
+        e = ptst__exp__avx2(_mm256_sub_ps(_mm256_maskload_ps(x + i, mask), m));
+        sum = _mm256_add_ps(sum, _mm256_and_ps(e, _mm256_castsi256_ps(mask)));
+        if (y != NULL) {
+            _mm256_maskstore_ps(y + i, mask, e);
+        }
+    }
+    return (double)ptst__sum8__avx2(sum);
+}
+
+PTST__AVX2 static double ptst__dot__avx2(size_t n, const float *x, const float *y) {
+    __m256 a = _mm256_setzero_ps(), b = a;
+    size_t i;
+    for (i = 0; n - i >= 16; i += 16) {
+        a = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i), a);
+        b = _mm256_fmadd_ps(_mm256_loadu_ps(x + i + 8), _mm256_loadu_ps(y + i + 8), b);
+    }
+    return (double)ptst__sum8__avx2(_mm256_add_ps(a, b)) + ptst__dot__scalar(n - i, x + i, y + i);
+}
+
+/* As __scalar, 8 sums in double. */
+PTST__AVX2 static double ptst__sum_squares__avx2(size_t n, const float *x) {
+    __m256d a = _mm256_setzero_pd(), b = a, p, q;
+    double lanes[4];
+    size_t i;
+    for (i = 0; n - i >= 8; i += 8) {
+        p = _mm256_cvtps_pd(_mm_loadu_ps(x + i));
+        q = _mm256_cvtps_pd(_mm_loadu_ps(x + i + 4));
+        a = _mm256_fmadd_pd(p, p, a);
+        b = _mm256_fmadd_pd(q, q, b);
+    }
+    _mm256_storeu_pd(lanes, _mm256_add_pd(a, b));
+    return lanes[0] + lanes[1] + lanes[2] + lanes[3] + ptst__sum_squares__scalar(n - i, x + i);
+}
+
+PTST__AVX2 static void ptst__scale__avx2(size_t n, float alpha, float *y) {
+    size_t i;
+    for (i = 0; n - i >= 8; i += 8) {
+        _mm256_storeu_ps(y + i, _mm256_mul_ps(_mm256_loadu_ps(y + i), _mm256_set1_ps(alpha)));
+    }
+    ptst__scale__scalar(n - i, alpha, y + i);
+}
+
+PTST__AVX2 static void ptst__axpy__avx2(size_t n, float alpha, const float *x, float *y) {
+    __m256 a = _mm256_set1_ps(alpha);
+    size_t i;
+    for (i = 0; n - i >= 8; i += 8) {
+        _mm256_storeu_ps(y + i, _mm256_fmadd_ps(a, _mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
+    }
+    ptst__axpy__scalar(n - i, alpha, x + i, y + i);
+}
+
+/* AVX-512 has versions of its own where the exponential or the multiplications count; what is
+   bound by memory uses the AVX2 functions. */
+
+/* As AVX2; the hardware scales by 2^n. */
+PTST__AVX512 PTST__INLINE __m512 ptst__exp__avx512(__m512 x) {
+    __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(PTST__EXP_LOW), _CMP_NLT_UQ);
+    __m512 n, r, p;
+    x = _mm512_min_ps(_mm512_set1_ps(PTST__EXP_HIGH), x);
+    n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(PTST__LOG2_E)),
+                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(PTST__LN2_HIGH), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(PTST__LN2_LOW), r);
+    p = _mm512_set1_ps(PTST__EXP_6);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(PTST__EXP_5));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(PTST__EXP_4));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(PTST__EXP_3));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(PTST__EXP_2));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r);
+    p = _mm512_add_ps(p, _mm512_set1_ps(1));
+    return _mm512_maskz_scalef_ps(keep, p, n);
+}
+
+PTST__AVX512 static double ptst__row_exp__avx512(size_t n, const float *x, float max, float *y) {
+    __m512 m = _mm512_set1_ps(max), sum = _mm512_setzero_ps(), e;
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        __mmask16 mask = ptst__mask16__avx512(n - i);
+        e = ptst__exp__avx512(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), m));
+        sum = _mm512_mask_add_ps(sum, mask, sum, e);
+        if (y != NULL) {
+            _mm512_mask_storeu_ps(y + i, mask, e);
+        }
+    }
+    return (double)_mm512_reduce_add_ps(sum);
+}
+
+#elif PTST__NEON
+
+/* As AVX2. vmin and vmax keep NaN. */
+PTST__INLINE float32x4_t ptst__exp__neon(float32x4_t x) {
+    uint32x4_t low = vcltq_f32(x, vdupq_n_f32(PTST__EXP_LOW));
+    float32x4_t n, r, p;
+    int32x4_t power;
+    x = vmaxq_f32(vdupq_n_f32(PTST__EXP_LOW), x);
+    x = vminq_f32(vdupq_n_f32(PTST__EXP_HIGH), x);
+    n = vrndnq_f32(vmulq_n_f32(x, PTST__LOG2_E));
+    r = vfmsq_n_f32(x, n, PTST__LN2_HIGH);
+    r = vfmsq_n_f32(r, n, PTST__LN2_LOW);
+    p = vdupq_n_f32(PTST__EXP_6);
+    p = vfmaq_f32(vdupq_n_f32(PTST__EXP_5), p, r);
+    p = vfmaq_f32(vdupq_n_f32(PTST__EXP_4), p, r);
+    p = vfmaq_f32(vdupq_n_f32(PTST__EXP_3), p, r);
+    p = vfmaq_f32(vdupq_n_f32(PTST__EXP_2), p, r);
+    p = vfmaq_f32(r, vmulq_f32(p, r), r);
+    p = vaddq_f32(p, vdupq_n_f32(1));
+    power = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(126)), 23);
+    p = vmulq_f32(vaddq_f32(p, p), vreinterpretq_f32_s32(power));
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(p), low));
+}
+
+static float ptst__row_max__neon(size_t n, const float *x) {
+    float32x4_t m = vdupq_n_f32(x[0]);
+    float lanes[4], rest;
+    size_t i;
+    for (i = 0; n - i >= 4; i += 4) {
+        m = vmaxq_f32(m, vld1q_f32(x + i));
+    }
+    vst1q_f32(lanes, m);
+    rest = i < n ? ptst__row_max__scalar(n - i, x + i) : lanes[0];
+    m = vdupq_n_f32(rest);
+    return vmaxvq_f32(vmaxq_f32(m, vld1q_f32(lanes)));
+}
+
+/* As __scalar, with float32 lanes: callers pass short pieces of a row. */
+static double ptst__row_exp__neon(size_t n, const float *x, float max, float *y) {
+    float32x4_t m = vdupq_n_f32(max), sum = vdupq_n_f32(0), e;
+    float rest[4] = {0, 0, 0, 0};
+    double total;
+    size_t i, j;
+    for (i = 0; n - i >= 4; i += 4) {
+        e = ptst__exp__neon(vsubq_f32(vld1q_f32(x + i), m));
+        sum = vaddq_f32(sum, e);
+        if (y != NULL) {
+            vst1q_f32(y + i, e);
+        }
+    }
+    total = (double)vaddvq_f32(sum);
+    if (i < n) {
+        memcpy(rest, x + i, (n - i) * sizeof *rest);
+        vst1q_f32(rest, ptst__exp__neon(vsubq_f32(vld1q_f32(rest), m)));
+        for (j = 0; j < n - i; j++) {
+            total += (double)rest[j];
+        }
+        if (y != NULL) {
+            memcpy(y + i, rest, (n - i) * sizeof *rest);
+        }
+    }
+    return total;
+}
+
+static double ptst__dot__neon(size_t n, const float *x, const float *y) {
+    float32x4_t a = vdupq_n_f32(0), b = a;
+    size_t i;
+    for (i = 0; n - i >= 8; i += 8) {
+        a = vfmaq_f32(a, vld1q_f32(x + i), vld1q_f32(y + i));
+        b = vfmaq_f32(b, vld1q_f32(x + i + 4), vld1q_f32(y + i + 4));
+    }
+    return (double)vaddvq_f32(vaddq_f32(a, b)) + ptst__dot__scalar(n - i, x + i, y + i);
+}
+
+static double ptst__sum_squares__neon(size_t n, const float *x) {
+    float64x2_t a = vdupq_n_f64(0), b = a, p, q;
+    size_t i;
+    for (i = 0; n - i >= 4; i += 4) {
+        float32x4_t v = vld1q_f32(x + i);
+        p = vcvt_f64_f32(vget_low_f32(v));
+        q = vcvt_high_f64_f32(v);
+        a = vfmaq_f64(a, p, p);
+        b = vfmaq_f64(b, q, q);
+    }
+    return vaddvq_f64(vaddq_f64(a, b)) + ptst__sum_squares__scalar(n - i, x + i);
+}
+
+static void ptst__scale__neon(size_t n, float alpha, float *y) {
+    size_t i;
+    for (i = 0; n - i >= 4; i += 4) {
+        vst1q_f32(y + i, vmulq_n_f32(vld1q_f32(y + i), alpha));
+    }
+    ptst__scale__scalar(n - i, alpha, y + i);
+}
+
+static void ptst__axpy__neon(size_t n, float alpha, const float *x, float *y) {
+    size_t i;
+    for (i = 0; n - i >= 4; i += 4) {
+        vst1q_f32(y + i, vfmaq_n_f32(vld1q_f32(y + i), vld1q_f32(x + i), alpha));
+    }
+    ptst__axpy__scalar(n - i, alpha, x + i, y + i);
+}
+
+#endif
+
 /* ---- rmsnorm ---------------------------------------------------------------------------------
    x, y [T, C], w [C], rstd [T]:
 
@@ -5528,6 +5858,121 @@ static void ptst__rmsnorm_dw__scalar(size_t T, size_t C, size_t n, const float *
         dw[i] += (float)sum;
     }
 }
+
+#if PTST__X86
+
+/* As __scalar, with float32 lanes in the sums. */
+PTST__AVX2 static float ptst__rmsnorm__avx2(size_t C, float eps, const float *x, const float *w,
+                                            float *y) {
+    float rstd = (float)(1 / sqrt(ptst__dot__avx2(C, x, x) / (double)C + (double)eps));
+    __m256 r = _mm256_set1_ps(rstd);
+    size_t i;
+    for (i = 0; C - i >= 8; i += 8) {
+        __m256 z = _mm256_mul_ps(_mm256_loadu_ps(x + i), r);
+        _mm256_storeu_ps(y + i, _mm256_mul_ps(z, _mm256_loadu_ps(w + i)));
+    }
+    for (; i < C; i++) {
+        y[i] = x[i] * rstd * w[i];
+    }
+    return rstd;
+}
+
+PTST__AVX2 static void ptst__rmsnorm_backward__avx2(size_t C, const float *x, const float *w,
+                                                    float rstd, const float *dy, float *dx) {
+    __m256 sum = _mm256_setzero_ps(), r = _mm256_set1_ps(rstd), scale;
+    double rest = 0;
+    float s;
+    size_t i;
+    for (i = 0; C - i >= 8; i += 8) {
+        __m256 g = _mm256_mul_ps(_mm256_loadu_ps(w + i), _mm256_loadu_ps(dy + i));
+        sum = _mm256_fmadd_ps(g, _mm256_loadu_ps(x + i), sum);
+    }
+    for (; i < C; i++) {
+        rest += (double)w[i] * (double)dy[i] * (double)x[i];
+    }
+    rest += (double)ptst__sum8__avx2(sum);
+    s = (float)(rest * (double)rstd * (double)rstd / (double)C);
+    scale = _mm256_set1_ps(s);
+    for (i = 0; C - i >= 8; i += 8) {
+        __m256 g = _mm256_mul_ps(_mm256_loadu_ps(w + i), _mm256_loadu_ps(dy + i));
+        g = _mm256_fnmadd_ps(scale, _mm256_loadu_ps(x + i), g);
+        _mm256_storeu_ps(dx + i, _mm256_fmadd_ps(r, g, _mm256_loadu_ps(dx + i)));
+    }
+    for (; i < C; i++) {
+        dx[i] += rstd * (w[i] * dy[i] - s * x[i]);
+    }
+}
+
+/* As __scalar, 8 columns at once, each with one float32 sum. */
+PTST__AVX2 static void ptst__rmsnorm_dw__avx2(size_t T, size_t C, size_t n, const float *x,
+                                              const float *rstd, const float *dy, float *dw) {
+    size_t t, i;
+    for (i = 0; n - i >= 8; i += 8) {
+        __m256 sum = _mm256_setzero_ps();
+        for (t = 0; t < T; t++) {
+            __m256 z = _mm256_mul_ps(_mm256_loadu_ps(x + t * C + i), _mm256_set1_ps(rstd[t]));
+            sum = _mm256_fmadd_ps(z, _mm256_loadu_ps(dy + t * C + i), sum);
+        }
+        _mm256_storeu_ps(dw + i, _mm256_add_ps(_mm256_loadu_ps(dw + i), sum));
+    }
+    ptst__rmsnorm_dw__scalar(T, C, n - i, x + i, rstd, dy + i, dw + i);
+}
+
+#elif PTST__NEON
+
+/* As __scalar, with float32 lanes in the sums. */
+static float ptst__rmsnorm__neon(size_t C, float eps, const float *x, const float *w, float *y) {
+    float rstd = (float)(1 / sqrt(ptst__dot__neon(C, x, x) / (double)C + (double)eps));
+    size_t i;
+    for (i = 0; C - i >= 4; i += 4) {
+        vst1q_f32(y + i, vmulq_f32(vmulq_n_f32(vld1q_f32(x + i), rstd), vld1q_f32(w + i)));
+    }
+    for (; i < C; i++) {
+        y[i] = x[i] * rstd * w[i];
+    }
+    return rstd;
+}
+
+static void ptst__rmsnorm_backward__neon(size_t C, const float *x, const float *w, float rstd,
+                                         const float *dy, float *dx) {
+    float32x4_t sum = vdupq_n_f32(0);
+    double rest = 0;
+    float s;
+    size_t i;
+    for (i = 0; C - i >= 4; i += 4) {
+        sum = vfmaq_f32(sum, vmulq_f32(vld1q_f32(w + i), vld1q_f32(dy + i)), vld1q_f32(x + i));
+    }
+    for (; i < C; i++) {
+        rest += (double)w[i] * (double)dy[i] * (double)x[i];
+    }
+    rest += (double)vaddvq_f32(sum);
+    s = (float)(rest * (double)rstd * (double)rstd / (double)C);
+    for (i = 0; C - i >= 4; i += 4) {
+        float32x4_t g = vmulq_f32(vld1q_f32(w + i), vld1q_f32(dy + i));
+        g = vfmsq_n_f32(g, vld1q_f32(x + i), s);
+        vst1q_f32(dx + i, vfmaq_n_f32(vld1q_f32(dx + i), g, rstd));
+    }
+    for (; i < C; i++) {
+        dx[i] += rstd * (w[i] * dy[i] - s * x[i]);
+    }
+}
+
+/* As __scalar, 4 columns at once, each with one float32 sum. */
+static void ptst__rmsnorm_dw__neon(size_t T, size_t C, size_t n, const float *x, const float *rstd,
+                                   const float *dy, float *dw) {
+    size_t t, i;
+    for (i = 0; n - i >= 4; i += 4) {
+        float32x4_t sum = vdupq_n_f32(0);
+        for (t = 0; t < T; t++) {
+            float32x4_t z = vmulq_n_f32(vld1q_f32(x + t * C + i), rstd[t]);
+            sum = vfmaq_f32(sum, z, vld1q_f32(dy + t * C + i));
+        }
+        vst1q_f32(dw + i, vaddq_f32(vld1q_f32(dw + i), sum));
+    }
+    ptst__rmsnorm_dw__scalar(T, C, n - i, x + i, rstd, dy + i, dw + i);
+}
+
+#endif
 
 typedef struct ptst__rmsnorm_job {
     const struct ptst__kernels *kernels;
@@ -5627,6 +6072,47 @@ static void ptst__rope__scalar(size_t half, float *x, const float *cosines, cons
     }
 }
 
+#if PTST__X86
+
+/* As __scalar, 8 pairs at once. */
+PTST__AVX2 static void ptst__rope__avx2(size_t half, float *x, const float *cosines,
+                                        const float *sines, float sign) {
+    size_t i;
+    for (i = 0; half - i >= 8; i += 8) {
+        __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + half + i);
+        __m256 u = _mm256_loadu_ps(cosines + i);
+        __m256 s = _mm256_mul_ps(_mm256_set1_ps(sign), _mm256_loadu_ps(sines + i));
+        _mm256_storeu_ps(x + i, _mm256_fmsub_ps(a, u, _mm256_mul_ps(b, s)));
+        _mm256_storeu_ps(x + half + i, _mm256_fmadd_ps(b, u, _mm256_mul_ps(a, s)));
+    }
+    for (; i < half; i++) {
+        float a = x[i], b = x[i + half], s = sign * sines[i];
+        x[i] = a * cosines[i] - b * s;
+        x[i + half] = b * cosines[i] + a * s;
+    }
+}
+
+#elif PTST__NEON
+
+/* As __scalar, 4 pairs at once. */
+static void ptst__rope__neon(size_t half, float *x, const float *cosines, const float *sines,
+                             float sign) {
+    size_t i;
+    for (i = 0; half - i >= 4; i += 4) {
+        float32x4_t a = vld1q_f32(x + i), b = vld1q_f32(x + half + i), u = vld1q_f32(cosines + i);
+        float32x4_t s = vmulq_n_f32(vld1q_f32(sines + i), sign);
+        vst1q_f32(x + i, vfmsq_f32(vmulq_f32(a, u), b, s));
+        vst1q_f32(x + half + i, vfmaq_f32(vmulq_f32(b, u), a, s));
+    }
+    for (; i < half; i++) {
+        float a = x[i], b = x[i + half], s = sign * sines[i];
+        x[i] = a * cosines[i] - b * s;
+        x[i + half] = b * cosines[i] + a * s;
+    }
+}
+
+#endif
+
 typedef struct ptst__rope_job {
     const struct ptst__kernels *kernels;
     size_t T, H, D, half, ld;
@@ -5695,6 +6181,142 @@ static void ptst__swiglu_backward__scalar(size_t n, const float *gate, const flo
         dgate[i] = d * u * s * (1 + g * (1 - s));
     }
 }
+
+#if PTST__X86
+
+/* 1 / (1 + exp(-x)) */
+PTST__AVX2 PTST__INLINE __m256 ptst__sigmoid__avx2(__m256 x) {
+    __m256 one = _mm256_set1_ps(1);
+    __m256 e = ptst__exp__avx2(_mm256_xor_ps(x, _mm256_set1_ps(-0.0f)));
+    return _mm256_div_ps(one, _mm256_add_ps(one, e));
+}
+
+/* As __scalar, 8 elements at once; the last ones through a buffer. */
+PTST__AVX2 static void ptst__swiglu__avx2(size_t n, const float *gate, const float *up, float *y) {
+    float b[16];
+    size_t i;
+    for (i = 0; n - i >= 8; i += 8) {
+        __m256 g = _mm256_loadu_ps(gate + i);
+        g = _mm256_mul_ps(g, ptst__sigmoid__avx2(g));
+        _mm256_storeu_ps(y + i, _mm256_mul_ps(g, _mm256_loadu_ps(up + i)));
+    }
+    if (i < n) {
+        memset(b, 0, sizeof b);
+        memcpy(b, gate + i, (n - i) * sizeof *b);
+        memcpy(b + 8, up + i, (n - i) * sizeof *b);
+        ptst__swiglu__avx2(8, b, b + 8, b);
+        memcpy(y + i, b, (n - i) * sizeof *b);
+    }
+}
+
+PTST__AVX2 static void ptst__swiglu_backward__avx2(size_t n, const float *gate, const float *up,
+                                                   const float *dy, float *dgate, float *dup) {
+    __m256 one = _mm256_set1_ps(1);
+    float b[24];
+    size_t i, size;
+    for (i = 0; n - i >= 8; i += 8) {
+        __m256 g = _mm256_loadu_ps(gate + i), u = _mm256_loadu_ps(up + i);
+        __m256 d = _mm256_loadu_ps(dy + i), s = ptst__sigmoid__avx2(g), t;
+        t = _mm256_fmadd_ps(g, _mm256_sub_ps(one, s), one);
+        d = _mm256_mul_ps(d, s);
+        _mm256_storeu_ps(dup + i, _mm256_mul_ps(d, g));
+        _mm256_storeu_ps(dgate + i, _mm256_mul_ps(_mm256_mul_ps(d, u), t));
+    }
+    if (i < n) {
+        size = (n - i) * sizeof *b;
+        memset(b, 0, sizeof b);
+        memcpy(b, gate + i, size);
+        memcpy(b + 8, up + i, size);
+        memcpy(b + 16, dy + i, size);
+        ptst__swiglu_backward__avx2(8, b, b + 8, b + 16, b, b + 8);
+        memcpy(dgate + i, b, size);
+        memcpy(dup + i, b + 8, size);
+    }
+}
+
+PTST__AVX512 PTST__INLINE __m512 ptst__sigmoid__avx512(__m512 x) {
+    __m512 one = _mm512_set1_ps(1);
+    __m512 e = ptst__exp__avx512(_mm512_sub_ps(_mm512_setzero_ps(), x));
+    return _mm512_div_ps(one, _mm512_add_ps(one, e));
+}
+
+/* As AVX2, 16 elements at once. */
+PTST__AVX512 static void ptst__swiglu__avx512(size_t n, const float *gate, const float *up,
+                                              float *y) {
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        __mmask16 mask = ptst__mask16__avx512(n - i);
+        __m512 g = _mm512_maskz_loadu_ps(mask, gate + i), u = _mm512_maskz_loadu_ps(mask, up + i);
+        g = _mm512_mul_ps(g, ptst__sigmoid__avx512(g));
+        _mm512_mask_storeu_ps(y + i, mask, _mm512_mul_ps(g, u));
+    }
+}
+
+PTST__AVX512 static void ptst__swiglu_backward__avx512(size_t n, const float *gate, const float *up,
+                                                       const float *dy, float *dgate, float *dup) {
+    __m512 one = _mm512_set1_ps(1);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        __mmask16 mask = ptst__mask16__avx512(n - i);
+        __m512 g = _mm512_maskz_loadu_ps(mask, gate + i), u = _mm512_maskz_loadu_ps(mask, up + i);
+        __m512 d = _mm512_maskz_loadu_ps(mask, dy + i), s = ptst__sigmoid__avx512(g), t;
+        t = _mm512_fmadd_ps(g, _mm512_sub_ps(one, s), one);
+        d = _mm512_mul_ps(d, s);
+        _mm512_mask_storeu_ps(dup + i, mask, _mm512_mul_ps(d, g));
+        _mm512_mask_storeu_ps(dgate + i, mask, _mm512_mul_ps(_mm512_mul_ps(d, u), t));
+    }
+}
+
+#elif PTST__NEON
+
+PTST__INLINE float32x4_t ptst__sigmoid__neon(float32x4_t x) {
+    float32x4_t one = vdupq_n_f32(1);
+    return vdivq_f32(one, vaddq_f32(one, ptst__exp__neon(vnegq_f32(x))));
+}
+
+/* As __scalar, 4 elements at once; the last ones through a buffer. */
+static void ptst__swiglu__neon(size_t n, const float *gate, const float *up, float *y) {
+    float b[8];
+    size_t i;
+    for (i = 0; n - i >= 4; i += 4) {
+        float32x4_t g = vld1q_f32(gate + i);
+        g = vmulq_f32(g, ptst__sigmoid__neon(g));
+        vst1q_f32(y + i, vmulq_f32(g, vld1q_f32(up + i)));
+    }
+    if (i < n) {
+        memset(b, 0, sizeof b);
+        memcpy(b, gate + i, (n - i) * sizeof *b);
+        memcpy(b + 4, up + i, (n - i) * sizeof *b);
+        ptst__swiglu__neon(4, b, b + 4, b);
+        memcpy(y + i, b, (n - i) * sizeof *b);
+    }
+}
+
+static void ptst__swiglu_backward__neon(size_t n, const float *gate, const float *up,
+                                        const float *dy, float *dgate, float *dup) {
+    float32x4_t one = vdupq_n_f32(1);
+    float b[12];
+    size_t i, size;
+    for (i = 0; n - i >= 4; i += 4) {
+        float32x4_t g = vld1q_f32(gate + i), u = vld1q_f32(up + i), d = vld1q_f32(dy + i);
+        float32x4_t s = ptst__sigmoid__neon(g), t = vfmaq_f32(one, g, vsubq_f32(one, s));
+        d = vmulq_f32(d, s);
+        vst1q_f32(dup + i, vmulq_f32(d, g));
+        vst1q_f32(dgate + i, vmulq_f32(vmulq_f32(d, u), t));
+    }
+    if (i < n) {
+        size = (n - i) * sizeof *b;
+        memset(b, 0, sizeof b);
+        memcpy(b, gate + i, size);
+        memcpy(b + 4, up + i, size);
+        memcpy(b + 8, dy + i, size);
+        ptst__swiglu_backward__neon(4, b, b + 4, b + 8, b, b + 4);
+        memcpy(dgate + i, b, size);
+        memcpy(dup + i, b + 4, size);
+    }
+}
+
+#endif
 
 typedef struct ptst__swiglu_job {
     const struct ptst__kernels *kernels;
@@ -5776,15 +6398,6 @@ static void ptst__attention_sees(const ptst_attention *a, const ptst_span *s, si
     end[0] = s->keys[0];
     begin[1] = first - begin[0];
     end[1] = own;
-}
-
-static double ptst__dot__scalar(size_t n, const float *x, const float *y) {
-    double sum = 0;
-    size_t i;
-    for (i = 0; i < n; i++) {
-        sum += (double)x[i] * (double)y[i];
-    }
-    return sum;
 }
 
 /* One query row and head; q [D], out [D], and the first elements of the key head in k, v. */
@@ -5941,22 +6554,23 @@ PTST_API void ptst_attention_backward(ptst_ctx *c, const ptst_attention *a, cons
    The gradient overwrites the logits, the largest buffer of a step. Cost: one exponential for the
    loss alone, none more for the gradient. Proof: tests/test_ops.c, cross_entropy_gradient. */
 
-static double ptst__cross_entropy__scalar(size_t V, float *x, size_t label, float scale) {
-    double sum = 0, loss;
-    float max = x[0];
+/* What is summed in float32 lanes before it goes to the sum in double. */
+enum { PTST__PIECE = 1024 };
+
+static double ptst__cross_entropy_row(const struct ptst__kernels *kernels, size_t V, float *x,
+                                      size_t label, float scale) {
+    float max = kernels->row_max(V, x), at_label = x[label];
+    double sum = 0;
     size_t i;
-    for (i = 1; i < V; i++) {
-        max = x[i] > max ? x[i] : max;
+    for (i = 0; i < V; i += PTST__PIECE) {
+        size_t n = ptst__min(PTST__PIECE, V - i);
+        sum += kernels->row_exp(n, x + i, max, scale == 0 ? NULL : x + i);
     }
-    for (i = 0; i < V; i++) {
-        sum += exp((double)x[i] - (double)max);
+    if (scale != 0) {
+        kernels->scale(V, (float)((double)scale / sum), x);
+        x[label] -= scale;
     }
-    loss = (double)max + log(sum) - (double)x[label];
-    for (i = 0; i < V && scale != 0; i++) {
-        double p = exp((double)x[i] - (double)max) / sum;
-        x[i] = (float)((p - (i == label ? 1 : 0)) * (double)scale);
-    }
-    return loss;
+    return (double)max - (double)at_label + log(sum);
 }
 
 typedef struct ptst__cross_entropy_job {
@@ -5973,7 +6587,7 @@ static void ptst__cross_entropy_task(void *arg, size_t r, int thread) {
     float *x = j->logits + r * j->V;
     (void)thread;
     if (j->labels[r] >= 0 && (size_t)j->labels[r] < j->V) {
-        j->losses[r] = j->kernels->cross_entropy(j->V, x, (size_t)j->labels[r], j->scale);
+        j->losses[r] = ptst__cross_entropy_row(j->kernels, j->V, x, (size_t)j->labels[r], j->scale);
         return;
     }
     j->losses[r] = 0;
@@ -6021,6 +6635,54 @@ static void ptst__adamw__scalar(size_t n, float *w, const float *g, float *m, fl
     }
 }
 
+#if PTST__X86
+
+/* As __scalar, with the same roundings, 8 weights at once. */
+PTST__AVX2 static void ptst__adamw__avx2(size_t n, float *w, const float *g, float *m, float *v,
+                                         const ptst__adamw_factors *f) {
+    size_t i;
+    for (i = 0; n - i >= 8; i += 8) {
+        __m256 a = _mm256_mul_ps(_mm256_set1_ps(f->grad_scale), _mm256_loadu_ps(g + i));
+        __m256 m8 = _mm256_loadu_ps(m + i), v8 = _mm256_loadu_ps(v + i), w8, z;
+        z = _mm256_mul_ps(_mm256_set1_ps(f->one_beta1), _mm256_sub_ps(a, m8));
+        m8 = _mm256_add_ps(m8, z);
+        z = _mm256_mul_ps(_mm256_set1_ps(f->one_beta2), _mm256_mul_ps(a, a));
+        v8 = _mm256_add_ps(_mm256_mul_ps(_mm256_set1_ps(f->beta2), v8), z);
+        z = _mm256_div_ps(_mm256_sqrt_ps(v8), _mm256_set1_ps(f->root));
+        z = _mm256_div_ps(m8, _mm256_add_ps(z, _mm256_set1_ps(f->eps)));
+        w8 = _mm256_mul_ps(_mm256_loadu_ps(w + i), _mm256_set1_ps(f->keep));
+        w8 = _mm256_sub_ps(w8, _mm256_mul_ps(_mm256_set1_ps(f->step_size), z));
+        _mm256_storeu_ps(m + i, m8);
+        _mm256_storeu_ps(v + i, v8);
+        _mm256_storeu_ps(w + i, w8);
+    }
+    ptst__adamw__scalar(n - i, w + i, g + i, m + i, v + i, f);
+}
+
+#elif PTST__NEON
+
+/* As __scalar, with the same roundings, 4 weights at once. */
+static void ptst__adamw__neon(size_t n, float *w, const float *g, float *m, float *v,
+                              const ptst__adamw_factors *f) {
+    size_t i;
+    for (i = 0; n - i >= 4; i += 4) {
+        float32x4_t a = vmulq_n_f32(vld1q_f32(g + i), f->grad_scale);
+        float32x4_t m4 = vld1q_f32(m + i), v4 = vld1q_f32(v + i), w4, z;
+        m4 = vaddq_f32(m4, vmulq_n_f32(vsubq_f32(a, m4), f->one_beta1));
+        z = vmulq_n_f32(vmulq_f32(a, a), f->one_beta2);
+        v4 = vaddq_f32(vmulq_n_f32(v4, f->beta2), z);
+        z = vdivq_f32(vsqrtq_f32(v4), vdupq_n_f32(f->root));
+        z = vdivq_f32(m4, vaddq_f32(z, vdupq_n_f32(f->eps)));
+        w4 = vmulq_n_f32(vld1q_f32(w + i), f->keep);
+        vst1q_f32(w + i, vsubq_f32(w4, vmulq_n_f32(z, f->step_size)));
+        vst1q_f32(m + i, m4);
+        vst1q_f32(v + i, v4);
+    }
+    ptst__adamw__scalar(n - i, w + i, g + i, m + i, v + i, f);
+}
+
+#endif
+
 typedef struct ptst__adamw_job {
     const struct ptst__kernels *kernels;
     size_t n;
@@ -6059,17 +6721,6 @@ PTST_API void ptst_adamw(ptst_ctx *c, size_t n, float *w, const float *g, float 
 }
 
 /* ---- sums and multiples of vectors ---- */
-
-static double ptst__sum_squares__scalar(size_t n, const float *x) {
-    return ptst__dot__scalar(n, x, x);
-}
-
-static void ptst__axpy__scalar(size_t n, float alpha, const float *x, float *y) {
-    size_t i;
-    for (i = 0; i < n; i++) {
-        y[i] += alpha * x[i];
-    }
-}
 
 /* Number of partial sums of ptst__sum_squares, whatever the number of threads. */
 enum { PTST__PARTS = 256 };
@@ -6145,9 +6796,12 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     ptst__rope__scalar,
     ptst__swiglu__scalar,
     ptst__swiglu_backward__scalar,
-    ptst__cross_entropy__scalar,
     ptst__adamw__scalar,
+    ptst__row_max__scalar,
+    ptst__row_exp__scalar,
+    ptst__dot__scalar,
     ptst__sum_squares__scalar,
+    ptst__scale__scalar,
     ptst__axpy__scalar,
 };
 #if PTST__X86
@@ -6163,16 +6817,19 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     ptst__tile__avx2,
     ptst__dots__avx2,
     ptst__peak__avx2,
-    ptst__rmsnorm__scalar,
-    ptst__rmsnorm_backward__scalar,
-    ptst__rmsnorm_dw__scalar,
-    ptst__rope__scalar,
-    ptst__swiglu__scalar,
-    ptst__swiglu_backward__scalar,
-    ptst__cross_entropy__scalar,
-    ptst__adamw__scalar,
-    ptst__sum_squares__scalar,
-    ptst__axpy__scalar,
+    ptst__rmsnorm__avx2,
+    ptst__rmsnorm_backward__avx2,
+    ptst__rmsnorm_dw__avx2,
+    ptst__rope__avx2,
+    ptst__swiglu__avx2,
+    ptst__swiglu_backward__avx2,
+    ptst__adamw__avx2,
+    ptst__row_max__avx2,
+    ptst__row_exp__avx2,
+    ptst__dot__avx2,
+    ptst__sum_squares__avx2,
+    ptst__scale__avx2,
+    ptst__axpy__avx2,
 };
 static const struct ptst__kernels ptst__kernels_avx512 = {
     "avx512",
@@ -6186,16 +6843,19 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     ptst__tile__avx512,
     ptst__dots__avx512,
     ptst__peak__avx512,
-    ptst__rmsnorm__scalar,
-    ptst__rmsnorm_backward__scalar,
-    ptst__rmsnorm_dw__scalar,
-    ptst__rope__scalar,
-    ptst__swiglu__scalar,
-    ptst__swiglu_backward__scalar,
-    ptst__cross_entropy__scalar,
-    ptst__adamw__scalar,
-    ptst__sum_squares__scalar,
-    ptst__axpy__scalar,
+    ptst__rmsnorm__avx2,
+    ptst__rmsnorm_backward__avx2,
+    ptst__rmsnorm_dw__avx2,
+    ptst__rope__avx2,
+    ptst__swiglu__avx512,
+    ptst__swiglu_backward__avx512,
+    ptst__adamw__avx2,
+    ptst__row_max__avx2,
+    ptst__row_exp__avx512,
+    ptst__dot__avx2,
+    ptst__sum_squares__avx2,
+    ptst__scale__avx2,
+    ptst__axpy__avx2,
 };
 #elif PTST__NEON
 static const struct ptst__kernels ptst__kernels_neon = {
@@ -6210,16 +6870,19 @@ static const struct ptst__kernels ptst__kernels_neon = {
     ptst__tile__neon,
     ptst__dots__neon,
     ptst__peak__neon,
-    ptst__rmsnorm__scalar,
-    ptst__rmsnorm_backward__scalar,
-    ptst__rmsnorm_dw__scalar,
-    ptst__rope__scalar,
-    ptst__swiglu__scalar,
-    ptst__swiglu_backward__scalar,
-    ptst__cross_entropy__scalar,
-    ptst__adamw__scalar,
-    ptst__sum_squares__scalar,
-    ptst__axpy__scalar,
+    ptst__rmsnorm__neon,
+    ptst__rmsnorm_backward__neon,
+    ptst__rmsnorm_dw__neon,
+    ptst__rope__neon,
+    ptst__swiglu__neon,
+    ptst__swiglu_backward__neon,
+    ptst__adamw__neon,
+    ptst__row_max__neon,
+    ptst__row_exp__neon,
+    ptst__dot__neon,
+    ptst__sum_squares__neon,
+    ptst__scale__neon,
+    ptst__axpy__neon,
 };
 #endif
 
