@@ -1754,6 +1754,122 @@ PTST__UNUSED static ptst_code ptst__make_folders(ptst_ctx *c, const char *path) 
     return PTST_OK;
 }
 
+/* Appends to a file that may not be there yet (reset: empties it before). One write, so that the
+   lines of several processes do not mix; devices are fine. */
+PTST__UNUSED static ptst_code ptst__append_file(ptst_ctx *c, const char *path, const char *data,
+                                                size_t size, bool reset) {
+    int fd = open(path, O_WRONLY | O_CREAT | O_APPEND | (reset ? O_TRUNC : 0), 0666);
+    int error = fd < 0 ? errno : 0;
+    size_t at = 0;
+    while (error == 0 && at < size) {
+        ssize_t n = write(fd, data + at, size - at);
+        at += n > 0 ? (size_t)n : 0;
+        error = n < 0 && errno != EINTR ? errno : n == 0 ? EIO : 0;
+    }
+    if (fd >= 0 && close(fd) != 0 && error == 0) {
+        error = errno;
+    }
+    return error != 0 ? ptst__fail_errno(c, path, "write", error) : PTST_OK;
+}
+
+/* ---- SHA-256 (FIPS 180-4), to recognise inputs ---- */
+
+typedef struct ptst__sha256 {
+    uint32_t state[8];
+    uint64_t size; /* bytes so far */
+    unsigned char block[64];
+} ptst__sha256;
+
+static uint32_t ptst__rotate_right(uint32_t x, int n) { return x >> n | x << (32 - n); }
+
+static void ptst__sha256_block(ptst__sha256 *h, const unsigned char *p) {
+    static const uint32_t k[64] = {
+        0x428A2F98u, 0x71374491u, 0xB5C0FBCFu, 0xE9B5DBA5u, 0x3956C25Bu, 0x59F111F1u, 0x923F82A4u,
+        0xAB1C5ED5u, 0xD807AA98u, 0x12835B01u, 0x243185BEu, 0x550C7DC3u, 0x72BE5D74u, 0x80DEB1FEu,
+        0x9BDC06A7u, 0xC19BF174u, 0xE49B69C1u, 0xEFBE4786u, 0x0FC19DC6u, 0x240CA1CCu, 0x2DE92C6Fu,
+        0x4A7484AAu, 0x5CB0A9DCu, 0x76F988DAu, 0x983E5152u, 0xA831C66Du, 0xB00327C8u, 0xBF597FC7u,
+        0xC6E00BF3u, 0xD5A79147u, 0x06CA6351u, 0x14292967u, 0x27B70A85u, 0x2E1B2138u, 0x4D2C6DFCu,
+        0x53380D13u, 0x650A7354u, 0x766A0ABBu, 0x81C2C92Eu, 0x92722C85u, 0xA2BFE8A1u, 0xA81A664Bu,
+        0xC24B8B70u, 0xC76C51A3u, 0xD192E819u, 0xD6990624u, 0xF40E3585u, 0x106AA070u, 0x19A4C116u,
+        0x1E376C08u, 0x2748774Cu, 0x34B0BCB5u, 0x391C0CB3u, 0x4ED8AA4Au, 0x5B9CCA4Fu, 0x682E6FF3u,
+        0x748F82EEu, 0x78A5636Fu, 0x84C87814u, 0x8CC70208u, 0x90BEFFFAu, 0xA4506CEBu, 0xBEF9A3F7u,
+        0xC67178F2u};
+    uint32_t w[64], v[8], t1, t2;
+    int i;
+    for (i = 0; i < 16; i++) {
+        w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 |
+               (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
+    }
+    for (; i < 64; i++) {
+        uint32_t a = w[i - 15], b = w[i - 2];
+        w[i] = w[i - 16] + w[i - 7] +
+               (ptst__rotate_right(a, 7) ^ ptst__rotate_right(a, 18) ^ a >> 3) +
+               (ptst__rotate_right(b, 17) ^ ptst__rotate_right(b, 19) ^ b >> 10);
+    }
+    memcpy(v, h->state, sizeof v);
+    for (i = 0; i < 64; i++) {
+        uint32_t a = v[0], e = v[4];
+        t1 = v[7] + k[i] + w[i] + ((e & v[5]) ^ (~e & v[6])) +
+             (ptst__rotate_right(e, 6) ^ ptst__rotate_right(e, 11) ^ ptst__rotate_right(e, 25));
+        t2 = ((a & v[1]) ^ (a & v[2]) ^ (v[1] & v[2])) +
+             (ptst__rotate_right(a, 2) ^ ptst__rotate_right(a, 13) ^ ptst__rotate_right(a, 22));
+        memmove(v + 1, v, 7 * sizeof v[0]);
+        v[0] = t1 + t2;
+        v[4] += t1;
+    }
+    for (i = 0; i < 8; i++) {
+        h->state[i] += v[i];
+    }
+}
+
+PTST__UNUSED static void ptst__sha256_start(ptst__sha256 *h) {
+    static const uint32_t start[8] = {0x6A09E667u, 0xBB67AE85u, 0x3C6EF372u, 0xA54FF53Au,
+                                      0x510E527Fu, 0x9B05688Cu, 0x1F83D9ABu, 0x5BE0CD19u};
+    memcpy(h->state, start, sizeof start);
+    h->size = 0;
+}
+
+PTST__UNUSED static void ptst__sha256_add(ptst__sha256 *h, const void *data, size_t size) {
+    const unsigned char *p = (const unsigned char *)data;
+    while (size != 0) {
+        size_t used = (size_t)(h->size % 64), n = 64 - used < size ? 64 - used : size;
+        memcpy(h->block + used, p, n);
+        h->size += n;
+        p += n;
+        size -= n;
+        if (used + n == 64) {
+            ptst__sha256_block(h, h->block);
+        }
+    }
+}
+
+/* Writes 64 lower-case hexadecimal digits and a NUL. */
+PTST__UNUSED static void ptst__sha256_end(ptst__sha256 *h, char text[65]) {
+    static const char digits[] = "0123456789abcdef";
+    uint64_t bits = h->size * 8;
+    unsigned char tail[8];
+    int i;
+    ptst__sha256_add(h, "\x80", 1);
+    while (h->size % 64 != 56) {
+        ptst__sha256_add(h, "", 1);
+    }
+    for (i = 0; i < 8; i++) {
+        tail[i] = (unsigned char)(bits >> (56 - 8 * i));
+    }
+    ptst__sha256_add(h, tail, 8);
+    for (i = 0; i < 64; i++) {
+        text[i] = digits[h->state[i / 8] >> (28 - 4 * (i % 8)) & 15u];
+    }
+    text[64] = 0;
+}
+
+/* Is it neither infinite nor NaN? Looks at the bits, so -ffast-math cannot argue it away. */
+PTST__UNUSED static bool ptst__finite(double value) {
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (bits >> 52 & 0x7FFu) != 0x7FFu;
+}
+
 /* ---- public part ---- */
 
 PTST_API ptst_code ptst_error_code(const ptst_ctx *c) { return c->code; }
