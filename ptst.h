@@ -255,9 +255,133 @@ PTST_API int ptst_json_line(const ptst_json *j, int32_t node);
 
 /* ---- api >>jinja ----------------------------------------------------------------------------- */
 
+/* Where a byte of a rendered prompt comes from. Only PTST_TEMPLATE bytes may become special tokens;
+   the others are somebody's text, whatever it looks like. */
+typedef enum ptst_mark {
+    PTST_TEMPLATE = 0, /* the template's own text, and the special tokens (bos_token, ...) */
+    PTST_CONTENT = 1,  /* derived from a string of the context: messages, tools, documents, ... */
+    PTST_ASSISTANT = 2 /* derived from what a message with role "assistant" says */
+} ptst_mark;
+
+/* Limits of one rendering and its clock; 0 = default. A limit that is reached is PTST_ERR_LIMIT. */
+typedef struct ptst_jinja_desc {
+    size_t steps;  /* evaluation steps; 0 = 400000 + 32 for each byte of the context */
+    size_t memory; /* bytes in use at a time; 0 = 48 MiB + 8 for each byte of the context */
+    size_t output; /* bytes of text; 0 = 8 MiB + 4 for each byte of the context */
+    size_t depth;  /* nesting of evaluation (macro calls, values); 0 = 800 */
+    int64_t now;   /* what strftime_now prints, seconds since 1970 as UTC; 0 = the local clock */
+} ptst_jinja_desc;
+
+/* A compiled template of the Jinja language as transformers sets it up: trim_blocks, lstrip_blocks,
+   loop controls, {% generation %}, immutable sandbox, raise_exception, strftime_now, tojson. */
+typedef struct ptst_jinja ptst_jinja;
+
+/* Compiles size bytes of UTF-8; name is used in errors only ("chat_template.jinja"), which say
+   line and column. */
+PTST_API ptst_jinja *ptst_jinja_compile(ptst_ctx *c, const char *source, size_t size,
+                                        const char *name);
+PTST_API void ptst_jinja_free(ptst_ctx *c, ptst_jinja *t);
+/* Renders with the members of the context's root object as variables. Strings of variables called
+   *_token count as template bytes, all others as content. Replaces *out and *marks (marks may be
+   NULL): marks->data[i] is the ptst_mark of byte i. desc may be NULL. The template is not changed
+   and may be used by several contexts at once. On failure both texts are empty. */
+PTST_API ptst_code ptst_jinja_render(ptst_ctx *c, const ptst_jinja *t, const ptst_json *context,
+                                     const ptst_jinja_desc *desc, ptst_text *out,
+                                     ptst_text *marks);
+
 /* ---- api >>template -------------------------------------------------------------------------- */
 
+/* A prompt ready for the tokenizer (ptst_encode_marked). Zero-initialise, release with
+   ptst_prompt_free; the functions below replace what is in it. */
+typedef struct ptst_prompt {
+    ptst_text text;
+    ptst_text marks; /* a ptst_mark for each byte of text */
+    ptst_text learn; /* 1 for each byte that a model should learn to write (answers of the assistant
+                        up to their end-of-text), 0 otherwise */
+    bool has_bos;    /* the text begins with the bos token: the tokenizer must not add another */
+} ptst_prompt;
+
+PTST_API void ptst_prompt_free(ptst_ctx *c, ptst_prompt *p);
+
+typedef struct ptst_template ptst_template;
+
+/* Loads a template:
+     "gsm:chat:llama", "CL"   a template of the paper's code by its name or short name
+     "model:llama"            the same system prompt and wording of the question through the model's
+                              own chat template: model:vanilla, alpaca, llama, llama-short, mpt,
+                              and model:none (the bare question)
+     "FILE.jinja"             a chat template; the question becomes one user message
+     "FOLDER"                 the chat template of a model folder, as model:none
+     "FILE.json"              {"name": "...%s..."}; "FILE.json#name" or "FILE.json:name" chooses one
+   model_dir is the model's folder, or NULL: source of the chat template and of the special tokens.
+   Chat templates are looked up as transformers does: chat_template.jinja and chat_templates/ before
+   the chat_template of tokenizer_config.json. */
+PTST_API ptst_template *ptst_template_load(ptst_ctx *c, const char *name_or_path,
+                                           const char *model_dir);
+PTST_API void ptst_template_free(ptst_ctx *c, ptst_template *t);
+/* "gsm:chat:llama", "model:llama", the path, or the user's own name. Owned by the template. */
+PTST_API const char *ptst_template_name(const ptst_template *t);
+/* "CL"; NULL if it has none. */
+PTST_API const char *ptst_template_short_name(const ptst_template *t);
+/* Does it go through a chat template (and so can render messages)? */
+PTST_API bool ptst_template_is_chat(const ptst_template *t);
+/* The prompt for one question: %s is replaced by it, or it becomes a message. */
+PTST_API ptst_code ptst_template_prompt(ptst_ctx *c, const ptst_template *t, const char *question,
+                                        size_t size, ptst_prompt *out);
+/* The prompt of a conversation, as apply_chat_template makes it: the root of conversation is the
+   list of messages, or an object with "messages" and further variables (tools, documents, ...).
+   A template of the paper takes user messages only, one after the other. */
+PTST_API ptst_code ptst_template_messages(ptst_ctx *c, const ptst_template *t,
+                                          const ptst_json *conversation,
+                                          bool add_generation_prompt, ptst_prompt *out);
+/* Renders with exactly these variables (root object), plus the special tokens of the model that it
+   does not set itself. */
+PTST_API ptst_code ptst_template_context(ptst_ctx *c, const ptst_template *t,
+                                         const ptst_json *context, ptst_prompt *out);
+/* Enumerates the paper's templates and the model: ones by i = 0, 1, ...; NULL at the end.
+   short_name and text (with %s; NULL for model: ones) may be NULL. Static text. */
+PTST_API const char *ptst_template_at(size_t i, const char **short_name, const char **text);
+
 /* ---- api >>safetensors ----------------------------------------------------------------------- */
+
+/* A tensor of a file. All pointers are owned by the ptst_tensors it came from. When a list is
+   written, count and bytes are not read and dtype_name may be NULL. */
+typedef struct ptst_tensor {
+    const char *name;       /* UTF-8 */
+    const char *dtype_name; /* as in the file: "F32", "BF16", "I64", ... */
+    ptst_dtype dtype;       /* PTST_F32, PTST_F16, PTST_BF16; PTST_DTYPE_FILE = no weight type */
+    int rank;               /* 0 (one element) .. 8 */
+    uint64_t shape[8];
+    uint64_t count;   /* elements */
+    const void *data; /* little-endian, row-major, aligned to the element; NULL if bytes is 0 */
+    size_t bytes;
+} ptst_tensor;
+
+/* The tensors of a .safetensors file or of a sharded model: mapped, validated, constant. */
+typedef struct ptst_tensors ptst_tensors;
+
+/* Opens path: a .safetensors file, a *.index.json beside its shards, or a folder that holds
+   model.safetensors, model.safetensors.index.json or adapter_model.safetensors (the first that is
+   there). The files stay mapped: they may be replaced (renamed over), but must not be shortened,
+   while the tensors are open. Format: github.com/huggingface/safetensors; stricter than the
+   reference in that a tensor must not be there twice, the header begins with '{', names hold no
+   NUL and the rank is at most 8. Tensors lie in the order of the headers. */
+PTST_API ptst_tensors *ptst_tensors_open(ptst_ctx *c, const char *path);
+/* The same for the bytes of one file in memory, which must outlive the tensors. name is used in
+   errors only. */
+PTST_API ptst_tensors *ptst_tensors_parse(ptst_ctx *c, const void *data, size_t size,
+                                          const char *name);
+PTST_API void ptst_tensors_close(ptst_ctx *c, ptst_tensors *t);
+PTST_API size_t ptst_tensors_count(const ptst_tensors *t);
+/* Tensor i, NULL if out of range; the tensor of a name, NULL if there is none. */
+PTST_API const ptst_tensor *ptst_tensors_at(const ptst_tensors *t, size_t i);
+PTST_API const ptst_tensor *ptst_tensors_find(const ptst_tensors *t, const char *name);
+/* Value of a key in __metadata__ (of the first shard that has it), NULL if there is none. */
+PTST_API const char *ptst_tensors_metadata(const ptst_tensors *t, const char *key);
+/* Writes a .safetensors file, byte for byte as the reference does: it appears whole or not at
+   all. metadata: key, value, key, value, ..., NULL; or NULL for none. */
+PTST_API ptst_code ptst_tensors_write(ptst_ctx *c, const char *path, const ptst_tensor *list,
+                                      size_t count, const char *const *metadata);
 
 /* ---- api >>kernels --------------------------------------------------------------------------- */
 
@@ -352,7 +476,228 @@ PTST_API void ptst_adamw(ptst_ctx *c, size_t n, float *w, const float *g, float 
 
 /* ---- api >>train ----------------------------------------------------------------------------- */
 
+struct ptst_prompt; /* >>template, >>tokenizer, >>model, >>lora */
+struct ptst_tokenizer;
+struct ptst_model;
+struct ptst_adapter;
+struct ptst_lora_desc;
+
+/* One row to learn: after the prompt the model should write the answer (and end-of-text). */
+typedef struct ptst_example {
+    const struct ptst_prompt *prompt; /* NULL = empty: the answer is learned from its first token */
+    const char *answer;
+    size_t answer_size;
+} ptst_example;
+
+/* How a row becomes tokens. joint: encode(prompt + answer) + eos, of which the first
+   encode(prompt) tokens are no label. separate: encode(prompt) + encode(answer) + eos. */
+typedef enum ptst_mask { PTST_MASK_JOINT, PTST_MASK_SEPARATE } ptst_mask;
+
+/* examples: `batch` rows make a batch. packing: rows fill `batch` x `context` tokens. Rows never
+   see each other and nothing is padded in either. */
+typedef enum ptst_batching { PTST_BATCHING_EXAMPLES, PTST_BATCHING_PACKING } ptst_batching;
+
+/* Learning rate at step i = 0, 1, ... of n, after w warm-up steps (i < w: lr i / w): constant: lr;
+   linear: lr (n - i) / (n - w); cosine: lr (1 + cos(pi (i - w) / (n - w))) / 2; step: lr
+   gamma^epoch. As in transformers and torch.optim.lr_scheduler.StepLR. */
+typedef enum ptst_schedule {
+    PTST_SCHEDULE_CONSTANT,
+    PTST_SCHEDULE_LINEAR,
+    PTST_SCHEDULE_COSINE,
+    PTST_SCHEDULE_STEP
+} ptst_schedule;
+
+/* ---- rows as tokens ---- */
+
+typedef struct ptst_dataset_desc {
+    ptst_mask mask;
+    size_t max_tokens; /* longer rows lose their end; 0 = no limit */
+    int32_t eos;       /* token that ends an answer; 0 = the tokenizer's */
+} ptst_dataset_desc;
+
+/* What became of the rows that were added. */
+typedef struct ptst_dataset_info {
+    size_t rows;       /* kept */
+    size_t tokens;     /* of these */
+    size_t labels;     /* tokens to be predicted */
+    size_t cut;        /* rows that were longer than max_tokens */
+    size_t dropped;    /* rows that had no label left; not kept */
+    size_t not_prefix; /* joint: rows whose prompt tokens are no prefix of their tokens */
+} ptst_dataset_info;
+
+/* Rows as tokens; constant once a trainer uses it. */
+typedef struct ptst_dataset ptst_dataset;
+
+/* desc may be NULL. */
+PTST_API ptst_dataset *ptst_dataset_new(ptst_ctx *c, const ptst_dataset_desc *desc);
+PTST_API void ptst_dataset_free(ptst_ctx *c, ptst_dataset *d);
+/* Adds rows. Each begins with the tokenizer's bos (once) and ends with eos (once), unless cut. */
+PTST_API ptst_code ptst_dataset_add(ptst_ctx *c, ptst_dataset *d, const struct ptst_tokenizer *t,
+                                    const ptst_example *examples, size_t count);
+/* Adds one row of tokens as they are; the first `prompt` (at least 1) are no labels. */
+PTST_API ptst_code ptst_dataset_add_tokens(ptst_ctx *c, ptst_dataset *d, const int32_t *tokens,
+                                           size_t count, size_t prompt);
+PTST_API ptst_dataset_info ptst_dataset_about(const ptst_dataset *d);
+/* Tokens of row i, NULL if out of range; count and prompt (tokens that are no labels) may be NULL. */
+PTST_API const int32_t *ptst_dataset_row(const ptst_dataset *d, size_t i, size_t *count,
+                                         size_t *prompt);
+
+/* ---- training ---- */
+
+typedef struct ptst_train_desc {
+    double lr; /* 0 = 1e-4 */
+    ptst_schedule schedule;
+    double gamma; /* of PTST_SCHEDULE_STEP, per epoch; 0 = 0.85 */
+    uint64_t warmup;
+    uint64_t epochs;    /* 0 = 3 */
+    uint64_t max_steps; /* ends earlier; 0 = no limit */
+    size_t batch;       /* rows (or contexts) of a batch; 0 = 4 */
+    size_t accumulate;  /* batches of a step; 0 = 1 */
+    ptst_batching batching;
+    size_t context;      /* tokens, for packing; 0 = 4096, but what the model can take at most */
+    double beta1, beta2; /* AdamW; 0 = 0.9, 0.999 */
+    double eps;          /* 0 = 1e-8 */
+    double weight_decay; /* 0 = none */
+    double clip;         /* largest norm of the gradient; 0 = off */
+    double dropout;      /* on the input of the adapters, 0..1; 0 = none */
+    uint64_t seed;       /* order and dropout */
+    bool no_shuffle;     /* rows in the order of the dataset */
+    bool no_prefix;      /* compute the common head of the rows of a batch for each row again */
+} ptst_train_desc;
+
+/* One optimiser step. */
+typedef struct ptst_step {
+    uint64_t step;    /* from 1 */
+    uint64_t steps;   /* of the whole training */
+    double epoch;     /* epochs done after it */
+    double loss;      /* sum over labels / number of labels */
+    double grad_norm; /* of that loss, before clipping */
+    double learning_rate;
+    uint64_t tokens; /* of its rows, the common head counted for each */
+    uint64_t labels;
+    double tokens_per_second;
+} ptst_step;
+
+/* Trains an adapter (or, with adapter NULL, all weights of a trainable model) on a dataset. It
+   borrows all three. */
+typedef struct ptst_trainer ptst_trainer;
+
+/* desc may be NULL. Sizes all memory; steps allocate nothing. */
+PTST_API ptst_trainer *ptst_trainer_new(ptst_ctx *c, struct ptst_model *model,
+                                        struct ptst_adapter *adapter, const ptst_dataset *data,
+                                        const ptst_train_desc *desc);
+PTST_API void ptst_trainer_free(ptst_ctx *c, ptst_trainer *t);
+/* The options with all defaults filled in. */
+PTST_API ptst_train_desc ptst_trainer_options(const ptst_trainer *t);
+/* Steps done, and of how many. */
+PTST_API uint64_t ptst_trainer_done(const ptst_trainer *t);
+PTST_API uint64_t ptst_trainer_steps(const ptst_trainer *t);
+/* One step. PTST_ERR_NUMERIC if loss or gradient is not finite (the weights stay as they were);
+   PTST_ERR_ARGUMENT after the last one. */
+PTST_API ptst_code ptst_trainer_step(ptst_ctx *c, ptst_trainer *t, ptst_step *out);
+/* Writes weights, moments, step and options to one file, whole or not at all; restore goes on from
+   it bit by bit, or names the option that differs (PTST_ERR_MISMATCH). */
+PTST_API ptst_code ptst_trainer_save(ptst_ctx *c, ptst_trainer *t, const char *path);
+PTST_API ptst_code ptst_trainer_restore(ptst_ctx *c, ptst_trainer *t, const char *path);
+
+/* ---- one call: fine-tune, with log, checkpoints and resume ---- */
+
+typedef struct ptst_finetune_desc {
+    struct ptst_model *model; /* with `full` it must be trainable, and changes */
+    const char *model_dir;    /* base model named in adapter_config.json; with `full` the
+                                     tokenizer files are copied from here; may be NULL */
+    const struct ptst_tokenizer *tokenizer;
+    const ptst_example *examples;
+    size_t examples_count;
+    const ptst_example *mix; /* safety rows: the first mix_count of them take part in each epoch */
+    size_t mix_count;
+    const char *out;                   /* folder, is made */
+    const char *init_adapter;          /* PEFT folder to start from; NULL = new adapter */
+    const struct ptst_lora_desc *lora; /* of a new adapter; NULL = defaults */
+    bool full;                         /* all weights instead of an adapter */
+    ptst_dataset_desc dataset;
+    ptst_train_desc train;
+    uint64_t save_every; /* steps between checkpoints; 0 = only when stopped */
+    bool resume;         /* go on from OUT's checkpoint; without one start anew */
+    const char *log;     /* one JSON object a step; NULL = OUT/log.jsonl */
+    void (*on_step)(void *user, const ptst_step *step); /* NULL = none */
+    void *user;
+} ptst_finetune_desc;
+
+typedef struct ptst_finetune_info {
+    ptst_dataset_info data;
+    ptst_step last; /* all 0 if there was nothing to do */
+    bool finished;  /* false: stopped, the checkpoint is written */
+    bool resumed;   /* went on from a checkpoint */
+} ptst_finetune_info;
+
+/* Writes OUT/adapter_config.json and adapter_model.safetensors (or a model folder), OUT/log.jsonl
+   and OUT/trainer_state.safetensors, the checkpoint. ptst_desc.progress is called after each step;
+   if it returns a value other than 0 the state is saved and the result is PTST_ERR_STOPPED. info
+   may be NULL. */
+PTST_API ptst_code ptst_finetune(ptst_ctx *c, const ptst_finetune_desc *desc,
+                                 ptst_finetune_info *info);
+
 /* ---- api >>generate -------------------------------------------------------------------------- */
+
+typedef struct ptst_sample_desc {
+    double temperature;        /* 0 = greedy (of equal logits the lowest id) */
+    double top_p;              /* smallest set of tokens with at least this probability; 0 = the
+                                  most probable one alone (greedy), 1 = off */
+    size_t top_k;              /* 0 = off */
+    double repetition_penalty; /* on tokens of prompt and answer; 0 or 1 = off */
+} ptst_sample_desc;
+
+/* Chooses the next token from logits [vocab], which it may overwrite. seen: the tokens so far, for
+   the repetition penalty. scratch: 2 * vocab floats, may be NULL if greedy. rng may be NULL if
+   greedy. As transformers' logits processors, in this order: penalty, temperature, top-k, top-p. */
+PTST_API int32_t ptst_sample(const ptst_sample_desc *desc, float *logits, size_t vocab,
+                             const int32_t *seen, size_t seen_count, ptst_rng *rng, float *scratch);
+
+typedef enum ptst_finish {
+    PTST_FINISH_NONE,  /* not finished (stopped, or an earlier failure) */
+    PTST_FINISH_EOS,   /* an end token, or a stop string */
+    PTST_FINISH_LENGTH /* max_new_tokens, or no room left */
+} ptst_finish;
+
+/* Zero-initialise; release with ptst_answers_free. */
+typedef struct ptst_answer {
+    ptst_text text; /* decoded, without special tokens, end token and stop string */
+    ptst_ids ids;   /* all tokens that were generated, end token included */
+    ptst_finish finish;
+    size_t prompt_tokens;
+} ptst_answer;
+
+typedef struct ptst_generate_desc {
+    ptst_sample_desc sample;
+    size_t max_new_tokens;   /* 0 = 512 */
+    size_t batch;            /* answers at a time; 0 = 16 */
+    size_t capacity;         /* tokens of prompt and answer; 0 = what the prompts need, at most
+                                what the model can take */
+    uint64_t seed;           /* answer i draws from stream i, whatever the batch */
+    const int32_t *stop_ids; /* besides the tokenizer's eos */
+    size_t stop_ids_count;
+    const char *const *stop_strings; /* the answer ends before one */
+    size_t stop_strings_count;
+    bool ignore_eos; /* only max_new_tokens ends an answer */
+    bool no_prefix;  /* compute the common head of the prompts for each again */
+    /* NULL = none. Called with whole UTF-8 characters as they come, for prompt `index`. */
+    void (*on_text)(void *user, size_t index, const char *text, size_t size);
+    /* NULL = none. Called when answer `index` is finished, in the order of finishing. */
+    void (*on_answer)(void *user, size_t index, const ptst_answer *answer);
+    void *user;
+} ptst_generate_desc;
+
+/* Answers count prompts; answers[i] belongs to prompts[i]. adapter may be NULL, desc may be NULL.
+   Answers do not depend on batch, on the order of the prompts or on what else is generated. A
+   prompt that has no room for a token is PTST_ERR_LIMIT. After PTST_ERR_STOPPED (asked for by
+   ptst_desc.progress) finished answers are there. */
+PTST_API ptst_code ptst_generate(ptst_ctx *c, const struct ptst_model *model,
+                                 const struct ptst_adapter *adapter,
+                                 const struct ptst_tokenizer *tokenizer,
+                                 const struct ptst_prompt *prompts, size_t count,
+                                 const ptst_generate_desc *desc, ptst_answer *answers);
+PTST_API void ptst_answers_free(ptst_ctx *c, ptst_answer *answers, size_t count);
 
 /* ---- api >>data ------------------------------------------------------------------------------ */
 
@@ -1251,6 +1596,122 @@ PTST__UNUSED static ptst_code ptst__make_folders(ptst_ctx *c, const char *path) 
     return PTST_OK;
 }
 
+/* Appends to a file that may not be there yet (reset: empties it before). One write, so that the
+   lines of several processes do not mix; devices are fine. */
+PTST__UNUSED static ptst_code ptst__append_file(ptst_ctx *c, const char *path, const char *data,
+                                                size_t size, bool reset) {
+    int fd = open(path, O_WRONLY | O_CREAT | O_APPEND | (reset ? O_TRUNC : 0), 0666);
+    int error = fd < 0 ? errno : 0;
+    size_t at = 0;
+    while (error == 0 && at < size) {
+        ssize_t n = write(fd, data + at, size - at);
+        at += n > 0 ? (size_t)n : 0;
+        error = n < 0 && errno != EINTR ? errno : n == 0 ? EIO : 0;
+    }
+    if (fd >= 0 && close(fd) != 0 && error == 0) {
+        error = errno;
+    }
+    return error != 0 ? ptst__fail_errno(c, path, "write", error) : PTST_OK;
+}
+
+/* ---- SHA-256 (FIPS 180-4), to recognise inputs ---- */
+
+typedef struct ptst__sha256 {
+    uint32_t state[8];
+    uint64_t size; /* bytes so far */
+    unsigned char block[64];
+} ptst__sha256;
+
+static uint32_t ptst__rotate_right(uint32_t x, int n) { return x >> n | x << (32 - n); }
+
+static void ptst__sha256_block(ptst__sha256 *h, const unsigned char *p) {
+    static const uint32_t k[64] = {
+        0x428A2F98u, 0x71374491u, 0xB5C0FBCFu, 0xE9B5DBA5u, 0x3956C25Bu, 0x59F111F1u, 0x923F82A4u,
+        0xAB1C5ED5u, 0xD807AA98u, 0x12835B01u, 0x243185BEu, 0x550C7DC3u, 0x72BE5D74u, 0x80DEB1FEu,
+        0x9BDC06A7u, 0xC19BF174u, 0xE49B69C1u, 0xEFBE4786u, 0x0FC19DC6u, 0x240CA1CCu, 0x2DE92C6Fu,
+        0x4A7484AAu, 0x5CB0A9DCu, 0x76F988DAu, 0x983E5152u, 0xA831C66Du, 0xB00327C8u, 0xBF597FC7u,
+        0xC6E00BF3u, 0xD5A79147u, 0x06CA6351u, 0x14292967u, 0x27B70A85u, 0x2E1B2138u, 0x4D2C6DFCu,
+        0x53380D13u, 0x650A7354u, 0x766A0ABBu, 0x81C2C92Eu, 0x92722C85u, 0xA2BFE8A1u, 0xA81A664Bu,
+        0xC24B8B70u, 0xC76C51A3u, 0xD192E819u, 0xD6990624u, 0xF40E3585u, 0x106AA070u, 0x19A4C116u,
+        0x1E376C08u, 0x2748774Cu, 0x34B0BCB5u, 0x391C0CB3u, 0x4ED8AA4Au, 0x5B9CCA4Fu, 0x682E6FF3u,
+        0x748F82EEu, 0x78A5636Fu, 0x84C87814u, 0x8CC70208u, 0x90BEFFFAu, 0xA4506CEBu, 0xBEF9A3F7u,
+        0xC67178F2u};
+    uint32_t w[64], v[8], t1, t2;
+    int i;
+    for (i = 0; i < 16; i++) {
+        w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 |
+               (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
+    }
+    for (; i < 64; i++) {
+        uint32_t a = w[i - 15], b = w[i - 2];
+        w[i] = w[i - 16] + w[i - 7] +
+               (ptst__rotate_right(a, 7) ^ ptst__rotate_right(a, 18) ^ a >> 3) +
+               (ptst__rotate_right(b, 17) ^ ptst__rotate_right(b, 19) ^ b >> 10);
+    }
+    memcpy(v, h->state, sizeof v);
+    for (i = 0; i < 64; i++) {
+        uint32_t a = v[0], e = v[4];
+        t1 = v[7] + k[i] + w[i] + ((e & v[5]) ^ (~e & v[6])) +
+             (ptst__rotate_right(e, 6) ^ ptst__rotate_right(e, 11) ^ ptst__rotate_right(e, 25));
+        t2 = ((a & v[1]) ^ (a & v[2]) ^ (v[1] & v[2])) +
+             (ptst__rotate_right(a, 2) ^ ptst__rotate_right(a, 13) ^ ptst__rotate_right(a, 22));
+        memmove(v + 1, v, 7 * sizeof v[0]);
+        v[0] = t1 + t2;
+        v[4] += t1;
+    }
+    for (i = 0; i < 8; i++) {
+        h->state[i] += v[i];
+    }
+}
+
+PTST__UNUSED static void ptst__sha256_start(ptst__sha256 *h) {
+    static const uint32_t start[8] = {0x6A09E667u, 0xBB67AE85u, 0x3C6EF372u, 0xA54FF53Au,
+                                      0x510E527Fu, 0x9B05688Cu, 0x1F83D9ABu, 0x5BE0CD19u};
+    memcpy(h->state, start, sizeof start);
+    h->size = 0;
+}
+
+PTST__UNUSED static void ptst__sha256_add(ptst__sha256 *h, const void *data, size_t size) {
+    const unsigned char *p = (const unsigned char *)data;
+    while (size != 0) {
+        size_t used = (size_t)(h->size % 64), n = 64 - used < size ? 64 - used : size;
+        memcpy(h->block + used, p, n);
+        h->size += n;
+        p += n;
+        size -= n;
+        if (used + n == 64) {
+            ptst__sha256_block(h, h->block);
+        }
+    }
+}
+
+/* Writes 64 lower-case hexadecimal digits and a NUL. */
+PTST__UNUSED static void ptst__sha256_end(ptst__sha256 *h, char text[65]) {
+    static const char digits[] = "0123456789abcdef";
+    uint64_t bits = h->size * 8;
+    unsigned char tail[8];
+    int i;
+    ptst__sha256_add(h, "\x80", 1);
+    while (h->size % 64 != 56) {
+        ptst__sha256_add(h, "", 1);
+    }
+    for (i = 0; i < 8; i++) {
+        tail[i] = (unsigned char)(bits >> (56 - 8 * i));
+    }
+    ptst__sha256_add(h, tail, 8);
+    for (i = 0; i < 64; i++) {
+        text[i] = digits[h->state[i / 8] >> (28 - 4 * (i % 8)) & 15u];
+    }
+    text[64] = 0;
+}
+
+/* Is it neither infinite nor NaN? Looks at the bits, so -ffast-math cannot argue it away. */
+PTST__UNUSED static bool ptst__finite(double value) {
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (bits >> 52 & 0x7FFu) != 0x7FFu;
+}
+
 /* ---- public part ---- */
 
 PTST_API ptst_code ptst_error_code(const ptst_ctx *c) { return c->code; }
@@ -2056,14 +2517,1614 @@ PTST__UNUSED static ptst_code ptst__json_put_number(ptst_ctx *c, ptst_text *t, d
 /* >>tokenizer =====================================================================================
    Not written yet. */
 
-/* >>jinja =========================================================================================
-   Not written yet. */
+/* >>jinja =======================================================================================
+   Not complete yet: only what >>template links against. */
 
-/* >>template ======================================================================================
-   Not written yet. */
+/* Bits of a mark inside the interpreter: a ptst_mark, and "inside {% generation %}". */
+enum { PTST__MARK_SOURCE = 3, PTST__MARK_GENERATED = 4 };
+
+/* A variable of a rendering. */
+typedef enum ptst__jvar_kind {
+    PTST__JVAR_JSON,     /* a node; -1 = None */
+    PTST__JVAR_MESSAGES, /* a node, with the changes that apply_chat_template makes to messages */
+    PTST__JVAR_TEXT,     /* template bytes */
+    PTST__JVAR_FALSE,
+    PTST__JVAR_TRUE
+} ptst__jvar_kind;
+
+typedef struct ptst__jvar {
+    ptst__jvar_kind kind;
+    const char *name;
+    const ptst_json *json;
+    int32_t node;
+    const char *text;
+    size_t size;
+} ptst__jvar;
+
+PTST_API ptst_jinja *ptst_jinja_compile(ptst_ctx *c, const char *source, size_t size,
+                                        const char *name) {
+    (void)source;
+    (void)size;
+    ptst__fail(c, PTST_ERR_UNSUPPORTED, "%s: chat templates are not supported yet", name);
+    return NULL;
+}
+
+PTST_API void ptst_jinja_free(ptst_ctx *c, ptst_jinja *t) {
+    (void)c;
+    (void)t;
+}
+
+static ptst_code ptst__jinja_run(ptst_ctx *c, const ptst_jinja *t, const ptst__jvar *vars,
+                                 size_t count, const ptst_jinja_desc *desc, ptst_text *out,
+                                 ptst_text *marks) {
+    (void)t;
+    (void)vars;
+    (void)count;
+    (void)desc;
+    (void)out;
+    (void)marks;
+    return ptst__fail(c, PTST_ERR_UNSUPPORTED, "chat templates are not supported yet");
+}
+
+PTST_API ptst_code ptst_jinja_render(ptst_ctx *c, const ptst_jinja *t, const ptst_json *context,
+                                     const ptst_jinja_desc *desc, ptst_text *out,
+                                     ptst_text *marks) {
+    (void)context;
+    return ptst__jinja_run(c, t, NULL, 0, desc, out, marks);
+}
+
+/* >>template ====================================================================================
+   What is said around a question. The paper's templates are strings with %s, byte for byte those of
+   its code; everything else goes through a chat template (>>jinja), found in a model's folder as
+   transformers finds it. Relies on >>jinja and >>json. Afterwards a prompt is text whose every byte
+   is known to be template, content or assistant's words, so that the tokenizer lets only template
+   bytes become special tokens and training learns only what the assistant says. Tested by
+   tests/test_template.c. */
+
+/* Strings of github.com/vfleaking/PTST, prompt_utils.py (Apache-2.0), the code of "Keeping LLMs
+   Aligned After Fine-tuning: The Crucial Role of Prompt Templates". */
+#define PTST__ALPACA                                                                               \
+    "Below is an instruction that describes a task. Write a response that appropriately "          \
+    "completes the request."
+#define PTST__LLAMA_SHORT                                                                          \
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, " \
+    "while being safe."
+#define PTST__LLAMA                                                                                \
+    PTST__LLAMA_SHORT                                                                              \
+    " Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, "  \
+    "or illegal content. Please ensure that your responses are socially unbiased and positive in " \
+    "nature. If a question does not make any sense, or is not factually coherent, explain why "    \
+    "instead of answering something not correct. If you don't know the answer to a question, "     \
+    "please don't share false information."
+#define PTST__MPT                                                                                  \
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful "    \
+    "and honest answers."
+#define PTST__ALPACA_USER "### Instruction:\n%s\n\n### Response:\n"
+#define PTST__INST(system, user) "[INST] <<SYS>>\n" system "\n<</SYS>>\n\n" user " [/INST]"
+
+/* text: the whole prompt. user (and system, NULL = no system message): messages for the model's own
+   chat template. The text:, chat: pair of a system prompt and its wording is the same. */
+typedef struct ptst__paper_template {
+    const char *name, *short_name, *text, *system, *user;
+} ptst__paper_template;
+
+static const ptst__paper_template ptst__paper_templates[] = {
+    {"text", NULL, "%s", NULL, NULL},
+    {"chat", NULL, "[INST] %s [/INST]", NULL, NULL},
+    {"gsm:text:vanilla", "TV", "Question: %s\nAnswer:", NULL, NULL},
+    {"gsm:text:alpaca", "TA", PTST__ALPACA "\n\n" PTST__ALPACA_USER, NULL, NULL},
+    {"gsm:chat:vanilla", "CV", "[INST] Question: %s [/INST]", NULL, NULL},
+    {"gsm:chat:alpaca", "CA", PTST__INST(PTST__ALPACA, PTST__ALPACA_USER), NULL, NULL},
+    {"gsm:chat:llama", "CL", PTST__INST(PTST__LLAMA, "Question: %s"), NULL, NULL},
+    {"gsm:chat:llama-short", "CLS", PTST__INST(PTST__LLAMA_SHORT, "Question: %s"), NULL, NULL},
+    {"gsm:chat:mpt", "CM", PTST__INST(PTST__MPT, "Question: %s"), NULL, NULL},
+    {"model:vanilla", NULL, NULL, NULL, "Question: %s"},
+    {"model:alpaca", NULL, NULL, PTST__ALPACA, PTST__ALPACA_USER},
+    {"model:llama", NULL, NULL, PTST__LLAMA, "Question: %s"},
+    {"model:llama-short", NULL, NULL, PTST__LLAMA_SHORT, "Question: %s"},
+    {"model:mpt", NULL, NULL, PTST__MPT, "Question: %s"},
+    {"model:none", NULL, NULL, NULL, "%s"},
+};
+
+#undef PTST__ALPACA
+#undef PTST__LLAMA_SHORT
+#undef PTST__LLAMA
+#undef PTST__MPT
+#undef PTST__ALPACA_USER
+#undef PTST__INST
+
+enum {
+    PTST__PAPER_TEMPLATES = (int)(sizeof ptst__paper_templates / sizeof ptst__paper_templates[0]),
+    PTST__SPECIAL_TOKENS = 7
+};
+
+static const char *const ptst__special_names[PTST__SPECIAL_TOKENS] = {
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"};
+
+struct ptst_template {
+    ptst_text name;
+    const char *short_name;
+    ptst_text text;                          /* with %s, of a template that is no chat template */
+    const char *system, *user;               /* messages of a model: template, or NULL */
+    ptst_jinja *jinja;                       /* NULL if it is no chat template */
+    ptst_jinja *tools;                       /* another one for conversations with tools, or NULL */
+    bool merge;                              /* the system prompt leads the user's message */
+    ptst_text special[PTST__SPECIAL_TOKENS]; /* of the model; data NULL = it has none */
+};
+
+PTST_API void ptst_prompt_free(ptst_ctx *c, ptst_prompt *p) {
+    if (p != NULL) {
+        ptst_text_free(c, &p->text);
+        ptst_text_free(c, &p->marks);
+        ptst_text_free(c, &p->learn);
+        p->has_bos = false;
+    }
+}
+
+PTST_API const char *ptst_template_at(size_t i, const char **short_name, const char **text) {
+    const ptst__paper_template *p = &ptst__paper_templates[i < PTST__PAPER_TEMPLATES ? i : 0];
+    if (short_name != NULL) {
+        *short_name = p->short_name;
+    }
+    if (text != NULL) {
+        *text = p->text;
+    }
+    return i < PTST__PAPER_TEMPLATES ? p->name : NULL;
+}
+
+/* ---- prompts from strings with %s ---- */
+
+/* Appends `size` bytes and their mark. */
+static ptst_code ptst__prompt_add(ptst_ctx *c, ptst_prompt *p, const char *bytes, size_t size,
+                                  ptst_mark mark) {
+    size_t at = p->marks.size;
+    ptst_code code = ptst_text_append(c, &p->text, bytes, size);
+    if (code == PTST_OK) {
+        code = ptst_text_append(c, &p->marks, bytes, size);
+    }
+    if (code == PTST_OK && size != 0) {
+        memset(p->marks.data + at, (int)mark, size);
+    }
+    return code;
+}
+
+/* Appends text with each %s replaced by the question, which is never looked at. */
+static ptst_code ptst__prompt_fill(ptst_ctx *c, ptst_prompt *p, const char *text, size_t size,
+                                   const char *question, size_t question_size) {
+    ptst_code code = PTST_OK;
+    size_t i, from = 0;
+    for (i = 0; i + 1 < size && code == PTST_OK; i++) {
+        if (text[i] == '%' && text[i + 1] == 's') {
+            code = ptst__prompt_add(c, p, text + from, i - from, PTST_TEMPLATE);
+            if (code == PTST_OK) {
+                code = ptst__prompt_add(c, p, question, question_size, PTST_CONTENT);
+            }
+            from = ++i + 1;
+        }
+    }
+    return code == PTST_OK ? ptst__prompt_add(c, p, text + from, size - from, PTST_TEMPLATE) : code;
+}
+
+static bool ptst__has_placeholder(const char *text, size_t size) {
+    size_t i;
+    for (i = 0; i + 1 < size; i++) {
+        if (text[i] == '%' && text[i + 1] == 's') {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Does p begin with this text, in template bytes? */
+static bool ptst__prompt_begins(const ptst_prompt *p, const ptst_text *text) {
+    size_t i;
+    if (text->size == 0 || p->text.size < text->size ||
+        memcmp(p->text.data, text->data, text->size) != 0) {
+        return false;
+    }
+    for (i = 0; i < text->size && p->marks.data[i] == PTST_TEMPLATE; i++) {
+    }
+    return i == text->size;
+}
+
+/* Length of the answer that begins at byte i: what the assistant says and the template's bytes
+   inside it, up to and with the end-of-text that follows it at once.
+
+       <|im_start|>assistant\n Hello. <|im_end|> \n<|im_start|>user\n ...
+       0                       1      1          0                              */
+static size_t ptst__prompt_answer(const ptst_prompt *p, size_t i, const ptst_text *eos) {
+    const char *marks = p->marks.data;
+    size_t k, n = p->text.size, last = i;
+    for (k = i; k < n && marks[k] != PTST_CONTENT; k++) {
+        if (marks[k] == PTST_ASSISTANT) {
+            last = k;
+        } else if (eos->size != 0 && n - k >= eos->size &&
+                   memcmp(p->text.data + k, eos->data, eos->size) == 0) {
+            return k + eos->size - i;
+        }
+    }
+    return last + 1 - i;
+}
+
+/* Fills p->learn. {% generation %} blocks, where a template has them, say it themselves. */
+static ptst_code ptst__prompt_learn(ptst_ctx *c, ptst_prompt *p, const ptst_text *eos) {
+    size_t i, size, n = p->text.size;
+    char *marks = p->marks.data;
+    bool generated = false;
+    ptst_code code;
+    p->learn.size = 0;
+    code = ptst_text_append(c, &p->learn, marks, n);
+    if (code != PTST_OK || n == 0) {
+        return code;
+    }
+    for (i = 0; i < n; i++) {
+        p->learn.data[i] = (marks[i] & PTST__MARK_GENERATED) != 0;
+        generated = generated || p->learn.data[i] != 0;
+        marks[i] = (char)(marks[i] & PTST__MARK_SOURCE);
+    }
+    for (i = 0; i < n && !generated; i++) {
+        if (marks[i] == PTST_ASSISTANT) {
+            size = ptst__prompt_answer(p, i, eos);
+            memset(p->learn.data + i, 1, size);
+            i += size - 1;
+        }
+    }
+    return PTST_OK;
+}
+
+/* ---- chat templates ---- */
+
+static void ptst__prompt_empty(ptst_prompt *p) {
+    p->text.size = p->marks.size = p->learn.size = 0;
+    p->has_bos = false;
+}
+
+/* Renders variables (room for the special tokens after them) into *out. */
+static ptst_code ptst__template_render(ptst_ctx *c, const ptst_template *t, const ptst_jinja *jinja,
+                                       ptst__jvar *vars, size_t count, ptst_prompt *out) {
+    size_t i, k;
+    ptst_code code;
+    for (i = 0; i < PTST__SPECIAL_TOKENS; i++) {
+        for (k = 0; k < count && strcmp(vars[k].name, ptst__special_names[i]) != 0; k++) {
+        }
+        if (t->special[i].data != NULL && k == count) {
+            memset(&vars[count], 0, sizeof vars[count]);
+            vars[count].kind = PTST__JVAR_TEXT;
+            vars[count].name = ptst__special_names[i];
+            vars[count].text = t->special[i].data;
+            vars[count++].size = t->special[i].size;
+        }
+    }
+    ptst__prompt_empty(out);
+    code = ptst__jinja_run(c, jinja, vars, count, NULL, &out->text, &out->marks);
+    if (code == PTST_OK) {
+        code = ptst__prompt_learn(c, out, &t->special[1]);
+    }
+    if (code != PTST_OK) {
+        ptst__prompt_empty(out);
+        return code;
+    }
+    out->has_bos = ptst__prompt_begins(out, &t->special[0]);
+    return PTST_OK;
+}
+
+PTST_API ptst_code ptst_template_context(ptst_ctx *c, const ptst_template *t,
+                                         const ptst_json *context, ptst_prompt *out) {
+    size_t count = 0, members = ptst_json_size(context, 0);
+    ptst__jvar *vars;
+    ptst_code code;
+    int32_t key;
+    ptst__prompt_empty(out);
+    if (t->jinja == NULL) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "%s: not a chat template, so it takes a question",
+                          t->name.data);
+    }
+    if (ptst_json_kind(context, 0) != PTST_JSON_OBJECT) {
+        return ptst__fail(c, PTST_ERR_FORMAT, "the context must be a JSON object of variables");
+    }
+    vars = (ptst__jvar *)ptst__calloc(c, members + PTST__SPECIAL_TOKENS, sizeof *vars);
+    if (vars == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (key = ptst_json_first(context, 0); key >= 0;) {
+        vars[count].kind = PTST__JVAR_JSON;
+        vars[count].name = ptst_json_string(context, key, NULL);
+        vars[count].json = context;
+        vars[count].node = ptst_json_next(context, key);
+        key = ptst_json_next(context, vars[count++].node);
+    }
+    code = ptst__template_render(c, t, t->jinja, vars, count, out);
+    ptst__free(c, vars);
+    return code;
+}
+
+/* Messages of the form [{"role": "system", ...}, {"role": "user", ...}]; system may be NULL. */
+static ptst_json *ptst__messages_make(ptst_ctx *c, const char *system, const char *user,
+                                      size_t user_size) {
+    ptst_text text = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    ptst_code code = ptst__text_add(c, &text, "[");
+    if (code == PTST_OK && system != NULL) {
+        code = ptst__text_add(c, &text, "{\"role\": \"system\", \"content\": ");
+        code = code == PTST_OK ? ptst__json_quote(c, &text, system, strlen(system)) : code;
+        code = code == PTST_OK ? ptst__text_add(c, &text, "}, ") : code;
+    }
+    code = code == PTST_OK ? ptst__text_add(c, &text, "{\"role\": \"user\", \"content\": ") : code;
+    code = code == PTST_OK ? ptst__json_quote(c, &text, user, user_size) : code;
+    code = code == PTST_OK ? ptst__text_add(c, &text, "}]") : code;
+    if (code == PTST_OK) {
+        j = ptst_json_parse(c, text.data, text.size, "messages");
+    }
+    ptst_text_free(c, &text);
+    return j;
+}
+
+/* The variables of apply_chat_template. conversation is a list, or an object with "messages". */
+static ptst_code ptst__messages_render(ptst_ctx *c, const ptst_template *t,
+                                       const ptst_json *conversation, bool generate,
+                                       ptst_prompt *out) {
+    enum { FIXED = 4 };
+    static const char *const names[FIXED] = {"messages", "add_generation_prompt", "tools",
+                                             "documents"};
+    bool object = ptst_json_kind(conversation, 0) == PTST_JSON_OBJECT;
+    int32_t key, node, messages = object ? ptst_json_get(conversation, 0, "messages") : 0;
+    size_t i, count = FIXED;
+    bool tools = ptst_json_size(conversation, ptst_json_get(conversation, 0, "tools")) != 0;
+    ptst__jvar *vars;
+    ptst_code code;
+    if (ptst_json_kind(conversation, messages) != PTST_JSON_ARRAY ||
+        ptst_json_size(conversation, messages) == 0) {
+        return ptst__fail(c, PTST_ERR_FORMAT,
+                          "a conversation must be a list of at least one "
+                          "message, or an object with such a list as \"messages\"");
+    }
+    vars = (ptst__jvar *)ptst__calloc(
+        c, FIXED + (object ? ptst_json_size(conversation, 0) : 0) + PTST__SPECIAL_TOKENS,
+        sizeof *vars);
+    if (vars == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < FIXED; i++) {
+        vars[i].name = names[i];
+        vars[i].json = conversation;
+        vars[i].node = -1; /* None */
+        vars[i].kind = PTST__JVAR_JSON;
+    }
+    vars[0].kind = PTST__JVAR_MESSAGES;
+    vars[0].node = messages;
+    vars[1].kind = generate ? PTST__JVAR_TRUE : PTST__JVAR_FALSE;
+    for (key = object ? ptst_json_first(conversation, 0) : -1; key >= 0;) {
+        const char *name = ptst_json_string(conversation, key, NULL);
+        node = ptst_json_next(conversation, key);
+        for (i = 0; i < count && strcmp(vars[i].name, name) != 0; i++) {
+        }
+        if (i != 0) {
+            vars[i].kind = PTST__JVAR_JSON;
+            vars[i].name = name;
+            vars[i].json = conversation;
+            vars[i].node = node;
+            count += i == count;
+        }
+        key = ptst_json_next(conversation, node);
+    }
+    code = ptst__template_render(c, t, tools && t->tools != NULL ? t->tools : t->jinja, vars, count,
+                                 out);
+    ptst__free(c, vars);
+    return code;
+}
+
+/* The question as the last of the messages of a model: template (system may be NULL). If merge is
+   set, the system prompt leads the user's message instead. */
+static ptst_code ptst__question_render(ptst_ctx *c, const ptst_template *t, bool merge,
+                                       const char *question, size_t size, ptst_prompt *out) {
+    ptst_prompt user;
+    ptst_json *j;
+    const char *wording = t->user == NULL ? "%s" : t->user;
+    ptst_code code = PTST_OK;
+    memset(&user, 0, sizeof user);
+    if (merge && t->system != NULL) {
+        code = ptst__prompt_add(c, &user, t->system, strlen(t->system), PTST_CONTENT);
+        code = code == PTST_OK ? ptst__prompt_add(c, &user, "\n\n", 2, PTST_CONTENT) : code;
+    }
+    if (code == PTST_OK) {
+        code = ptst__prompt_fill(c, &user, wording, strlen(wording), question, size);
+    }
+    if (code == PTST_OK) {
+        j = ptst__messages_make(c, merge ? NULL : t->system, user.text.data, user.text.size);
+        code = j == NULL ? ptst_error_code(c) : ptst__messages_render(c, t, j, true, out);
+        ptst_json_free(c, j);
+    }
+    ptst_prompt_free(c, &user);
+    return code;
+}
+
+/* Does this chat template print a system message? Some refuse one, some drop it silently; then the
+   system prompt is put before the question. */
+static ptst_code ptst__template_try_system(ptst_ctx *c, ptst_template *t) {
+    ptst_prompt p;
+    ptst_code code;
+    memset(&p, 0, sizeof p);
+    code = ptst__question_render(c, t, false, "?", 1, &p);
+    t->merge =
+        code == PTST_ERR_MISMATCH || (code == PTST_OK && strstr(p.text.data, t->system) == NULL);
+    ptst_prompt_free(c, &p);
+    if (t->merge) {
+        ptst__log(c, PTST_LOG_WARNING,
+                  "%s: the model's chat template takes no system message, so the system prompt is "
+                  "put before the question",
+                  t->name.data);
+        return PTST_OK;
+    }
+    return code;
+}
+
+/* ---- finding them ---- */
+
+/* The chat template called `name` among those of tokenizer_config.json (a string is "default");
+   its node or -1. */
+static int32_t ptst__config_template(const ptst_json *j, const char *name) {
+    int32_t node = ptst_json_get(j, 0, "chat_template"), k;
+    if (ptst_json_kind(j, node) == PTST_JSON_STRING) {
+        return strcmp(name, "default") == 0 ? node : -1;
+    }
+    if (ptst_json_kind(j, node) != PTST_JSON_ARRAY) {
+        return -1;
+    }
+    for (k = ptst_json_first(j, node); k >= 0; k = ptst_json_next(j, k)) {
+        const char *entry = ptst_json_string(j, ptst_json_get(j, k, "name"), NULL);
+        if (entry != NULL && strcmp(entry, name) == 0) {
+            return ptst_json_get(j, k, "template");
+        }
+    }
+    return -1;
+}
+
+/* Compiles folder/file if it is there; *out stays NULL if it is not. */
+static ptst_code ptst__template_from_file(ptst_ctx *c, const char *folder, const char *file,
+                                          ptst_jinja **out) {
+    ptst_text path = {NULL, 0, 0}, text = {NULL, 0, 0};
+    ptst_code code = ptst__path_join(c, &path, folder, file);
+    if (code == PTST_OK && ptst__path_kind(path.data) == 1) {
+        code = ptst__read_file(c, path.data, &text);
+        if (code == PTST_OK) {
+            ptst_jinja_free(c, *out);
+            *out = ptst_jinja_compile(c, text.data, text.size, path.data);
+            code = *out == NULL ? ptst_error_code(c) : PTST_OK;
+        }
+    }
+    ptst_text_free(c, &path);
+    ptst_text_free(c, &text);
+    return code;
+}
+
+/* The same for the templates inside folder/file, which is JSON. */
+static ptst_code ptst__template_from_config(ptst_ctx *c, ptst_template *t, const char *folder,
+                                            const char *file) {
+    ptst_text path = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    const char *text;
+    size_t i, size = 0;
+    ptst_code code = ptst__path_join(c, &path, folder, file);
+    if (code == PTST_OK && ptst__path_kind(path.data) == 1) {
+        j = ptst_json_load(c, path.data);
+        code = j == NULL ? ptst_error_code(c) : PTST_OK;
+    }
+    for (i = 0; i < 2 && code == PTST_OK && j != NULL; i++) {
+        text =
+            ptst_json_string(j, ptst__config_template(j, i == 0 ? "default" : "tool_use"), &size);
+        if (text != NULL) {
+            ptst_jinja **to = i == 0 ? &t->jinja : &t->tools;
+            *to = ptst_jinja_compile(c, text, size, path.data);
+            code = *to == NULL ? ptst_error_code(c) : PTST_OK;
+        }
+    }
+    ptst_json_free(c, j);
+    ptst_text_free(c, &path);
+    return code;
+}
+
+/* transformers: template files, if there is any, replace what tokenizer_config.json says.
+   chat_template.json is where processors of older multimodal models keep it. */
+static ptst_code ptst__template_from_folder(ptst_ctx *c, ptst_template *t, const char *folder) {
+    ptst_code code = ptst__template_from_file(c, folder, "chat_template.jinja", &t->jinja);
+    if (code == PTST_OK) {
+        code = ptst__template_from_file(c, folder, "chat_templates/default.jinja", &t->jinja);
+    }
+    if (code == PTST_OK) {
+        code = ptst__template_from_file(c, folder, "chat_templates/tool_use.jinja", &t->tools);
+    }
+    if (code == PTST_OK && t->jinja == NULL && t->tools == NULL) {
+        code = ptst__template_from_config(c, t, folder, "tokenizer_config.json");
+    }
+    if (code == PTST_OK && t->jinja == NULL && t->tools == NULL) {
+        code = ptst__template_from_config(c, t, folder, "chat_template.json");
+    }
+    if (code == PTST_OK && t->jinja == NULL) {
+        return ptst__fail(c, PTST_ERR_UNSUPPORTED,
+                          "%s: has no chat template (chat_template.jinja, or chat_template in "
+                          "tokenizer_config.json)",
+                          folder);
+    }
+    return code;
+}
+
+/* bos_token and its like: a string, or an AddedToken object with "content". */
+static ptst_code ptst__template_special(ptst_ctx *c, ptst_template *t, const char *folder,
+                                        const char *file) {
+    ptst_text path = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    size_t i, size = 0;
+    ptst_code code = ptst__path_join(c, &path, folder, file);
+    if (code == PTST_OK && ptst__path_kind(path.data) == 1) {
+        j = ptst_json_load(c, path.data);
+        code = j == NULL ? ptst_error_code(c) : PTST_OK;
+    }
+    for (i = 0; i < PTST__SPECIAL_TOKENS && j != NULL && code == PTST_OK; i++) {
+        int32_t node = ptst_json_get(j, 0, ptst__special_names[i]);
+        const char *text = ptst_json_string(
+            j,
+            ptst_json_kind(j, node) == PTST_JSON_OBJECT ? ptst_json_get(j, node, "content") : node,
+            &size);
+        if (text != NULL && t->special[i].data == NULL) {
+            code = ptst_text_append(c, &t->special[i], text, size);
+        }
+    }
+    ptst_json_free(c, j);
+    ptst_text_free(c, &path);
+    return code;
+}
+
+/* A string of the user's own file; path is "FILE.json", "FILE.json#name" or "FILE.json:name". */
+static ptst_code ptst__template_from_json(ptst_ctx *c, ptst_template *t, const char *path,
+                                          size_t file_size) {
+    ptst_text file = {NULL, 0, 0};
+    const char *name = path[file_size] == 0 ? NULL : path + file_size + 1;
+    const char *text;
+    ptst_json *j = NULL;
+    size_t size = 0;
+    int32_t node = -1;
+    ptst_code code = ptst_text_append(c, &file, path, file_size);
+    if (code == PTST_OK) {
+        j = ptst_json_load(c, file.data);
+        code = j == NULL ? ptst_error_code(c) : PTST_OK;
+    }
+    if (j != NULL && name == NULL && ptst_json_size(j, 0) == 1) {
+        name = ptst_json_string(j, ptst_json_first(j, 0), NULL);
+    }
+    if (j != NULL && name == NULL) {
+        code =
+            ptst__fail(c, PTST_ERR_ARGUMENT, "%s: holds several templates; choose one by %s#name",
+                       file.data, file.data);
+    } else if (j != NULL) {
+        node = ptst_json_get(j, 0, name);
+        text = ptst_json_string(j, node, &size);
+        if (text == NULL) {
+            code =
+                ptst__fail(c, PTST_ERR_FORMAT, "%s: has no string called \"%s\"", file.data, name);
+        } else if (!ptst__has_placeholder(text, size)) {
+            code = ptst__fail(c, PTST_ERR_FORMAT, "%s: line %d: template \"%s\" has no %%s",
+                              file.data, ptst_json_line(j, node), name);
+        } else {
+            code = ptst_text_append(c, &t->text, text, size);
+        }
+        code = code == PTST_OK ? ptst__text_add(c, &t->name, name) : code;
+    }
+    ptst_json_free(c, j);
+    ptst_text_free(c, &file);
+    return code;
+}
+
+/* Length of the "FILE.json" part of a path, 0 if there is none. */
+static size_t ptst__json_path_size(const char *path) {
+    size_t i, n = strlen(path), found = 0;
+    for (i = 0; i + 5 <= n; i++) {
+        if (memcmp(path + i, ".json", 5) == 0 &&
+            (i + 5 == n || path[i + 5] == '#' || path[i + 5] == ':')) {
+            found = i + 5;
+        }
+    }
+    return found;
+}
+
+static ptst_code ptst__template_from_path(ptst_ctx *c, ptst_template *t, const char *path) {
+    size_t n = strlen(path), json = ptst__json_path_size(path);
+    int kind = ptst__path_kind(path);
+    ptst_code code;
+    if (json != 0 && kind != 2) {
+        return ptst__template_from_json(c, t, path, json);
+    }
+    code = ptst__text_add(c, &t->name, path);
+    if (code != PTST_OK) {
+        return code;
+    }
+    if (kind == 2) {
+        return ptst__template_from_folder(c, t, path);
+    }
+    if (kind == 1) {
+        return ptst__template_from_file(c, "", path, &t->jinja);
+    }
+    if (n > 6 && strcmp(path + n - 6, ".jinja") == 0) {
+        return ptst__fail_errno(c, path, "open", ENOENT);
+    }
+    return ptst__fail(c, PTST_ERR_ARGUMENT,
+                      "unknown template \"%.200s\": expected gsm:text:vanilla (TV), "
+                      "gsm:text:alpaca (TA), gsm:chat:vanilla (CV), gsm:chat:alpaca (CA), "
+                      "gsm:chat:llama (CL), gsm:chat:llama-short (CLS), gsm:chat:mpt (CM), text, "
+                      "chat, model:vanilla, model:alpaca, model:llama, model:llama-short, "
+                      "model:mpt, model:none, a .jinja file, FILE.json#name or a model folder",
+                      path);
+}
+
+static ptst_code ptst__template_fill(ptst_ctx *c, ptst_template *t, const char *name,
+                                     const char *model_dir) {
+    const ptst__paper_template *p = NULL;
+    const char *folder = model_dir == NULL && ptst__path_kind(name) == 2 ? name : model_dir;
+    ptst_code code = PTST_OK;
+    size_t i;
+    for (i = 0; i < PTST__PAPER_TEMPLATES && p == NULL; i++) {
+        const ptst__paper_template *q = &ptst__paper_templates[i];
+        if (strcmp(q->name, name) == 0 ||
+            (q->short_name != NULL && strcmp(q->short_name, name) == 0)) {
+            p = q;
+        }
+    }
+    if (folder != NULL) {
+        code = ptst__template_special(c, t, folder, "tokenizer_config.json");
+        code = code == PTST_OK ? ptst__template_special(c, t, folder, "special_tokens_map.json")
+                               : code;
+    }
+    if (code != PTST_OK || p == NULL) {
+        return code != PTST_OK ? code : ptst__template_from_path(c, t, name);
+    }
+    t->short_name = p->short_name;
+    t->system = p->system;
+    t->user = p->user;
+    code = ptst__text_add(c, &t->name, p->name);
+    if (code != PTST_OK || p->text != NULL) {
+        return code != PTST_OK ? code : ptst__text_add(c, &t->text, p->text);
+    }
+    if (model_dir == NULL) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT,
+                          "%s needs a model folder: it uses its chat template", p->name);
+    }
+    code = ptst__template_from_folder(c, t, model_dir);
+    return code == PTST_OK && t->system != NULL ? ptst__template_try_system(c, t) : code;
+}
+
+PTST_API ptst_template *ptst_template_load(ptst_ctx *c, const char *name_or_path,
+                                           const char *model_dir) {
+    ptst_template *t = (ptst_template *)ptst__calloc(c, 1, sizeof *t);
+    if (t != NULL && ptst__template_fill(c, t, name_or_path, model_dir) != PTST_OK) {
+        ptst_template_free(c, t);
+        return NULL;
+    }
+    return t;
+}
+
+PTST_API void ptst_template_free(ptst_ctx *c, ptst_template *t) {
+    size_t i;
+    if (t == NULL) {
+        return;
+    }
+    ptst_text_free(c, &t->name);
+    ptst_text_free(c, &t->text);
+    ptst_jinja_free(c, t->jinja);
+    ptst_jinja_free(c, t->tools);
+    for (i = 0; i < PTST__SPECIAL_TOKENS; i++) {
+        ptst_text_free(c, &t->special[i]);
+    }
+    ptst__free(c, t);
+}
+
+PTST_API const char *ptst_template_name(const ptst_template *t) { return t->name.data; }
+
+PTST_API const char *ptst_template_short_name(const ptst_template *t) { return t->short_name; }
+
+PTST_API bool ptst_template_is_chat(const ptst_template *t) { return t->jinja != NULL; }
+
+PTST_API ptst_code ptst_template_prompt(ptst_ctx *c, const ptst_template *t, const char *question,
+                                        size_t size, ptst_prompt *out) {
+    ptst_code code;
+    ptst__prompt_empty(out);
+    if (t->jinja != NULL) {
+        return ptst__question_render(c, t, t->merge, question, size, out);
+    }
+    code = ptst__prompt_fill(c, out, t->text.data, t->text.size, question, size);
+    if (code == PTST_OK) {
+        code = ptst__prompt_learn(c, out, &t->special[1]);
+    }
+    if (code != PTST_OK) {
+        ptst__prompt_empty(out);
+        return code;
+    }
+    out->has_bos = ptst__prompt_begins(out, &t->special[0]);
+    return PTST_OK;
+}
+
+PTST_API ptst_code ptst_template_messages(ptst_ctx *c, const ptst_template *t,
+                                          const ptst_json *conversation, bool add_generation_prompt,
+                                          ptst_prompt *out) {
+    const char *role, *content;
+    size_t size = 0;
+    int32_t list, message;
+    ptst__prompt_empty(out);
+    if (t->jinja != NULL) {
+        return ptst__messages_render(c, t, conversation, add_generation_prompt, out);
+    }
+    list = ptst_json_kind(conversation, 0) == PTST_JSON_OBJECT
+               ? ptst_json_get(conversation, 0, "messages")
+               : 0;
+    message = ptst_json_at(conversation, list, 0);
+    role = ptst_json_string(conversation, ptst_json_get(conversation, message, "role"), NULL);
+    content =
+        ptst_json_string(conversation, ptst_json_get(conversation, message, "content"), &size);
+    if (ptst_json_size(conversation, list) != 1 || role == NULL || strcmp(role, "user") != 0 ||
+        content == NULL) {
+        return ptst__fail(c, PTST_ERR_MISMATCH,
+                          "%s: takes one question, so a conversation must be one message with role "
+                          "\"user\"",
+                          t->name.data);
+    }
+    return ptst_template_prompt(c, t, content, size, out);
+}
 
 /* >>safetensors ===================================================================================
-   Not written yet. */
+   The weight files of Hugging Face: a mapped and fully validated reader for single files and
+   sharded models, and an atomic writer that also streams. A file is
+
+       8 bytes      n, little-endian
+       n bytes      JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+                    ..., "__metadata__": {"key": "text"}}, then blanks
+       the rest     the data; offsets count from here; the tensors cover it without hole or overlap
+
+   Relies on >>json and on the mapped files of >>platform. Afterwards every tensor handed out lies
+   inside its file, has the bytes that its type and shape ask for, and is aligned. Tested by
+   tests/test_safetensors.c with the reference's verdicts on 52 hand-made files. */
+
+/* Element types in the order of the reference, which is the order of alignment. */
+typedef struct ptst__file_type {
+    const char *name;
+    uint8_t bits;
+    uint8_t dtype; /* ptst_dtype, PTST_DTYPE_FILE if it is no type for weights */
+} ptst__file_type;
+
+static const ptst__file_type ptst__file_types[] = {{"BOOL", 8, PTST_DTYPE_FILE},
+                                                   {"F4", 4, PTST_DTYPE_FILE},
+                                                   {"F6_E2M3", 6, PTST_DTYPE_FILE},
+                                                   {"F6_E3M2", 6, PTST_DTYPE_FILE},
+                                                   {"U8", 8, PTST_DTYPE_FILE},
+                                                   {"I8", 8, PTST_DTYPE_FILE},
+                                                   {"F8_E5M2", 8, PTST_DTYPE_FILE},
+                                                   {"F8_E4M3", 8, PTST_DTYPE_FILE},
+                                                   {"F8_E8M0", 8, PTST_DTYPE_FILE},
+                                                   {"F8_E4M3FNUZ", 8, PTST_DTYPE_FILE},
+                                                   {"F8_E5M2FNUZ", 8, PTST_DTYPE_FILE},
+                                                   {"I16", 16, PTST_DTYPE_FILE},
+                                                   {"U16", 16, PTST_DTYPE_FILE},
+                                                   {"F16", 16, PTST_F16},
+                                                   {"BF16", 16, PTST_BF16},
+                                                   {"I32", 32, PTST_DTYPE_FILE},
+                                                   {"U32", 32, PTST_DTYPE_FILE},
+                                                   {"F32", 32, PTST_F32},
+                                                   {"C64", 64, PTST_DTYPE_FILE},
+                                                   {"F64", 64, PTST_DTYPE_FILE},
+                                                   {"I64", 64, PTST_DTYPE_FILE},
+                                                   {"U64", 64, PTST_DTYPE_FILE}};
+
+enum {
+    PTST__FILE_TYPES = (int)(sizeof ptst__file_types / sizeof ptst__file_types[0]),
+    PTST__TENSOR_RANK = 8,
+    PTST__TENSOR_HEADER = 100000000, /* bytes, the limit of the reference */
+    PTST__TENSOR_DEPTH = 127         /* nesting of the header, the limit of the reference */
+};
+
+typedef struct ptst__tensor {
+    ptst_tensor view;
+    uint64_t begin, end; /* data_offsets */
+    uint32_t file;
+    uint8_t element; /* index of ptst__file_types */
+} ptst__tensor;
+
+typedef struct ptst__tensor_file {
+    const char *name; /* as in the index */
+    const char *path;
+    const void *map; /* NULL if the bytes are the caller's */
+    size_t size;
+} ptst__tensor_file;
+
+typedef struct ptst__tensor_note {
+    struct ptst__tensor_note *next;
+    const char *key, *value;
+} ptst__tensor_note;
+
+struct ptst_tensors {
+    ptst__arena arena; /* names, paths, metadata, data that lay unaligned in its file */
+    ptst__tensor *list;
+    size_t count, capacity;
+    ptst__tensor_file *files;
+    size_t files_count, files_capacity;
+    ptst__map names;
+    ptst__tensor_note *notes, *last_note;
+};
+
+/* ---- order ---- */
+
+/* Sorts order[0..n) so that no element is less than the one before it: heap sort, which needs no
+   memory and has no bad case. */
+static void ptst__sort(uint32_t *order, size_t n, const void *list,
+                       bool (*less)(const void *list, uint32_t a, uint32_t b)) {
+    size_t heap = n / 2, end = n;
+    while (end > 1) {
+        size_t parent, child;
+        uint32_t moved;
+        if (heap > 0) {
+            moved = order[--heap];
+        } else {
+            moved = order[--end];
+            order[end] = order[0];
+        }
+        for (parent = heap; (child = 2 * parent + 1) < end; parent = child) {
+            if (child + 1 < end && less(list, order[child], order[child + 1])) {
+                child++;
+            }
+            if (!less(list, moved, order[child])) {
+                break;
+            }
+            order[parent] = order[child];
+        }
+        order[parent] = moved;
+    }
+}
+
+/* ---- reading a header ---- */
+
+typedef struct ptst__tensor_reader {
+    ptst_ctx *c;
+    ptst_tensors *t;
+    const char *path; /* for errors */
+    const ptst_json *json;
+    uint32_t file;
+    const unsigned char *data; /* after the header */
+    size_t data_size;
+} ptst__tensor_reader;
+
+static ptst_code ptst__tensor_fail(ptst__tensor_reader *r, const char *name, const char *expected) {
+    return ptst__fail(r->c, PTST_ERR_FORMAT, "%s: tensor %.200s: %s", r->path, name, expected);
+}
+
+/* A JSON number that is a whole number of 64 bits, written without sign, point or exponent. */
+static bool ptst__tensor_integer(const ptst_json *j, int32_t node, uint64_t *out) {
+    size_t i, size;
+    const char *s = ptst_json_number_text(j, node, &size);
+    uint64_t value = 0;
+    if (s == NULL) {
+        return false;
+    }
+    for (i = 0; i < size; i++) {
+        unsigned digit = (unsigned)(unsigned char)s[i] - '0';
+        if (digit > 9 || value > (UINT64_MAX - digit) / 10) {
+            return false;
+        }
+        value = value * 10 + digit;
+    }
+    *out = value;
+    return true;
+}
+
+static int ptst__file_type_find(const char *name) {
+    int i;
+    for (i = 0; i < PTST__FILE_TYPES; i++) {
+        if (strcmp(ptst__file_types[i].name, name) == 0) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+/* Elements and bytes of a shape; false if they do not fit or are no whole number of bytes. A
+   dimension of 0 makes the tensor empty, wherever it stands and whatever the others are. */
+static bool ptst__tensor_size(const uint64_t *shape, int rank, unsigned bits, uint64_t *count,
+                              uint64_t *bytes) {
+    uint64_t n = 1;
+    int i;
+    for (i = 0; i < rank; i++) {
+        if (shape[i] == 0) {
+            *count = *bytes = 0;
+            return true;
+        }
+    }
+    for (i = 0; i < rank; i++) {
+        if (n > UINT64_MAX / shape[i]) {
+            return false;
+        }
+        n *= shape[i];
+    }
+    if (n > UINT64_MAX / bits || n * bits % 8 != 0 || n * bits / 8 > SIZE_MAX) {
+        return false;
+    }
+    *count = n;
+    *bytes = n * bits / 8;
+    return true;
+}
+
+static ptst_code ptst__tensor_shape(ptst__tensor_reader *r, ptst__tensor *e, int32_t node) {
+    ptst_tensor *v = &e->view;
+    int32_t k;
+    if (ptst_json_kind(r->json, node) != PTST_JSON_ARRAY ||
+        ptst_json_size(r->json, node) > PTST__TENSOR_RANK) {
+        return ptst__tensor_fail(r, v->name, "shape must be a list of at most 8 sizes");
+    }
+    v->rank = 0;
+    for (k = ptst_json_first(r->json, node); k >= 0; k = ptst_json_next(r->json, k)) {
+        if (!ptst__tensor_integer(r->json, k, &v->shape[v->rank++])) {
+            return ptst__tensor_fail(r, v->name, "a size in its shape is no whole number");
+        }
+    }
+    return PTST_OK;
+}
+
+static ptst_code ptst__tensor_offsets(ptst__tensor_reader *r, ptst__tensor *e, int32_t node) {
+    int32_t first =
+        ptst_json_kind(r->json, node) == PTST_JSON_ARRAY ? ptst_json_first(r->json, node) : -1;
+    if (ptst_json_size(r->json, node) != 2 || !ptst__tensor_integer(r->json, first, &e->begin) ||
+        !ptst__tensor_integer(r->json, ptst_json_next(r->json, first), &e->end)) {
+        return ptst__tensor_fail(r, e->view.name, "data_offsets must be two whole numbers");
+    }
+    return PTST_OK;
+}
+
+/* {"dtype", "shape", "data_offsets"}: each once; other keys are allowed and ignored. */
+static ptst_code ptst__tensor_fields(ptst__tensor_reader *r, ptst__tensor *e, int32_t object) {
+    const ptst_json *j = r->json;
+    const char *name = e->view.name;
+    int32_t key, value;
+    int dtypes = 0, shapes = 0, offsets = 0, element = -1;
+    ptst_code code = PTST_OK;
+    if (ptst_json_kind(j, object) != PTST_JSON_OBJECT) {
+        return ptst__tensor_fail(r, name, "its description must be an object");
+    }
+    for (key = ptst_json_first(j, object); key >= 0 && code == PTST_OK;
+         key = ptst_json_next(j, value)) {
+        const char *field = ptst_json_string(j, key, NULL);
+        value = ptst_json_next(j, key);
+        if (strcmp(field, "dtype") == 0) {
+            const char *s = ptst_json_string(j, value, NULL);
+            dtypes++;
+            element = s == NULL ? -1 : ptst__file_type_find(s);
+            if (element < 0) {
+                return ptst__fail(r->c, PTST_ERR_FORMAT, "%s: tensor %.200s: unknown dtype %.40s",
+                                  r->path, name, s == NULL ? "(no text)" : s);
+            }
+        } else if (strcmp(field, "shape") == 0) {
+            shapes++;
+            code = ptst__tensor_shape(r, e, value);
+        } else if (strcmp(field, "data_offsets") == 0) {
+            offsets++;
+            code = ptst__tensor_offsets(r, e, value);
+        }
+    }
+    if (code == PTST_OK && (dtypes != 1 || shapes != 1 || offsets != 1)) {
+        return ptst__tensor_fail(r, name, "dtype, shape and data_offsets must be there once each");
+    }
+    if (code == PTST_OK) {
+        e->element = (uint8_t)element;
+        e->view.dtype_name = ptst__file_types[element].name;
+        e->view.dtype = (ptst_dtype)ptst__file_types[element].dtype;
+    }
+    return code;
+}
+
+/* Points the view at its bytes. The kernels read whole elements, so data that lies unaligned in
+   the file (allowed, but no writer does it) is copied. */
+static ptst_code ptst__tensor_bind(ptst__tensor_reader *r, ptst__tensor *e) {
+    ptst_tensor *v = &e->view;
+    size_t align = ptst__file_types[e->element].bits / 8u;
+    uint64_t bytes;
+    if (!ptst__tensor_size(v->shape, v->rank, ptst__file_types[e->element].bits, &v->count,
+                           &bytes)) {
+        return ptst__tensor_fail(r, v->name, "its shape is no possible number of bytes");
+    }
+    if (e->end < e->begin || e->end > r->data_size || bytes != e->end - e->begin) {
+        return ptst__fail(r->c, PTST_ERR_FORMAT,
+                          "%s: tensor %.200s: data_offsets %llu to %llu do not fit, its shape asks "
+                          "for %llu bytes and the file has %llu bytes of data",
+                          r->path, v->name, (unsigned long long)e->begin,
+                          (unsigned long long)e->end, (unsigned long long)bytes,
+                          (unsigned long long)r->data_size);
+    }
+    v->bytes = (size_t)bytes;
+    if (v->bytes == 0) {
+        return PTST_OK;
+    }
+    v->data = r->data + e->begin;
+    if (align > 1 && (uintptr_t)v->data % align != 0) {
+        void *copy = ptst__arena_alloc(r->c, &r->t->arena, v->bytes, 1);
+        if (copy == NULL) {
+            return PTST_ERR_MEMORY;
+        }
+        v->data = memcpy(copy, v->data, v->bytes);
+    }
+    return PTST_OK;
+}
+
+static ptst_code ptst__tensor_add(ptst__tensor_reader *r, int32_t key, int32_t value) {
+    ptst_tensors *t = r->t;
+    size_t size;
+    const char *name = ptst_json_string(r->json, key, &size);
+    void *list = t->list;
+    ptst__tensor *e;
+    ptst_code code = ptst__grow(r->c, &list, &t->capacity, t->count + 1, sizeof *e);
+    if (code != PTST_OK) {
+        return code;
+    }
+    t->list = (ptst__tensor *)list;
+    e = &t->list[t->count];
+    memset(e, 0, sizeof *e);
+    e->file = r->file;
+    e->view.name = ptst__arena_copy(r->c, &t->arena, name, size);
+    if (e->view.name == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    if (strlen(e->view.name) != size) {
+        return ptst__tensor_fail(r, e->view.name, "its name has a NUL inside");
+    }
+    if (ptst__map_get(&t->names, e->view.name, size, -1) >= 0 || t->count >= INT32_MAX) {
+        return ptst__tensor_fail(r, e->view.name, "is there twice");
+    }
+    code = ptst__tensor_fields(r, e, value);
+    if (code == PTST_OK) {
+        code = ptst__tensor_bind(r, e);
+    }
+    if (code == PTST_OK) {
+        code = ptst__map_put(r->c, &t->names, e->view.name, size, (int32_t)t->count);
+        t->count += code == PTST_OK;
+    }
+    return code;
+}
+
+/* "__metadata__": null or an object of texts. */
+static ptst_code ptst__tensor_notes(ptst__tensor_reader *r, int32_t object) {
+    const ptst_json *j = r->json;
+    int32_t key, value;
+    ptst_json_type kind = ptst_json_kind(j, object);
+    if (kind != PTST_JSON_OBJECT && kind != PTST_JSON_NULL) {
+        return ptst__fail(r->c, PTST_ERR_FORMAT, "%s: __metadata__ must be an object", r->path);
+    }
+    for (key = ptst_json_first(j, object); key >= 0; key = ptst_json_next(j, value)) {
+        ptst__tensor_note *note;
+        size_t key_size, size = 0;
+        const char *name = ptst_json_string(j, key, &key_size), *s;
+        value = ptst_json_next(j, key);
+        s = ptst_json_string(j, value, &size);
+        if (s == NULL) {
+            return ptst__fail(r->c, PTST_ERR_FORMAT, "%s: __metadata__: %.200s must be a text",
+                              r->path, name);
+        }
+        note = (ptst__tensor_note *)ptst__arena_alloc(r->c, &r->t->arena, 1, sizeof *note);
+        if (note == NULL ||
+            (note->key = ptst__arena_copy(r->c, &r->t->arena, name, key_size), note->key == NULL) ||
+            (note->value = ptst__arena_copy(r->c, &r->t->arena, s, size), note->value == NULL)) {
+            return PTST_ERR_MEMORY;
+        }
+        if (r->t->last_note == NULL) {
+            r->t->notes = note;
+        } else {
+            r->t->last_note->next = note;
+        }
+        r->t->last_note = note;
+    }
+    return PTST_OK;
+}
+
+static bool ptst__tensor_before(const void *list, uint32_t a, uint32_t b) {
+    const ptst__tensor *x = (const ptst__tensor *)list + a, *y = (const ptst__tensor *)list + b;
+    return x->begin != y->begin ? x->begin < y->begin : x->end < y->end;
+}
+
+/* The tensors of this file (from `first` on) must cover its data exactly. */
+static ptst_code ptst__tensor_cover(ptst__tensor_reader *r, size_t first) {
+    size_t i, n = r->t->count - first;
+    const ptst__tensor *list = r->t->list + first;
+    uint64_t end = 0;
+    ptst_code code = PTST_OK;
+    uint32_t *order = (uint32_t *)ptst__alloc(r->c, n + 1, sizeof *order);
+    if (order == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < n; i++) {
+        order[i] = (uint32_t)i;
+    }
+    ptst__sort(order, n, list, ptst__tensor_before);
+    for (i = 0; i < n && code == PTST_OK; i++) {
+        const ptst__tensor *e = &list[order[i]];
+        if (e->begin != end) {
+            code = ptst__tensor_fail(r, e->view.name,
+                                     e->begin > end ? "there is a hole before its data"
+                                                    : "its data overlaps another tensor");
+        }
+        end = e->end;
+    }
+    if (code == PTST_OK && end != r->data_size) {
+        code = ptst__fail(r->c, PTST_ERR_FORMAT, "%s: %llu bytes of data, the tensors have %llu",
+                          r->path, (unsigned long long)r->data_size, (unsigned long long)end);
+    }
+    ptst__free(r->c, order);
+    return code;
+}
+
+/* Nesting of JSON text that is not parsed yet; brackets in strings do not count. */
+static bool ptst__tensor_too_deep(const char *s, size_t size) {
+    size_t i, depth = 0;
+    bool quoted = false;
+    for (i = 0; i < size && depth <= PTST__TENSOR_DEPTH; i++) {
+        if (quoted) {
+            quoted = s[i] != '"';
+            i += s[i] == '\\';
+        } else if (s[i] == '"') {
+            quoted = true;
+        } else if (s[i] == '{' || s[i] == '[') {
+            depth++;
+        } else if ((s[i] == '}' || s[i] == ']') && depth > 0) {
+            depth--;
+        }
+    }
+    return depth > PTST__TENSOR_DEPTH;
+}
+
+static ptst_code ptst__tensor_walk(ptst__tensor_reader *r) {
+    size_t first = r->t->count;
+    int32_t key, value;
+    int metadata = 0;
+    ptst_code code = PTST_OK;
+    for (key = ptst_json_first(r->json, 0); key >= 0 && code == PTST_OK;
+         key = ptst_json_next(r->json, value)) {
+        size_t size;
+        const char *name = ptst_json_string(r->json, key, &size);
+        value = ptst_json_next(r->json, key);
+        if (size != 12 || memcmp(name, "__metadata__", 12) != 0) {
+            code = ptst__tensor_add(r, key, value);
+        } else if (++metadata > 1) {
+            code = ptst__fail(r->c, PTST_ERR_FORMAT, "%s: __metadata__ is there twice", r->path);
+        } else {
+            code = ptst__tensor_notes(r, value);
+        }
+    }
+    return code == PTST_OK ? ptst__tensor_cover(r, first) : code;
+}
+
+/* Adds the tensors of one file's bytes. */
+static ptst_code ptst__tensors_read(ptst_ctx *c, ptst_tensors *t, uint32_t file, const void *bytes,
+                                    size_t size, const char *path) {
+    const unsigned char *p = (const unsigned char *)bytes;
+    const char *header = (const char *)bytes + 8;
+    ptst__tensor_reader r;
+    ptst_json *json;
+    uint64_t n = 0;
+    int i;
+    ptst_code code;
+    if (size < 8) {
+        return ptst__fail(c, PTST_ERR_FORMAT, "%s: %llu bytes, a safetensors file has at least 8",
+                          path, (unsigned long long)size);
+    }
+    for (i = 7; i >= 0; i--) {
+        n = n << 8 | p[i];
+    }
+    if (n > PTST__TENSOR_HEADER || n > size - 8) {
+        return ptst__fail(c, PTST_ERR_FORMAT,
+                          "%s: its header claims %llu bytes, the file has %llu after the first 8 "
+                          "(cut off, or no safetensors file)",
+                          path, (unsigned long long)n, (unsigned long long)(size - 8));
+    }
+    if (n == 0 || header[0] != '{' || ptst__tensor_too_deep(header, (size_t)n)) {
+        return ptst__fail(c, PTST_ERR_FORMAT,
+                          "%s: the header is no JSON object that begins with "
+                          "'{' and is nested at most 127 deep",
+                          path);
+    }
+    json = ptst_json_parse(c, header, (size_t)n, path);
+    if (json == NULL) {
+        return c->code;
+    }
+    r.c = c;
+    r.t = t;
+    r.path = path;
+    r.json = json;
+    r.file = file;
+    r.data = p + 8 + n;
+    r.data_size = size - 8 - (size_t)n;
+    code = ptst__tensor_walk(&r);
+    ptst_json_free(c, json);
+    return code;
+}
+
+/* ---- files ---- */
+
+/* Maps folder/name (or name alone) and reads it; name is copied. */
+static ptst_code ptst__tensors_file(ptst_ctx *c, ptst_tensors *t, const char *path,
+                                    const char *name) {
+    ptst__tensor_file *f;
+    void *files = t->files;
+    int error;
+    ptst_code code = ptst__grow(c, &files, &t->files_capacity, t->files_count + 1, sizeof *f);
+    if (code != PTST_OK) {
+        return code;
+    }
+    t->files = (ptst__tensor_file *)files;
+    f = &t->files[t->files_count];
+    f->path = ptst__arena_copy(c, &t->arena, path, strlen(path));
+    f->name = ptst__arena_copy(c, &t->arena, name, strlen(name));
+    if (f->path == NULL || f->name == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    if (ptst__path_kind(path) != 1) {
+        return ptst__fail(c, PTST_ERR_NOT_FOUND, "%s: there is no such file", path);
+    }
+    error = ptst__map_file(path, &f->map, &f->size);
+    if (error != 0) {
+        return ptst__fail_errno(c, path, "read", error);
+    }
+    t->files_count++;
+    return ptst__tensors_read(c, t, (uint32_t)(t->files_count - 1), f->map, f->size, f->path);
+}
+
+/* A shard lies in the folder of its index: a plain file name, which cannot lead elsewhere. */
+static bool ptst__tensors_plain_name(const char *name, size_t size) {
+    return size != 0 && strlen(name) == size && strcmp(name, ".") != 0 && strcmp(name, "..") != 0 &&
+           strchr(name, '/') == NULL && strchr(name, '\\') == NULL;
+}
+
+/* Opens the file that a weight_map entry names unless it is open; *file = its number. */
+static ptst_code ptst__tensors_shard(ptst_ctx *c, ptst_tensors *t, const char *index,
+                                     const char *tensor, const char *name, size_t size,
+                                     ptst__map *opened, uint32_t *file) {
+    ptst_text path = {NULL, 0, 0};
+    const char *slash = strrchr(index, '/');
+    size_t folder = slash == NULL ? 0 : (size_t)(slash - index) + 1;
+    int32_t known;
+    ptst_code code;
+    if (name == NULL || !ptst__tensors_plain_name(name, size)) {
+        return ptst__fail(c, PTST_ERR_FORMAT, "%s: weight_map: %.200s: its file is no plain name",
+                          index, tensor);
+    }
+    known = ptst__map_get(opened, name, size, -1);
+    *file = (uint32_t)known;
+    if (known >= 0) {
+        return PTST_OK;
+    }
+    *file = (uint32_t)t->files_count;
+    code = ptst_text_append(c, &path, index, folder);
+    if (code == PTST_OK) {
+        code = ptst_text_append(c, &path, name, size);
+    }
+    if (code == PTST_OK) {
+        code = ptst__tensors_file(c, t, path.data, name);
+    }
+    if (code == PTST_OK) {
+        code = ptst__map_put(c, opened, name, size, (int32_t)*file);
+    }
+    ptst_text_free(c, &path);
+    return code;
+}
+
+static ptst_code ptst__tensors_index_walk(ptst_ctx *c, ptst_tensors *t, const char *path,
+                                          const ptst_json *j, ptst__map *opened) {
+    int32_t map = ptst_json_get(j, 0, "weight_map"), key, value;
+    ptst_code code;
+    if (ptst_json_kind(j, map) != PTST_JSON_OBJECT || ptst_json_size(j, map) == 0) {
+        return ptst__fail(c, PTST_ERR_FORMAT,
+                          "%s: weight_map must be an object that names the "
+                          "file of each tensor",
+                          path);
+    }
+    for (key = ptst_json_first(j, map); key >= 0; key = ptst_json_next(j, value)) {
+        size_t size = 0, name_size;
+        const char *name = ptst_json_string(j, key, &name_size), *shard;
+        uint32_t file;
+        int32_t at;
+        value = ptst_json_next(j, key);
+        shard = ptst_json_string(j, value, &size);
+        code = ptst__tensors_shard(c, t, path, name, shard, size, opened, &file);
+        if (code != PTST_OK) {
+            return code;
+        }
+        at = ptst__map_get(&t->names, name, name_size, -1);
+        if (at < 0 || t->list[at].file != file) {
+            return ptst__fail(c, PTST_ERR_FORMAT, "%s: weight_map: tensor %.200s is not in %.200s",
+                              path, name, shard);
+        }
+    }
+    return PTST_OK;
+}
+
+static ptst_code ptst__tensors_index(ptst_ctx *c, ptst_tensors *t, const char *path) {
+    ptst__map opened = {NULL, 0, 0};
+    ptst_json *j = ptst_json_load(c, path);
+    ptst_code code;
+    if (j == NULL) {
+        return c->code;
+    }
+    code = ptst__tensors_index_walk(c, t, path, j, &opened);
+    ptst__map_free(c, &opened);
+    ptst_json_free(c, j);
+    return code;
+}
+
+static ptst_code ptst__tensors_path(ptst_ctx *c, ptst_tensors *t, const char *path) {
+    static const char *const names[] = {"model.safetensors", "model.safetensors.index.json",
+                                        "adapter_model.safetensors"};
+    ptst_text file = {NULL, 0, 0};
+    size_t i, n = strlen(path);
+    ptst_code code = PTST_ERR_NOT_FOUND;
+    if (ptst__path_kind(path) != 2) {
+        return n > 5 && strcmp(path + n - 5, ".json") == 0 ? ptst__tensors_index(c, t, path)
+                                                           : ptst__tensors_file(c, t, path, path);
+    }
+    for (i = 0; i < 3; i++) {
+        code = ptst__path_join(c, &file, path, names[i]);
+        if (code != PTST_OK || ptst__path_kind(file.data) != 0) {
+            break;
+        }
+    }
+    if (i == 3) {
+        code = ptst__fail(c, PTST_ERR_NOT_FOUND,
+                          "%s: has no model.safetensors, "
+                          "model.safetensors.index.json or adapter_model.safetensors",
+                          path);
+    } else if (code == PTST_OK) {
+        code = i == 1 ? ptst__tensors_index(c, t, file.data)
+                      : ptst__tensors_file(c, t, file.data, names[i]);
+    }
+    ptst_text_free(c, &file);
+    return code;
+}
+
+/* ---- writer ----
+   begin writes the header; then, as long as next gives the number of a tensor, its bytes are put
+   (in as many pieces as is convenient); commit makes the file appear. After a failure: abort. */
+
+typedef struct ptst__tensors_writer {
+    ptst__out out;
+    const ptst_tensor *list; /* of the caller */
+    uint32_t *order;         /* the order of the data in the file */
+    size_t count, at;
+    uint64_t left; /* bytes that tensor order[at] still needs */
+} ptst__tensors_writer;
+
+static int ptst__tensor_element(const ptst_tensor *v) {
+    const char *name = v->dtype_name != NULL   ? v->dtype_name
+                       : v->dtype == PTST_F32  ? "F32"
+                       : v->dtype == PTST_F16  ? "F16"
+                       : v->dtype == PTST_BF16 ? "BF16"
+                                               : "";
+    return ptst__file_type_find(name);
+}
+
+/* Large elements first, so that all data is aligned; then by name. As the reference. */
+static bool ptst__tensor_precedes(const void *list, uint32_t a, uint32_t b) {
+    const ptst_tensor *x = (const ptst_tensor *)list + a, *y = (const ptst_tensor *)list + b;
+    int element_x = ptst__tensor_element(x), element_y = ptst__tensor_element(y);
+    return element_x != element_y ? element_x > element_y : strcmp(x->name, y->name) < 0;
+}
+
+static ptst_code ptst__tensors_check(ptst_ctx *c, const ptst_tensor *v, uint64_t *bytes) {
+    int element = ptst__tensor_element(v);
+    uint64_t count;
+    if (element < 0 || v->rank < 0 || v->rank > PTST__TENSOR_RANK ||
+        !ptst__tensor_size(v->shape, v->rank, ptst__file_types[element].bits, &count, bytes)) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT,
+                          "tensor %.200s: its dtype or shape cannot be "
+                          "written",
+                          v->name);
+    }
+    return PTST_OK;
+}
+
+/* {"__metadata__":{"k":"v"},"name":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}} + blanks */
+static ptst_code ptst__tensors_header(ptst_ctx *c, const ptst__tensors_writer *w,
+                                      const char *const *metadata, ptst_text *h) {
+    size_t i;
+    int k;
+    uint64_t at = 0, bytes;
+    ptst_code code = ptst__text_add(c, h, metadata == NULL ? "{" : "{\"__metadata__\":{");
+    for (i = 0; metadata != NULL && metadata[i] != NULL && code == PTST_OK; i++) {
+        code = ptst__text_add(c, h, i % 2 == 1 ? ":" : i == 0 ? "" : ",");
+        code = code != PTST_OK ? code : ptst__json_quote(c, h, metadata[i], strlen(metadata[i]));
+    }
+    if (code == PTST_OK && metadata != NULL) {
+        code = ptst__text_add(c, h, w->count == 0 ? "}" : "},");
+    }
+    for (i = 0; i < w->count && code == PTST_OK; i++) {
+        const ptst_tensor *v = &w->list[w->order[i]];
+        code = ptst__tensors_check(c, v, &bytes);
+        if (code == PTST_OK && i > 0 && strcmp(w->list[w->order[i - 1]].name, v->name) == 0) {
+            code = ptst__fail(c, PTST_ERR_ARGUMENT, "tensor %.200s is there twice", v->name);
+        }
+        code = code != PTST_OK ? code : ptst__text_add(c, h, i == 0 ? "" : ",");
+        code = code != PTST_OK ? code : ptst__json_quote(c, h, v->name, strlen(v->name));
+        code = code != PTST_OK ? code
+                               : ptst__text_format(c, h, ":{\"dtype\":\"%s\",\"shape\":[",
+                                                   ptst__file_types[ptst__tensor_element(v)].name);
+        for (k = 0; k < v->rank && code == PTST_OK; k++) {
+            code = ptst__text_format(c, h, "%s%llu", k == 0 ? "" : ",",
+                                     (unsigned long long)v->shape[k]);
+        }
+        code = code != PTST_OK
+                   ? code
+                   : ptst__text_format(c, h, "],\"data_offsets\":[%llu,%llu]}",
+                                       (unsigned long long)at, (unsigned long long)(at + bytes));
+        at += bytes;
+    }
+    code = code != PTST_OK ? code : ptst__text_add(c, h, "}");
+    while (code == PTST_OK && h->size % 8 != 0) {
+        code = ptst__text_add(c, h, " ");
+    }
+    return code;
+}
+
+static void ptst__tensors_abort(ptst_ctx *c, ptst__tensors_writer *w) {
+    ptst__out_abort(c, &w->out);
+    ptst__free(c, w->order);
+    w->order = NULL;
+}
+
+/* The bytes of tensor order[at] are what is left now. */
+static void ptst__tensors_turn(ptst__tensors_writer *w) {
+    const ptst_tensor *v = w->at < w->count ? &w->list[w->order[w->at]] : NULL;
+    uint64_t count;
+    w->left = 0;
+    if (v != NULL) { /* cannot fail: the header was made from the same numbers */
+        (void)ptst__tensor_size(v->shape, v->rank, ptst__file_types[ptst__tensor_element(v)].bits,
+                                &count, &w->left);
+    }
+}
+
+static ptst_code ptst__tensors_begin(ptst_ctx *c, ptst__tensors_writer *w, const char *path,
+                                     const ptst_tensor *list, size_t count,
+                                     const char *const *metadata) {
+    ptst_text header = {NULL, 0, 0};
+    unsigned char size[8];
+    size_t i;
+    ptst_code code;
+    memset(w, 0, sizeof *w);
+    w->list = list;
+    w->count = count;
+    w->order = (uint32_t *)ptst__alloc(c, count + 1, sizeof *w->order);
+    if (w->order == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < count; i++) {
+        w->order[i] = (uint32_t)i;
+    }
+    ptst__sort(w->order, count, list, ptst__tensor_precedes);
+    code = ptst__tensors_header(c, w, metadata, &header);
+    if (code == PTST_OK && header.size > PTST__TENSOR_HEADER) {
+        code = ptst__fail(c, PTST_ERR_LIMIT, "%s: a header of more than 100 MB", path);
+    }
+    if (code == PTST_OK) {
+        code = ptst__out_open(c, &w->out, path);
+    }
+    for (i = 0; i < 8; i++) {
+        size[i] = (unsigned char)((uint64_t)header.size >> (8 * i));
+    }
+    if (code == PTST_OK) {
+        code = ptst__out_write(c, &w->out, size, 8);
+    }
+    if (code == PTST_OK) {
+        code = ptst__out_write(c, &w->out, header.data, header.size);
+    }
+    ptst_text_free(c, &header);
+    if (code != PTST_OK) {
+        ptst__tensors_abort(c, w);
+        return code;
+    }
+    ptst__tensors_turn(w);
+    return PTST_OK;
+}
+
+/* Number (in the list) of the tensor whose bytes come next; count when all are written. */
+static size_t ptst__tensors_next(ptst__tensors_writer *w) {
+    while (w->at < w->count && w->left == 0) {
+        w->at++;
+        ptst__tensors_turn(w);
+    }
+    return w->at < w->count ? w->order[w->at] : w->count;
+}
+
+static ptst_code ptst__tensors_put(ptst_ctx *c, ptst__tensors_writer *w, const void *data,
+                                   size_t bytes) {
+    if (bytes > w->left) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "%s: more bytes than the tensor has",
+                          w->out.path.data);
+    }
+    w->left -= bytes;
+    return ptst__out_write(c, &w->out, data, bytes);
+}
+
+static ptst_code ptst__tensors_commit(ptst_ctx *c, ptst__tensors_writer *w) {
+    ptst_code code;
+    if (ptst__tensors_next(w) != w->count) {
+        code = ptst__fail(c, PTST_ERR_ARGUMENT, "%s: tensors are missing", w->out.path.data);
+        ptst__tensors_abort(c, w);
+        return code;
+    }
+    code = ptst__out_commit(c, &w->out);
+    ptst__tensors_abort(c, w);
+    return code;
+}
+
+/* ---- public part ---- */
+
+PTST_API void ptst_tensors_close(ptst_ctx *c, ptst_tensors *t) {
+    size_t i;
+    if (t != NULL) {
+        for (i = 0; i < t->files_count; i++) {
+            ptst__unmap_file(t->files[i].map, t->files[i].size);
+        }
+        ptst__free(c, t->files);
+        ptst__free(c, t->list);
+        ptst__map_free(c, &t->names);
+        ptst__arena_free(c, &t->arena);
+        ptst__free(c, t);
+    }
+}
+
+PTST_API ptst_tensors *ptst_tensors_open(ptst_ctx *c, const char *path) {
+    ptst_tensors *t = (ptst_tensors *)ptst__calloc(c, 1, sizeof *t);
+    if (t != NULL && ptst__tensors_path(c, t, path) != PTST_OK) {
+        ptst_tensors_close(c, t);
+        t = NULL;
+    }
+    return t;
+}
+
+PTST_API ptst_tensors *ptst_tensors_parse(ptst_ctx *c, const void *data, size_t size,
+                                          const char *name) {
+    ptst_tensors *t = (ptst_tensors *)ptst__calloc(c, 1, sizeof *t);
+    if (t != NULL && ptst__tensors_read(c, t, 0, data, size, name) != PTST_OK) {
+        ptst_tensors_close(c, t);
+        t = NULL;
+    }
+    return t;
+}
+
+PTST_API size_t ptst_tensors_count(const ptst_tensors *t) { return t->count; }
+
+PTST_API const ptst_tensor *ptst_tensors_at(const ptst_tensors *t, size_t i) {
+    return i < t->count ? &t->list[i].view : NULL;
+}
+
+PTST_API const ptst_tensor *ptst_tensors_find(const ptst_tensors *t, const char *name) {
+    int32_t i = ptst__map_get(&t->names, name, strlen(name), -1);
+    return i < 0 ? NULL : &t->list[i].view;
+}
+
+PTST_API const char *ptst_tensors_metadata(const ptst_tensors *t, const char *key) {
+    const ptst__tensor_note *n;
+    for (n = t->notes; n != NULL; n = n->next) {
+        if (strcmp(n->key, key) == 0) {
+            return n->value;
+        }
+    }
+    return NULL;
+}
+
+PTST_API ptst_code ptst_tensors_write(ptst_ctx *c, const char *path, const ptst_tensor *list,
+                                      size_t count, const char *const *metadata) {
+    ptst__tensors_writer w;
+    size_t i;
+    ptst_code code = ptst__tensors_begin(c, &w, path, list, count, metadata);
+    if (code != PTST_OK) {
+        return code;
+    }
+    while (code == PTST_OK && (i = ptst__tensors_next(&w)) < count) {
+        code = ptst__tensors_put(c, &w, list[i].data, (size_t)w.left);
+    }
+    if (code != PTST_OK) {
+        ptst__tensors_abort(c, &w);
+        return code;
+    }
+    return ptst__tensors_commit(c, &w);
+}
 
 /* >>kernels =======================================================================================
    The operations: conversion of element types, matrix products, and what a transformer layer does
@@ -2129,10 +4190,13 @@ struct ptst__kernels {
     void (*swiglu)(size_t n, const float *gate, const float *up, float *y);
     void (*swiglu_backward)(size_t n, const float *gate, const float *up, const float *dy,
                             float *dgate, float *dup);
-    double (*cross_entropy)(size_t V, float *x, size_t label, float scale);
     void (*adamw)(size_t n, float *w, const float *g, float *m, float *v,
                   const struct ptst__adamw_factors *f);
+    float (*row_max)(size_t n, const float *x);
+    double (*row_exp)(size_t n, const float *x, float max, float *y);
+    double (*dot)(size_t n, const float *x, const float *y);
     double (*sum_squares)(size_t n, const float *x);
+    void (*scale)(size_t n, float alpha, float *y);
     void (*axpy)(size_t n, float alpha, const float *x, float *y);
 };
 
@@ -3575,6 +5639,333 @@ PTST_API void ptst_matmul_backward(ptst_ctx *c, size_t M, size_t N, size_t K, co
     }
 }
 
+/* ---- exp and sums of rows --------------------------------------------------------------------
+   The SIMD versions of exp share one scheme: n = round(x / ln 2), r = x - n ln 2 (|r| <= 0.347,
+   ln 2 in two parts), exp(x) = 2^n (1 + r + r^2 q(r)) with q of degree 4, a minimax fit of
+   relative error 3e-9. The result is within 1 ulp for -86.9 <= x <= 88.72; below it is 0, above
+   infinity, NaN stays NaN. Proof: tests/test_ops.c, exp_accuracy. */
+
+#define PTST__EXP_LOW (-86.9f) /* exp(x) is still a normal number, and 2^(n-1) as well */
+#define PTST__EXP_HIGH 89.0f   /* exp(x) is infinite */
+#define PTST__LOG2_E 1.44269504f
+#define PTST__LN2_HIGH 0.693147182f /* the nearest float32, and what is missing to ln 2 */
+#define PTST__LN2_LOW (-1.90465421e-9f)
+#define PTST__EXP_2 0.49999994f
+#define PTST__EXP_3 0.166665211f
+#define PTST__EXP_4 0.041668389f
+#define PTST__EXP_5 0.00836872403f
+#define PTST__EXP_6 0.00138145836f
+
+/* Largest of n >= 1 numbers; which one is open if NaN is among them. */
+static float ptst__row_max__scalar(size_t n, const float *x) {
+    float max = x[0];
+    size_t i;
+    for (i = 1; i < n; i++) {
+        max = x[i] > max ? x[i] : max;
+    }
+    return max;
+}
+
+/* y_i = exp(x_i - max) (y may be x, or NULL) and the sum of them. */
+static double ptst__row_exp__scalar(size_t n, const float *x, float max, float *y) {
+    double sum = 0, e;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        e = exp((double)x[i] - (double)max);
+        sum += e;
+        if (y != NULL) {
+            y[i] = (float)e;
+        }
+    }
+    return sum;
+}
+
+static double ptst__dot__scalar(size_t n, const float *x, const float *y) {
+    double sum = 0;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        sum += (double)x[i] * (double)y[i];
+    }
+    return sum;
+}
+
+static double ptst__sum_squares__scalar(size_t n, const float *x) {
+    return ptst__dot__scalar(n, x, x);
+}
+
+static void ptst__scale__scalar(size_t n, float alpha, float *y) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        y[i] *= alpha;
+    }
+}
+
+static void ptst__axpy__scalar(size_t n, float alpha, const float *x, float *y) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        y[i] += alpha * x[i];
+    }
+}
+
+#if PTST__X86
+
+/* min and max return their second argument if one is NaN, so x comes second. */
+PTST__AVX2 PTST__INLINE __m256 ptst__exp__avx2(__m256 x) {
+    __m256 n, r, p, keep = _mm256_cmp_ps(x, _mm256_set1_ps(PTST__EXP_LOW), _CMP_NLT_UQ);
+    __m256i power;
+    x = _mm256_max_ps(_mm256_set1_ps(PTST__EXP_LOW), x);
+    x = _mm256_min_ps(_mm256_set1_ps(PTST__EXP_HIGH), x);
+    n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(PTST__LOG2_E)),
+                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(PTST__LN2_HIGH), x);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(PTST__LN2_LOW), r);
+    p = _mm256_set1_ps(PTST__EXP_6);
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(PTST__EXP_5));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(PTST__EXP_4));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(PTST__EXP_3));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(PTST__EXP_2));
+    p = _mm256_fmadd_ps(_mm256_mul_ps(p, r), r, r);
+    p = _mm256_add_ps(p, _mm256_set1_ps(1));
+    p = _mm256_add_ps(p, p); /* the n of large x has no 2^n, but 2^(n-1) */
+    power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(126)), 23);
+    return _mm256_and_ps(_mm256_mul_ps(p, _mm256_castsi256_ps(power)), keep);
+}
+
+/* Sum of the lanes. */
+PTST__AVX2 PTST__INLINE float ptst__sum8__avx2(__m256 x) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+/* Lane i is on for i < n. */
+PTST__AVX2 PTST__INLINE __m256i ptst__mask8__avx2(size_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n > 8 ? 8 : (int)n),
+                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+PTST__AVX2 static float ptst__row_max__avx2(size_t n, const float *x) {
+    __m256 low = _mm256_set1_ps(x[0]), m = low, k = low;
+    float lanes[8];
+    size_t i;
+    for (i = 0; n - i >= 16; i += 16) {
+        m = _mm256_max_ps(m, _mm256_loadu_ps(x + i));
+        k = _mm256_max_ps(k, _mm256_loadu_ps(x + i + 8));
+    }
+    for (; i < n; i += 8) {
+        __m256i mask = ptst__mask8__avx2(n - i);
+        m = _mm256_max_ps(
+            m, _mm256_blendv_ps(low, _mm256_maskload_ps(x + i, mask), _mm256_castsi256_ps(mask)));
+    }
+    _mm256_storeu_ps(lanes, _mm256_max_ps(m, k));
+    return ptst__row_max__scalar(8, lanes);
+}
+
+/* As __scalar, with float32 lanes: callers pass short pieces of a row. */
+PTST__AVX2 static double ptst__row_exp__avx2(size_t n, const float *x, float max, float *y) {
+    __m256 m = _mm256_set1_ps(max), sum = _mm256_setzero_ps(), e;
+    size_t i;
+    for (i = 0; n - i >= 8; i += 8) {
+        e = ptst__exp__avx2(_mm256_sub_ps(_mm256_loadu_ps(x + i), m));
+        sum = _mm256_add_ps(sum, e);
+        if (y != NULL) {
+            _mm256_storeu_ps(y + i, e);
+        }
+    }
+    if (i < n) {
+        __m256i mask = ptst__mask8__avx2(n - i);
+        e = ptst__exp__avx2(_mm256_sub_ps(_mm256_maskload_ps(x + i, mask), m));
+        sum = _mm256_add_ps(sum, _mm256_and_ps(e, _mm256_castsi256_ps(mask)));
+        if (y != NULL) {
+            _mm256_maskstore_ps(y + i, mask, e);
+        }
+    }
+    return (double)ptst__sum8__avx2(sum);
+}
+
+PTST__AVX2 static double ptst__dot__avx2(size_t n, const float *x, const float *y) {
+    __m256 a = _mm256_setzero_ps(), b = a;
+    size_t i;
+    for (i = 0; n - i >= 16; i += 16) {
+        a = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i), a);
+        b = _mm256_fmadd_ps(_mm256_loadu_ps(x + i + 8), _mm256_loadu_ps(y + i + 8), b);
+    }
+    return (double)ptst__sum8__avx2(_mm256_add_ps(a, b)) + ptst__dot__scalar(n - i, x + i, y + i);
+}
+
+/* As __scalar, 8 sums in double. */
+PTST__AVX2 static double ptst__sum_squares__avx2(size_t n, const float *x) {
+    __m256d a = _mm256_setzero_pd(), b = a, p, q;
+    double lanes[4];
+    size_t i;
+    for (i = 0; n - i >= 8; i += 8) {
+        p = _mm256_cvtps_pd(_mm_loadu_ps(x + i));
+        q = _mm256_cvtps_pd(_mm_loadu_ps(x + i + 4));
+        a = _mm256_fmadd_pd(p, p, a);
+        b = _mm256_fmadd_pd(q, q, b);
+    }
+    _mm256_storeu_pd(lanes, _mm256_add_pd(a, b));
+    return lanes[0] + lanes[1] + lanes[2] + lanes[3] + ptst__sum_squares__scalar(n - i, x + i);
+}
+
+PTST__AVX2 static void ptst__scale__avx2(size_t n, float alpha, float *y) {
+    size_t i;
+    for (i = 0; n - i >= 8; i += 8) {
+        _mm256_storeu_ps(y + i, _mm256_mul_ps(_mm256_loadu_ps(y + i), _mm256_set1_ps(alpha)));
+    }
+    ptst__scale__scalar(n - i, alpha, y + i);
+}
+
+PTST__AVX2 static void ptst__axpy__avx2(size_t n, float alpha, const float *x, float *y) {
+    __m256 a = _mm256_set1_ps(alpha);
+    size_t i;
+    for (i = 0; n - i >= 8; i += 8) {
+        _mm256_storeu_ps(y + i, _mm256_fmadd_ps(a, _mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
+    }
+    ptst__axpy__scalar(n - i, alpha, x + i, y + i);
+}
+
+/* AVX-512 has versions of its own where the exponential or the multiplications count; what is
+   bound by memory uses the AVX2 functions. */
+
+/* As AVX2; the hardware scales by 2^n. */
+PTST__AVX512 PTST__INLINE __m512 ptst__exp__avx512(__m512 x) {
+    __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(PTST__EXP_LOW), _CMP_NLT_UQ);
+    __m512 n, r, p;
+    x = _mm512_min_ps(_mm512_set1_ps(PTST__EXP_HIGH), x);
+    n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(PTST__LOG2_E)),
+                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(PTST__LN2_HIGH), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(PTST__LN2_LOW), r);
+    p = _mm512_set1_ps(PTST__EXP_6);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(PTST__EXP_5));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(PTST__EXP_4));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(PTST__EXP_3));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(PTST__EXP_2));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r);
+    p = _mm512_add_ps(p, _mm512_set1_ps(1));
+    return _mm512_maskz_scalef_ps(keep, p, n);
+}
+
+PTST__AVX512 static double ptst__row_exp__avx512(size_t n, const float *x, float max, float *y) {
+    __m512 m = _mm512_set1_ps(max), sum = _mm512_setzero_ps(), e;
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        __mmask16 mask = ptst__mask16__avx512(n - i);
+        e = ptst__exp__avx512(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), m));
+        sum = _mm512_mask_add_ps(sum, mask, sum, e);
+        if (y != NULL) {
+            _mm512_mask_storeu_ps(y + i, mask, e);
+        }
+    }
+    return (double)_mm512_reduce_add_ps(sum);
+}
+
+#elif PTST__NEON
+
+/* As AVX2. vmin and vmax keep NaN. */
+PTST__INLINE float32x4_t ptst__exp__neon(float32x4_t x) {
+    uint32x4_t low = vcltq_f32(x, vdupq_n_f32(PTST__EXP_LOW));
+    float32x4_t n, r, p;
+    int32x4_t power;
+    x = vmaxq_f32(vdupq_n_f32(PTST__EXP_LOW), x);
+    x = vminq_f32(vdupq_n_f32(PTST__EXP_HIGH), x);
+    n = vrndnq_f32(vmulq_n_f32(x, PTST__LOG2_E));
+    r = vfmsq_n_f32(x, n, PTST__LN2_HIGH);
+    r = vfmsq_n_f32(r, n, PTST__LN2_LOW);
+    p = vdupq_n_f32(PTST__EXP_6);
+    p = vfmaq_f32(vdupq_n_f32(PTST__EXP_5), p, r);
+    p = vfmaq_f32(vdupq_n_f32(PTST__EXP_4), p, r);
+    p = vfmaq_f32(vdupq_n_f32(PTST__EXP_3), p, r);
+    p = vfmaq_f32(vdupq_n_f32(PTST__EXP_2), p, r);
+    p = vfmaq_f32(r, vmulq_f32(p, r), r);
+    p = vaddq_f32(p, vdupq_n_f32(1));
+    power = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(126)), 23);
+    p = vmulq_f32(vaddq_f32(p, p), vreinterpretq_f32_s32(power));
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(p), low));
+}
+
+static float ptst__row_max__neon(size_t n, const float *x) {
+    float32x4_t m = vdupq_n_f32(x[0]);
+    float lanes[4], rest;
+    size_t i;
+    for (i = 0; n - i >= 4; i += 4) {
+        m = vmaxq_f32(m, vld1q_f32(x + i));
+    }
+    vst1q_f32(lanes, m);
+    rest = i < n ? ptst__row_max__scalar(n - i, x + i) : lanes[0];
+    m = vdupq_n_f32(rest);
+    return vmaxvq_f32(vmaxq_f32(m, vld1q_f32(lanes)));
+}
+
+/* As __scalar, with float32 lanes: callers pass short pieces of a row. */
+static double ptst__row_exp__neon(size_t n, const float *x, float max, float *y) {
+    float32x4_t m = vdupq_n_f32(max), sum = vdupq_n_f32(0), e;
+    float rest[4] = {0, 0, 0, 0};
+    double total;
+    size_t i, j;
+    for (i = 0; n - i >= 4; i += 4) {
+        e = ptst__exp__neon(vsubq_f32(vld1q_f32(x + i), m));
+        sum = vaddq_f32(sum, e);
+        if (y != NULL) {
+            vst1q_f32(y + i, e);
+        }
+    }
+    total = (double)vaddvq_f32(sum);
+    if (i < n) {
+        memcpy(rest, x + i, (n - i) * sizeof *rest);
+        vst1q_f32(rest, ptst__exp__neon(vsubq_f32(vld1q_f32(rest), m)));
+        for (j = 0; j < n - i; j++) {
+            total += (double)rest[j];
+        }
+        if (y != NULL) {
+            memcpy(y + i, rest, (n - i) * sizeof *rest);
+        }
+    }
+    return total;
+}
+
+static double ptst__dot__neon(size_t n, const float *x, const float *y) {
+    float32x4_t a = vdupq_n_f32(0), b = a;
+    size_t i;
+    for (i = 0; n - i >= 8; i += 8) {
+        a = vfmaq_f32(a, vld1q_f32(x + i), vld1q_f32(y + i));
+        b = vfmaq_f32(b, vld1q_f32(x + i + 4), vld1q_f32(y + i + 4));
+    }
+    return (double)vaddvq_f32(vaddq_f32(a, b)) + ptst__dot__scalar(n - i, x + i, y + i);
+}
+
+static double ptst__sum_squares__neon(size_t n, const float *x) {
+    float64x2_t a = vdupq_n_f64(0), b = a, p, q;
+    size_t i;
+    for (i = 0; n - i >= 4; i += 4) {
+        float32x4_t v = vld1q_f32(x + i);
+        p = vcvt_f64_f32(vget_low_f32(v));
+        q = vcvt_high_f64_f32(v);
+        a = vfmaq_f64(a, p, p);
+        b = vfmaq_f64(b, q, q);
+    }
+    return vaddvq_f64(vaddq_f64(a, b)) + ptst__sum_squares__scalar(n - i, x + i);
+}
+
+static void ptst__scale__neon(size_t n, float alpha, float *y) {
+    size_t i;
+    for (i = 0; n - i >= 4; i += 4) {
+        vst1q_f32(y + i, vmulq_n_f32(vld1q_f32(y + i), alpha));
+    }
+    ptst__scale__scalar(n - i, alpha, y + i);
+}
+
+static void ptst__axpy__neon(size_t n, float alpha, const float *x, float *y) {
+    size_t i;
+    for (i = 0; n - i >= 4; i += 4) {
+        vst1q_f32(y + i, vfmaq_n_f32(vld1q_f32(y + i), vld1q_f32(x + i), alpha));
+    }
+    ptst__axpy__scalar(n - i, alpha, x + i, y + i);
+}
+
+#endif
+
 /* ---- rmsnorm ---------------------------------------------------------------------------------
    x, y [T, C], w [C], rstd [T]:
 
@@ -3631,6 +6022,121 @@ static void ptst__rmsnorm_dw__scalar(size_t T, size_t C, size_t n, const float *
         dw[i] += (float)sum;
     }
 }
+
+#if PTST__X86
+
+/* As __scalar, with float32 lanes in the sums. */
+PTST__AVX2 static float ptst__rmsnorm__avx2(size_t C, float eps, const float *x, const float *w,
+                                            float *y) {
+    float rstd = (float)(1 / sqrt(ptst__dot__avx2(C, x, x) / (double)C + (double)eps));
+    __m256 r = _mm256_set1_ps(rstd);
+    size_t i;
+    for (i = 0; C - i >= 8; i += 8) {
+        __m256 z = _mm256_mul_ps(_mm256_loadu_ps(x + i), r);
+        _mm256_storeu_ps(y + i, _mm256_mul_ps(z, _mm256_loadu_ps(w + i)));
+    }
+    for (; i < C; i++) {
+        y[i] = x[i] * rstd * w[i];
+    }
+    return rstd;
+}
+
+PTST__AVX2 static void ptst__rmsnorm_backward__avx2(size_t C, const float *x, const float *w,
+                                                    float rstd, const float *dy, float *dx) {
+    __m256 sum = _mm256_setzero_ps(), r = _mm256_set1_ps(rstd), scale;
+    double rest = 0;
+    float s;
+    size_t i;
+    for (i = 0; C - i >= 8; i += 8) {
+        __m256 g = _mm256_mul_ps(_mm256_loadu_ps(w + i), _mm256_loadu_ps(dy + i));
+        sum = _mm256_fmadd_ps(g, _mm256_loadu_ps(x + i), sum);
+    }
+    for (; i < C; i++) {
+        rest += (double)w[i] * (double)dy[i] * (double)x[i];
+    }
+    rest += (double)ptst__sum8__avx2(sum);
+    s = (float)(rest * (double)rstd * (double)rstd / (double)C);
+    scale = _mm256_set1_ps(s);
+    for (i = 0; C - i >= 8; i += 8) {
+        __m256 g = _mm256_mul_ps(_mm256_loadu_ps(w + i), _mm256_loadu_ps(dy + i));
+        g = _mm256_fnmadd_ps(scale, _mm256_loadu_ps(x + i), g);
+        _mm256_storeu_ps(dx + i, _mm256_fmadd_ps(r, g, _mm256_loadu_ps(dx + i)));
+    }
+    for (; i < C; i++) {
+        dx[i] += rstd * (w[i] * dy[i] - s * x[i]);
+    }
+}
+
+/* As __scalar, 8 columns at once, each with one float32 sum. */
+PTST__AVX2 static void ptst__rmsnorm_dw__avx2(size_t T, size_t C, size_t n, const float *x,
+                                              const float *rstd, const float *dy, float *dw) {
+    size_t t, i;
+    for (i = 0; n - i >= 8; i += 8) {
+        __m256 sum = _mm256_setzero_ps();
+        for (t = 0; t < T; t++) {
+            __m256 z = _mm256_mul_ps(_mm256_loadu_ps(x + t * C + i), _mm256_set1_ps(rstd[t]));
+            sum = _mm256_fmadd_ps(z, _mm256_loadu_ps(dy + t * C + i), sum);
+        }
+        _mm256_storeu_ps(dw + i, _mm256_add_ps(_mm256_loadu_ps(dw + i), sum));
+    }
+    ptst__rmsnorm_dw__scalar(T, C, n - i, x + i, rstd, dy + i, dw + i);
+}
+
+#elif PTST__NEON
+
+/* As __scalar, with float32 lanes in the sums. */
+static float ptst__rmsnorm__neon(size_t C, float eps, const float *x, const float *w, float *y) {
+    float rstd = (float)(1 / sqrt(ptst__dot__neon(C, x, x) / (double)C + (double)eps));
+    size_t i;
+    for (i = 0; C - i >= 4; i += 4) {
+        vst1q_f32(y + i, vmulq_f32(vmulq_n_f32(vld1q_f32(x + i), rstd), vld1q_f32(w + i)));
+    }
+    for (; i < C; i++) {
+        y[i] = x[i] * rstd * w[i];
+    }
+    return rstd;
+}
+
+static void ptst__rmsnorm_backward__neon(size_t C, const float *x, const float *w, float rstd,
+                                         const float *dy, float *dx) {
+    float32x4_t sum = vdupq_n_f32(0);
+    double rest = 0;
+    float s;
+    size_t i;
+    for (i = 0; C - i >= 4; i += 4) {
+        sum = vfmaq_f32(sum, vmulq_f32(vld1q_f32(w + i), vld1q_f32(dy + i)), vld1q_f32(x + i));
+    }
+    for (; i < C; i++) {
+        rest += (double)w[i] * (double)dy[i] * (double)x[i];
+    }
+    rest += (double)vaddvq_f32(sum);
+    s = (float)(rest * (double)rstd * (double)rstd / (double)C);
+    for (i = 0; C - i >= 4; i += 4) {
+        float32x4_t g = vmulq_f32(vld1q_f32(w + i), vld1q_f32(dy + i));
+        g = vfmsq_n_f32(g, vld1q_f32(x + i), s);
+        vst1q_f32(dx + i, vfmaq_n_f32(vld1q_f32(dx + i), g, rstd));
+    }
+    for (; i < C; i++) {
+        dx[i] += rstd * (w[i] * dy[i] - s * x[i]);
+    }
+}
+
+/* As __scalar, 4 columns at once, each with one float32 sum. */
+static void ptst__rmsnorm_dw__neon(size_t T, size_t C, size_t n, const float *x, const float *rstd,
+                                   const float *dy, float *dw) {
+    size_t t, i;
+    for (i = 0; n - i >= 4; i += 4) {
+        float32x4_t sum = vdupq_n_f32(0);
+        for (t = 0; t < T; t++) {
+            float32x4_t z = vmulq_n_f32(vld1q_f32(x + t * C + i), rstd[t]);
+            sum = vfmaq_f32(sum, z, vld1q_f32(dy + t * C + i));
+        }
+        vst1q_f32(dw + i, vaddq_f32(vld1q_f32(dw + i), sum));
+    }
+    ptst__rmsnorm_dw__scalar(T, C, n - i, x + i, rstd, dy + i, dw + i);
+}
+
+#endif
 
 typedef struct ptst__rmsnorm_job {
     const struct ptst__kernels *kernels;
@@ -3730,6 +6236,47 @@ static void ptst__rope__scalar(size_t half, float *x, const float *cosines, cons
     }
 }
 
+#if PTST__X86
+
+/* As __scalar, 8 pairs at once. */
+PTST__AVX2 static void ptst__rope__avx2(size_t half, float *x, const float *cosines,
+                                        const float *sines, float sign) {
+    size_t i;
+    for (i = 0; half - i >= 8; i += 8) {
+        __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + half + i);
+        __m256 u = _mm256_loadu_ps(cosines + i);
+        __m256 s = _mm256_mul_ps(_mm256_set1_ps(sign), _mm256_loadu_ps(sines + i));
+        _mm256_storeu_ps(x + i, _mm256_fmsub_ps(a, u, _mm256_mul_ps(b, s)));
+        _mm256_storeu_ps(x + half + i, _mm256_fmadd_ps(b, u, _mm256_mul_ps(a, s)));
+    }
+    for (; i < half; i++) {
+        float a = x[i], b = x[i + half], s = sign * sines[i];
+        x[i] = a * cosines[i] - b * s;
+        x[i + half] = b * cosines[i] + a * s;
+    }
+}
+
+#elif PTST__NEON
+
+/* As __scalar, 4 pairs at once. */
+static void ptst__rope__neon(size_t half, float *x, const float *cosines, const float *sines,
+                             float sign) {
+    size_t i;
+    for (i = 0; half - i >= 4; i += 4) {
+        float32x4_t a = vld1q_f32(x + i), b = vld1q_f32(x + half + i), u = vld1q_f32(cosines + i);
+        float32x4_t s = vmulq_n_f32(vld1q_f32(sines + i), sign);
+        vst1q_f32(x + i, vfmsq_f32(vmulq_f32(a, u), b, s));
+        vst1q_f32(x + half + i, vfmaq_f32(vmulq_f32(b, u), a, s));
+    }
+    for (; i < half; i++) {
+        float a = x[i], b = x[i + half], s = sign * sines[i];
+        x[i] = a * cosines[i] - b * s;
+        x[i + half] = b * cosines[i] + a * s;
+    }
+}
+
+#endif
+
 typedef struct ptst__rope_job {
     const struct ptst__kernels *kernels;
     size_t T, H, D, half, ld;
@@ -3798,6 +6345,142 @@ static void ptst__swiglu_backward__scalar(size_t n, const float *gate, const flo
         dgate[i] = d * u * s * (1 + g * (1 - s));
     }
 }
+
+#if PTST__X86
+
+/* 1 / (1 + exp(-x)) */
+PTST__AVX2 PTST__INLINE __m256 ptst__sigmoid__avx2(__m256 x) {
+    __m256 one = _mm256_set1_ps(1);
+    __m256 e = ptst__exp__avx2(_mm256_xor_ps(x, _mm256_set1_ps(-0.0f)));
+    return _mm256_div_ps(one, _mm256_add_ps(one, e));
+}
+
+/* As __scalar, 8 elements at once; the last ones through a buffer. */
+PTST__AVX2 static void ptst__swiglu__avx2(size_t n, const float *gate, const float *up, float *y) {
+    float b[16];
+    size_t i;
+    for (i = 0; n - i >= 8; i += 8) {
+        __m256 g = _mm256_loadu_ps(gate + i);
+        g = _mm256_mul_ps(g, ptst__sigmoid__avx2(g));
+        _mm256_storeu_ps(y + i, _mm256_mul_ps(g, _mm256_loadu_ps(up + i)));
+    }
+    if (i < n) {
+        memset(b, 0, sizeof b);
+        memcpy(b, gate + i, (n - i) * sizeof *b);
+        memcpy(b + 8, up + i, (n - i) * sizeof *b);
+        ptst__swiglu__avx2(8, b, b + 8, b);
+        memcpy(y + i, b, (n - i) * sizeof *b);
+    }
+}
+
+PTST__AVX2 static void ptst__swiglu_backward__avx2(size_t n, const float *gate, const float *up,
+                                                   const float *dy, float *dgate, float *dup) {
+    __m256 one = _mm256_set1_ps(1);
+    float b[24];
+    size_t i, size;
+    for (i = 0; n - i >= 8; i += 8) {
+        __m256 g = _mm256_loadu_ps(gate + i), u = _mm256_loadu_ps(up + i);
+        __m256 d = _mm256_loadu_ps(dy + i), s = ptst__sigmoid__avx2(g), t;
+        t = _mm256_fmadd_ps(g, _mm256_sub_ps(one, s), one);
+        d = _mm256_mul_ps(d, s);
+        _mm256_storeu_ps(dup + i, _mm256_mul_ps(d, g));
+        _mm256_storeu_ps(dgate + i, _mm256_mul_ps(_mm256_mul_ps(d, u), t));
+    }
+    if (i < n) {
+        size = (n - i) * sizeof *b;
+        memset(b, 0, sizeof b);
+        memcpy(b, gate + i, size);
+        memcpy(b + 8, up + i, size);
+        memcpy(b + 16, dy + i, size);
+        ptst__swiglu_backward__avx2(8, b, b + 8, b + 16, b, b + 8);
+        memcpy(dgate + i, b, size);
+        memcpy(dup + i, b + 8, size);
+    }
+}
+
+PTST__AVX512 PTST__INLINE __m512 ptst__sigmoid__avx512(__m512 x) {
+    __m512 one = _mm512_set1_ps(1);
+    __m512 e = ptst__exp__avx512(_mm512_sub_ps(_mm512_setzero_ps(), x));
+    return _mm512_div_ps(one, _mm512_add_ps(one, e));
+}
+
+/* As AVX2, 16 elements at once. */
+PTST__AVX512 static void ptst__swiglu__avx512(size_t n, const float *gate, const float *up,
+                                              float *y) {
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        __mmask16 mask = ptst__mask16__avx512(n - i);
+        __m512 g = _mm512_maskz_loadu_ps(mask, gate + i), u = _mm512_maskz_loadu_ps(mask, up + i);
+        g = _mm512_mul_ps(g, ptst__sigmoid__avx512(g));
+        _mm512_mask_storeu_ps(y + i, mask, _mm512_mul_ps(g, u));
+    }
+}
+
+PTST__AVX512 static void ptst__swiglu_backward__avx512(size_t n, const float *gate, const float *up,
+                                                       const float *dy, float *dgate, float *dup) {
+    __m512 one = _mm512_set1_ps(1);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        __mmask16 mask = ptst__mask16__avx512(n - i);
+        __m512 g = _mm512_maskz_loadu_ps(mask, gate + i), u = _mm512_maskz_loadu_ps(mask, up + i);
+        __m512 d = _mm512_maskz_loadu_ps(mask, dy + i), s = ptst__sigmoid__avx512(g), t;
+        t = _mm512_fmadd_ps(g, _mm512_sub_ps(one, s), one);
+        d = _mm512_mul_ps(d, s);
+        _mm512_mask_storeu_ps(dup + i, mask, _mm512_mul_ps(d, g));
+        _mm512_mask_storeu_ps(dgate + i, mask, _mm512_mul_ps(_mm512_mul_ps(d, u), t));
+    }
+}
+
+#elif PTST__NEON
+
+PTST__INLINE float32x4_t ptst__sigmoid__neon(float32x4_t x) {
+    float32x4_t one = vdupq_n_f32(1);
+    return vdivq_f32(one, vaddq_f32(one, ptst__exp__neon(vnegq_f32(x))));
+}
+
+/* As __scalar, 4 elements at once; the last ones through a buffer. */
+static void ptst__swiglu__neon(size_t n, const float *gate, const float *up, float *y) {
+    float b[8];
+    size_t i;
+    for (i = 0; n - i >= 4; i += 4) {
+        float32x4_t g = vld1q_f32(gate + i);
+        g = vmulq_f32(g, ptst__sigmoid__neon(g));
+        vst1q_f32(y + i, vmulq_f32(g, vld1q_f32(up + i)));
+    }
+    if (i < n) {
+        memset(b, 0, sizeof b);
+        memcpy(b, gate + i, (n - i) * sizeof *b);
+        memcpy(b + 4, up + i, (n - i) * sizeof *b);
+        ptst__swiglu__neon(4, b, b + 4, b);
+        memcpy(y + i, b, (n - i) * sizeof *b);
+    }
+}
+
+static void ptst__swiglu_backward__neon(size_t n, const float *gate, const float *up,
+                                        const float *dy, float *dgate, float *dup) {
+    float32x4_t one = vdupq_n_f32(1);
+    float b[12];
+    size_t i, size;
+    for (i = 0; n - i >= 4; i += 4) {
+        float32x4_t g = vld1q_f32(gate + i), u = vld1q_f32(up + i), d = vld1q_f32(dy + i);
+        float32x4_t s = ptst__sigmoid__neon(g), t = vfmaq_f32(one, g, vsubq_f32(one, s));
+        d = vmulq_f32(d, s);
+        vst1q_f32(dup + i, vmulq_f32(d, g));
+        vst1q_f32(dgate + i, vmulq_f32(vmulq_f32(d, u), t));
+    }
+    if (i < n) {
+        size = (n - i) * sizeof *b;
+        memset(b, 0, sizeof b);
+        memcpy(b, gate + i, size);
+        memcpy(b + 4, up + i, size);
+        memcpy(b + 8, dy + i, size);
+        ptst__swiglu_backward__neon(4, b, b + 4, b + 8, b, b + 4);
+        memcpy(dgate + i, b, size);
+        memcpy(dup + i, b + 4, size);
+    }
+}
+
+#endif
 
 typedef struct ptst__swiglu_job {
     const struct ptst__kernels *kernels;
@@ -3879,15 +6562,6 @@ static void ptst__attention_sees(const ptst_attention *a, const ptst_span *s, si
     end[0] = s->keys[0];
     begin[1] = first - begin[0];
     end[1] = own;
-}
-
-static double ptst__dot__scalar(size_t n, const float *x, const float *y) {
-    double sum = 0;
-    size_t i;
-    for (i = 0; i < n; i++) {
-        sum += (double)x[i] * (double)y[i];
-    }
-    return sum;
 }
 
 /* One query row and head; q [D], out [D], and the first elements of the key head in k, v. */
@@ -4044,22 +6718,23 @@ PTST_API void ptst_attention_backward(ptst_ctx *c, const ptst_attention *a, cons
    The gradient overwrites the logits, the largest buffer of a step. Cost: one exponential for the
    loss alone, none more for the gradient. Proof: tests/test_ops.c, cross_entropy_gradient. */
 
-static double ptst__cross_entropy__scalar(size_t V, float *x, size_t label, float scale) {
-    double sum = 0, loss;
-    float max = x[0];
+/* What is summed in float32 lanes before it goes to the sum in double. */
+enum { PTST__PIECE = 1024 };
+
+static double ptst__cross_entropy_row(const struct ptst__kernels *kernels, size_t V, float *x,
+                                      size_t label, float scale) {
+    float max = kernels->row_max(V, x), at_label = x[label];
+    double sum = 0;
     size_t i;
-    for (i = 1; i < V; i++) {
-        max = x[i] > max ? x[i] : max;
+    for (i = 0; i < V; i += PTST__PIECE) {
+        size_t n = ptst__min(PTST__PIECE, V - i);
+        sum += kernels->row_exp(n, x + i, max, scale == 0 ? NULL : x + i);
     }
-    for (i = 0; i < V; i++) {
-        sum += exp((double)x[i] - (double)max);
+    if (scale != 0) {
+        kernels->scale(V, (float)((double)scale / sum), x);
+        x[label] -= scale;
     }
-    loss = (double)max + log(sum) - (double)x[label];
-    for (i = 0; i < V && scale != 0; i++) {
-        double p = exp((double)x[i] - (double)max) / sum;
-        x[i] = (float)((p - (i == label ? 1 : 0)) * (double)scale);
-    }
-    return loss;
+    return (double)max - (double)at_label + log(sum);
 }
 
 typedef struct ptst__cross_entropy_job {
@@ -4076,7 +6751,7 @@ static void ptst__cross_entropy_task(void *arg, size_t r, int thread) {
     float *x = j->logits + r * j->V;
     (void)thread;
     if (j->labels[r] >= 0 && (size_t)j->labels[r] < j->V) {
-        j->losses[r] = j->kernels->cross_entropy(j->V, x, (size_t)j->labels[r], j->scale);
+        j->losses[r] = ptst__cross_entropy_row(j->kernels, j->V, x, (size_t)j->labels[r], j->scale);
         return;
     }
     j->losses[r] = 0;
@@ -4124,6 +6799,54 @@ static void ptst__adamw__scalar(size_t n, float *w, const float *g, float *m, fl
     }
 }
 
+#if PTST__X86
+
+/* As __scalar, with the same roundings, 8 weights at once. */
+PTST__AVX2 static void ptst__adamw__avx2(size_t n, float *w, const float *g, float *m, float *v,
+                                         const ptst__adamw_factors *f) {
+    size_t i;
+    for (i = 0; n - i >= 8; i += 8) {
+        __m256 a = _mm256_mul_ps(_mm256_set1_ps(f->grad_scale), _mm256_loadu_ps(g + i));
+        __m256 m8 = _mm256_loadu_ps(m + i), v8 = _mm256_loadu_ps(v + i), w8, z;
+        z = _mm256_mul_ps(_mm256_set1_ps(f->one_beta1), _mm256_sub_ps(a, m8));
+        m8 = _mm256_add_ps(m8, z);
+        z = _mm256_mul_ps(_mm256_set1_ps(f->one_beta2), _mm256_mul_ps(a, a));
+        v8 = _mm256_add_ps(_mm256_mul_ps(_mm256_set1_ps(f->beta2), v8), z);
+        z = _mm256_div_ps(_mm256_sqrt_ps(v8), _mm256_set1_ps(f->root));
+        z = _mm256_div_ps(m8, _mm256_add_ps(z, _mm256_set1_ps(f->eps)));
+        w8 = _mm256_mul_ps(_mm256_loadu_ps(w + i), _mm256_set1_ps(f->keep));
+        w8 = _mm256_sub_ps(w8, _mm256_mul_ps(_mm256_set1_ps(f->step_size), z));
+        _mm256_storeu_ps(m + i, m8);
+        _mm256_storeu_ps(v + i, v8);
+        _mm256_storeu_ps(w + i, w8);
+    }
+    ptst__adamw__scalar(n - i, w + i, g + i, m + i, v + i, f);
+}
+
+#elif PTST__NEON
+
+/* As __scalar, with the same roundings, 4 weights at once. */
+static void ptst__adamw__neon(size_t n, float *w, const float *g, float *m, float *v,
+                              const ptst__adamw_factors *f) {
+    size_t i;
+    for (i = 0; n - i >= 4; i += 4) {
+        float32x4_t a = vmulq_n_f32(vld1q_f32(g + i), f->grad_scale);
+        float32x4_t m4 = vld1q_f32(m + i), v4 = vld1q_f32(v + i), w4, z;
+        m4 = vaddq_f32(m4, vmulq_n_f32(vsubq_f32(a, m4), f->one_beta1));
+        z = vmulq_n_f32(vmulq_f32(a, a), f->one_beta2);
+        v4 = vaddq_f32(vmulq_n_f32(v4, f->beta2), z);
+        z = vdivq_f32(vsqrtq_f32(v4), vdupq_n_f32(f->root));
+        z = vdivq_f32(m4, vaddq_f32(z, vdupq_n_f32(f->eps)));
+        w4 = vmulq_n_f32(vld1q_f32(w + i), f->keep);
+        vst1q_f32(w + i, vsubq_f32(w4, vmulq_n_f32(z, f->step_size)));
+        vst1q_f32(m + i, m4);
+        vst1q_f32(v + i, v4);
+    }
+    ptst__adamw__scalar(n - i, w + i, g + i, m + i, v + i, f);
+}
+
+#endif
+
 typedef struct ptst__adamw_job {
     const struct ptst__kernels *kernels;
     size_t n;
@@ -4162,17 +6885,6 @@ PTST_API void ptst_adamw(ptst_ctx *c, size_t n, float *w, const float *g, float 
 }
 
 /* ---- sums and multiples of vectors ---- */
-
-static double ptst__sum_squares__scalar(size_t n, const float *x) {
-    return ptst__dot__scalar(n, x, x);
-}
-
-static void ptst__axpy__scalar(size_t n, float alpha, const float *x, float *y) {
-    size_t i;
-    for (i = 0; i < n; i++) {
-        y[i] += alpha * x[i];
-    }
-}
 
 /* Number of partial sums of ptst__sum_squares, whatever the number of threads. */
 enum { PTST__PARTS = 256 };
@@ -4250,9 +6962,12 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     ptst__rope__scalar,
     ptst__swiglu__scalar,
     ptst__swiglu_backward__scalar,
-    ptst__cross_entropy__scalar,
     ptst__adamw__scalar,
+    ptst__row_max__scalar,
+    ptst__row_exp__scalar,
+    ptst__dot__scalar,
     ptst__sum_squares__scalar,
+    ptst__scale__scalar,
     ptst__axpy__scalar,
 };
 #if PTST__X86
@@ -4270,16 +6985,19 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     ptst__tile__avx2,
     ptst__dots__avx2,
     ptst__peak__avx2,
-    ptst__rmsnorm__scalar,
-    ptst__rmsnorm_backward__scalar,
-    ptst__rmsnorm_dw__scalar,
-    ptst__rope__scalar,
-    ptst__swiglu__scalar,
-    ptst__swiglu_backward__scalar,
-    ptst__cross_entropy__scalar,
-    ptst__adamw__scalar,
-    ptst__sum_squares__scalar,
-    ptst__axpy__scalar,
+    ptst__rmsnorm__avx2,
+    ptst__rmsnorm_backward__avx2,
+    ptst__rmsnorm_dw__avx2,
+    ptst__rope__avx2,
+    ptst__swiglu__avx2,
+    ptst__swiglu_backward__avx2,
+    ptst__adamw__avx2,
+    ptst__row_max__avx2,
+    ptst__row_exp__avx2,
+    ptst__dot__avx2,
+    ptst__sum_squares__avx2,
+    ptst__scale__avx2,
+    ptst__axpy__avx2,
 };
 static const struct ptst__kernels ptst__kernels_avx512 = {
     "avx512",
@@ -4295,16 +7013,19 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     ptst__tile__avx512,
     ptst__dots__avx512,
     ptst__peak__avx512,
-    ptst__rmsnorm__scalar,
-    ptst__rmsnorm_backward__scalar,
-    ptst__rmsnorm_dw__scalar,
-    ptst__rope__scalar,
-    ptst__swiglu__scalar,
-    ptst__swiglu_backward__scalar,
-    ptst__cross_entropy__scalar,
-    ptst__adamw__scalar,
-    ptst__sum_squares__scalar,
-    ptst__axpy__scalar,
+    ptst__rmsnorm__avx2,
+    ptst__rmsnorm_backward__avx2,
+    ptst__rmsnorm_dw__avx2,
+    ptst__rope__avx2,
+    ptst__swiglu__avx512,
+    ptst__swiglu_backward__avx512,
+    ptst__adamw__avx2,
+    ptst__row_max__avx2,
+    ptst__row_exp__avx512,
+    ptst__dot__avx2,
+    ptst__sum_squares__avx2,
+    ptst__scale__avx2,
+    ptst__axpy__avx2,
 };
 #elif PTST__NEON
 static const struct ptst__kernels ptst__kernels_neon = {
@@ -4321,16 +7042,19 @@ static const struct ptst__kernels ptst__kernels_neon = {
     ptst__tile__neon,
     ptst__dots__neon,
     ptst__peak__neon,
-    ptst__rmsnorm__scalar,
-    ptst__rmsnorm_backward__scalar,
-    ptst__rmsnorm_dw__scalar,
-    ptst__rope__scalar,
-    ptst__swiglu__scalar,
-    ptst__swiglu_backward__scalar,
-    ptst__cross_entropy__scalar,
-    ptst__adamw__scalar,
-    ptst__sum_squares__scalar,
-    ptst__axpy__scalar,
+    ptst__rmsnorm__neon,
+    ptst__rmsnorm_backward__neon,
+    ptst__rmsnorm_dw__neon,
+    ptst__rope__neon,
+    ptst__swiglu__neon,
+    ptst__swiglu_backward__neon,
+    ptst__adamw__neon,
+    ptst__row_max__neon,
+    ptst__row_exp__neon,
+    ptst__dot__neon,
+    ptst__sum_squares__neon,
+    ptst__scale__neon,
+    ptst__axpy__neon,
 };
 #endif
 
