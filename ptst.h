@@ -472,7 +472,165 @@ PTST_API void ptst_adamw(ptst_ctx *c, size_t n, float *w, const float *g, float 
 
 /* ---- api >>model ----------------------------------------------------------------------------- */
 
+enum {
+    PTST_LAYERS_MAX = 512, /* layers of a model */
+    PTST_EOS_MAX = 16      /* end-of-text tokens of a model */
+};
+
+/* What config.json says, with the names of Hugging Face. For ptst_model_new 0 (or "") means the
+   default written beside the field; without one the field must be set. */
+typedef struct ptst_config {
+    char model_type[32]; /* "llama" (the default), "mistral", "qwen2" */
+    int32_t vocab_size;  /* rows of the embedding; may be more than the tokenizer has */
+    int32_t hidden_size;
+    int32_t intermediate_size;
+    int32_t num_hidden_layers; /* at most PTST_LAYERS_MAX */
+    int32_t num_attention_heads;
+    int32_t num_key_value_heads;     /* num_attention_heads */
+    int32_t head_dim;                /* hidden_size / num_attention_heads; even */
+    int32_t max_position_embeddings; /* llama 2048, mistral 131072, qwen2 32768 */
+    double rms_norm_eps;             /* 1e-6 */
+    double initializer_range;        /* 0.02 */
+    bool tie_word_embeddings;        /* the head is the embedding */
+    bool attention_bias;             /* llama: on q, k, v, o (qwen2 always has it on q, k, v) */
+    bool mlp_bias;                   /* llama */
+    int32_t sliding_window;          /* keys that a token sees up to itself; none */
+    bool sliding_layers[PTST_LAYERS_MAX];     /* layers with the window (mistral: all) */
+    char rope_type[16];                       /* "default", "linear", "llama3" */
+    double rope_theta;                        /* 10000 */
+    double rope_factor;                       /* linear, llama3 */
+    double rope_low_freq_factor;              /* llama3 */
+    double rope_high_freq_factor;             /* llama3 */
+    int32_t original_max_position_embeddings; /* llama3: max_position_embeddings */
+    int32_t bos_token_id, pad_token_id;       /* -1 = none */
+    int32_t eos_token_id[PTST_EOS_MAX];
+    size_t eos_count;
+} ptst_config;
+
+/* How the model's makers want it to be sampled: generation_config.json, or config.json where that
+   is silent. 0 (and false) = not given. */
+typedef struct ptst_generation_config {
+    int32_t eos_token_id[PTST_EOS_MAX]; /* any of them ends an answer */
+    size_t eos_count;
+    int32_t bos_token_id, pad_token_id; /* -1 = none */
+    bool do_sample;
+    double temperature, top_p, repetition_penalty;
+    int32_t top_k, max_new_tokens;
+} ptst_generation_config;
+
+/* A transformer of the Llama family: its weights and what they mean. Constant after loading. */
+typedef struct ptst_model ptst_model;
+
+/* Loads a Hugging Face folder: config.json, model.safetensors (or its shards), and
+   generation_config.json if it is there. Weight matrices stay mapped in their file type, or are
+   converted once to dtype (PTST_F32, PTST_F16, PTST_BF16; PTST_DTYPE_FILE = as in the file). Each
+   tensor must have the shape that config.json asks for; what is missing or superfluous is named. */
+PTST_API ptst_model *ptst_model_load(ptst_ctx *c, const char *folder, ptst_dtype dtype);
+/* A trainable F32 model with random weights: normal with initializer_range, norms 1, biases 0, as
+   transformers starts one. */
+PTST_API ptst_model *ptst_model_new(ptst_ctx *c, const ptst_config *config, uint64_t seed);
+PTST_API void ptst_model_free(ptst_ctx *c, ptst_model *m);
+/* Makes all weights trainable: F32 copies in memory instead of mapped files. No session or trainer
+   may use the model at this time. */
+PTST_API ptst_code ptst_model_unfreeze(ptst_ctx *c, ptst_model *m);
+PTST_API bool ptst_model_trainable(const ptst_model *m);
+/* All defaults are filled in. */
+PTST_API const ptst_config *ptst_model_config(const ptst_model *m);
+PTST_API const ptst_generation_config *ptst_model_generation(const ptst_model *m);
+/* Number of weights, a tied head counted once; and the bytes they take in memory or mapped. */
+PTST_API uint64_t ptst_model_parameters(const ptst_model *m);
+PTST_API uint64_t ptst_model_bytes(const ptst_model *m);
+/* Writes config.json and model.safetensors, as transformers opens them, into a folder (which is
+   made); dtype as in ptst_model_load. */
+PTST_API ptst_code ptst_model_save(ptst_ctx *c, const ptst_model *m, const char *folder,
+                                   ptst_dtype dtype);
+
+struct ptst_adapter;
+
+typedef struct ptst_session_desc {
+    size_t slots;        /* sequences that live side by side; 0 = 1 */
+    size_t capacity;     /* tokens of each; 0 = max_position_embeddings, but at most 4096 */
+    size_t batch_tokens; /* computed at a time, more are cut into pieces; 0 = 256 */
+    size_t logit_rows;   /* rows of logits that one ptst_eval may ask for; 0 = slots */
+} ptst_session_desc;
+
+/* Sequences in the course of being read or written: their keys and values, and the last logits. */
+typedef struct ptst_session ptst_session;
+
+typedef enum ptst_logits_of { PTST_LOGITS_NONE, PTST_LOGITS_LAST, PTST_LOGITS_ALL } ptst_logits_of;
+
+/* Tokens that continue the sequence in a slot. */
+typedef struct ptst_chunk {
+    int32_t slot;
+    const int32_t *tokens;
+    size_t count;
+    ptst_logits_of logits; /* wanted after none, the last, or each of these tokens */
+} ptst_chunk;
+
+/* Borrows model and adapter (NULL = none; applied beside the weights, not merged). desc may be
+   NULL. Takes all its memory now. */
+PTST_API ptst_session *ptst_session_new(ptst_ctx *c, const ptst_model *m,
+                                        const struct ptst_adapter *a,
+                                        const ptst_session_desc *desc);
+PTST_API void ptst_session_free(ptst_ctx *c, ptst_session *s);
+/* Bytes that ptst_session_new would take, 0 if that does not fit into memory at all. */
+PTST_API size_t ptst_session_bytes(const ptst_model *m, const struct ptst_adapter *a,
+                                   const ptst_session_desc *desc);
+/* Empties a slot. With prefix >= 0 its sequence continues the one in that slot, whose keys and
+   values are read from there, not copied: that slot cannot be continued or emptied until no slot
+   builds on it, and must not build on a third one. prefix -1 = none. */
+PTST_API ptst_code ptst_session_reset(ptst_ctx *c, ptst_session *s, int32_t slot, int32_t prefix);
+/* Forgets all but the first `length` tokens of a slot itself (a prefix does not count). */
+PTST_API ptst_code ptst_session_rewind(ptst_ctx *c, ptst_session *s, int32_t slot, size_t length);
+/* Tokens in a slot, its prefix not counted; 0 if there is no such slot. */
+PTST_API size_t ptst_session_length(const ptst_session *s, int32_t slot);
+/* Continues sequences by their chunks, all of them in one go through the model. A bad argument or
+   a full slot (PTST_ERR_LIMIT) is found before anything is computed. Allocates nothing. */
+PTST_API ptst_code ptst_eval(ptst_ctx *c, ptst_session *s, const ptst_chunk *chunks, size_t count);
+/* Row r [vocab_size] of the logits that the last ptst_eval was asked for, in the order of chunks
+   and tokens; NULL if there are not so many. Valid until the next ptst_eval, and yours to change. */
+PTST_API float *ptst_logits(ptst_session *s, size_t row);
+
 /* ---- api >>lora ------------------------------------------------------------------------------ */
+
+/* Low-rank adapters (Hu et al. 2021): y = x W^T + b + scale drop(x) A^T B^T with A [rank, in] and
+   B [out, rank] in F32; scale = alpha / rank, or alpha / sqrt(rank) with rslora. */
+typedef struct ptst_lora_desc {
+    int32_t rank;        /* 0 = 8 */
+    double alpha;        /* 0 = 32 */
+    double dropout;      /* on the input of A while training, 0 <= dropout < 1; noted in the file */
+    const char *targets; /* q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj by commas,
+                            or "all-linear"; NULL = "q_proj,v_proj" */
+    uint64_t seed;       /* of A; B starts at 0, so a new adapter changes nothing */
+    bool rslora;
+} ptst_lora_desc;
+
+typedef struct ptst_adapter ptst_adapter;
+
+/* A new adapter for a model, initialised as PEFT does: A uniform within +-1 / sqrt(in), B 0. desc
+   may be NULL. The adapter does not refer to the model afterwards. */
+PTST_API ptst_adapter *ptst_adapter_new(ptst_ctx *c, const ptst_model *m,
+                                        const ptst_lora_desc *desc);
+/* Reads a PEFT folder (adapter_config.json, adapter_model.safetensors). Every tensor must find its
+   weight and every target its tensors; a feature that is active there and not supported here is
+   named. */
+PTST_API ptst_adapter *ptst_adapter_load(ptst_ctx *c, const ptst_model *m, const char *folder);
+/* A copy of its own. */
+PTST_API ptst_adapter *ptst_adapter_copy(ptst_ctx *c, const ptst_adapter *a);
+PTST_API void ptst_adapter_free(ptst_ctx *c, ptst_adapter *a);
+/* Rank (the largest), alpha, dropout, targets; the text lives as long as the adapter. */
+PTST_API ptst_lora_desc ptst_adapter_about(const ptst_adapter *a);
+/* Number of its weights. */
+PTST_API uint64_t ptst_adapter_parameters(const ptst_adapter *a);
+/* Writes a PEFT folder (which is made) that old and new versions of PEFT open. base_model is noted
+   as base_model_name_or_path; NULL = none. */
+PTST_API ptst_code ptst_adapter_save(ptst_ctx *c, const ptst_adapter *a, const char *folder,
+                                     const char *base_model);
+/* Folds an adapter into its model: W + scale B A, computed in F32 and rounded once to the type of
+   the weight. Everything else in the model's folder is copied; each file appears whole or not at
+   all, config.json last. out must be another folder. */
+PTST_API ptst_code ptst_merge(ptst_ctx *c, const char *model_folder, const char *adapter_folder,
+                              const char *out);
 
 /* ---- api >>train ----------------------------------------------------------------------------- */
 
@@ -1727,6 +1885,122 @@ PTST__UNUSED static ptst_code ptst__make_folders(ptst_ctx *c, const char *path) 
         return ptst__fail(c, PTST_ERR_IO, "%s: is a file, a folder was expected", path);
     }
     return PTST_OK;
+}
+
+/* Appends to a file that may not be there yet (reset: empties it before). One write, so that the
+   lines of several processes do not mix; devices are fine. */
+PTST__UNUSED static ptst_code ptst__append_file(ptst_ctx *c, const char *path, const char *data,
+                                                size_t size, bool reset) {
+    int fd = open(path, O_WRONLY | O_CREAT | O_APPEND | (reset ? O_TRUNC : 0), 0666);
+    int error = fd < 0 ? errno : 0;
+    size_t at = 0;
+    while (error == 0 && at < size) {
+        ssize_t n = write(fd, data + at, size - at);
+        at += n > 0 ? (size_t)n : 0;
+        error = n < 0 && errno != EINTR ? errno : n == 0 ? EIO : 0;
+    }
+    if (fd >= 0 && close(fd) != 0 && error == 0) {
+        error = errno;
+    }
+    return error != 0 ? ptst__fail_errno(c, path, "write", error) : PTST_OK;
+}
+
+/* ---- SHA-256 (FIPS 180-4), to recognise inputs ---- */
+
+typedef struct ptst__sha256 {
+    uint32_t state[8];
+    uint64_t size; /* bytes so far */
+    unsigned char block[64];
+} ptst__sha256;
+
+static uint32_t ptst__rotate_right(uint32_t x, int n) { return x >> n | x << (32 - n); }
+
+static void ptst__sha256_block(ptst__sha256 *h, const unsigned char *p) {
+    static const uint32_t k[64] = {
+        0x428A2F98u, 0x71374491u, 0xB5C0FBCFu, 0xE9B5DBA5u, 0x3956C25Bu, 0x59F111F1u, 0x923F82A4u,
+        0xAB1C5ED5u, 0xD807AA98u, 0x12835B01u, 0x243185BEu, 0x550C7DC3u, 0x72BE5D74u, 0x80DEB1FEu,
+        0x9BDC06A7u, 0xC19BF174u, 0xE49B69C1u, 0xEFBE4786u, 0x0FC19DC6u, 0x240CA1CCu, 0x2DE92C6Fu,
+        0x4A7484AAu, 0x5CB0A9DCu, 0x76F988DAu, 0x983E5152u, 0xA831C66Du, 0xB00327C8u, 0xBF597FC7u,
+        0xC6E00BF3u, 0xD5A79147u, 0x06CA6351u, 0x14292967u, 0x27B70A85u, 0x2E1B2138u, 0x4D2C6DFCu,
+        0x53380D13u, 0x650A7354u, 0x766A0ABBu, 0x81C2C92Eu, 0x92722C85u, 0xA2BFE8A1u, 0xA81A664Bu,
+        0xC24B8B70u, 0xC76C51A3u, 0xD192E819u, 0xD6990624u, 0xF40E3585u, 0x106AA070u, 0x19A4C116u,
+        0x1E376C08u, 0x2748774Cu, 0x34B0BCB5u, 0x391C0CB3u, 0x4ED8AA4Au, 0x5B9CCA4Fu, 0x682E6FF3u,
+        0x748F82EEu, 0x78A5636Fu, 0x84C87814u, 0x8CC70208u, 0x90BEFFFAu, 0xA4506CEBu, 0xBEF9A3F7u,
+        0xC67178F2u};
+    uint32_t w[64], v[8], t1, t2;
+    int i;
+    for (i = 0; i < 16; i++) {
+        w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 |
+               (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
+    }
+    for (; i < 64; i++) {
+        uint32_t a = w[i - 15], b = w[i - 2];
+        w[i] = w[i - 16] + w[i - 7] +
+               (ptst__rotate_right(a, 7) ^ ptst__rotate_right(a, 18) ^ a >> 3) +
+               (ptst__rotate_right(b, 17) ^ ptst__rotate_right(b, 19) ^ b >> 10);
+    }
+    memcpy(v, h->state, sizeof v);
+    for (i = 0; i < 64; i++) {
+        uint32_t a = v[0], e = v[4];
+        t1 = v[7] + k[i] + w[i] + ((e & v[5]) ^ (~e & v[6])) +
+             (ptst__rotate_right(e, 6) ^ ptst__rotate_right(e, 11) ^ ptst__rotate_right(e, 25));
+        t2 = ((a & v[1]) ^ (a & v[2]) ^ (v[1] & v[2])) +
+             (ptst__rotate_right(a, 2) ^ ptst__rotate_right(a, 13) ^ ptst__rotate_right(a, 22));
+        memmove(v + 1, v, 7 * sizeof v[0]);
+        v[0] = t1 + t2;
+        v[4] += t1;
+    }
+    for (i = 0; i < 8; i++) {
+        h->state[i] += v[i];
+    }
+}
+
+PTST__UNUSED static void ptst__sha256_start(ptst__sha256 *h) {
+    static const uint32_t start[8] = {0x6A09E667u, 0xBB67AE85u, 0x3C6EF372u, 0xA54FF53Au,
+                                      0x510E527Fu, 0x9B05688Cu, 0x1F83D9ABu, 0x5BE0CD19u};
+    memcpy(h->state, start, sizeof start);
+    h->size = 0;
+}
+
+PTST__UNUSED static void ptst__sha256_add(ptst__sha256 *h, const void *data, size_t size) {
+    const unsigned char *p = (const unsigned char *)data;
+    while (size != 0) {
+        size_t used = (size_t)(h->size % 64), n = 64 - used < size ? 64 - used : size;
+        memcpy(h->block + used, p, n);
+        h->size += n;
+        p += n;
+        size -= n;
+        if (used + n == 64) {
+            ptst__sha256_block(h, h->block);
+        }
+    }
+}
+
+/* Writes 64 lower-case hexadecimal digits and a NUL. */
+PTST__UNUSED static void ptst__sha256_end(ptst__sha256 *h, char text[65]) {
+    static const char digits[] = "0123456789abcdef";
+    uint64_t bits = h->size * 8;
+    unsigned char tail[8];
+    int i;
+    ptst__sha256_add(h, "\x80", 1);
+    while (h->size % 64 != 56) {
+        ptst__sha256_add(h, "", 1);
+    }
+    for (i = 0; i < 8; i++) {
+        tail[i] = (unsigned char)(bits >> (56 - 8 * i));
+    }
+    ptst__sha256_add(h, tail, 8);
+    for (i = 0; i < 64; i++) {
+        text[i] = digits[h->state[i / 8] >> (28 - 4 * (i % 8)) & 15u];
+    }
+    text[64] = 0;
+}
+
+/* Is it neither infinite nor NaN? Looks at the bits, so -ffast-math cannot argue it away. */
+PTST__UNUSED static bool ptst__finite(double value) {
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (bits >> 52 & 0x7FFu) != 0x7FFu;
 }
 
 /* ---- public part ---- */
@@ -4151,13 +4425,17 @@ PTST_API ptst_code ptst_tensors_write(ptst_ctx *c, const char *path, const ptst_
    other section mentions an instruction set. Nothing here allocates after ptst_open or can fail.
    Tested by tests/test_kernels.c and tests/test_ops.c. */
 
-/* Where the result of a micro-kernel goes: rows x cols of Y at y,
-   y[i * ldy + j] = beta y[i * ldy + j] + alpha sum(i, j); beta = 0 does not read y. */
+/* One call of a micro-kernel, rows x cols of Y:
+   y[i * ldy + j] = beta y[i * ldy + j] + alpha sum_k a[k * a_width + i] b[k * b_step + j]
+   beta = 0 does not read y. */
 typedef struct ptst__tile {
-    float *y;
-    size_t ldy, rows, cols;
+    const float *a, *b;
+    size_t b_step, rows, cols;
     float alpha, beta;
-    const float *ahead; /* a hint: K cache lines from here are needed soon */
+    float *y;
+    size_t ldy;
+    const float *ahead; /* a hint: ahead[k * ahead_step], k < K, is needed soon */
+    size_t ahead_step;
 } ptst__tile;
 
 struct ptst__adamw_factors;
@@ -4170,9 +4448,13 @@ struct ptst__kernels {
     void (*to_f32)(float *dst, const void *src, ptst_dtype dtype, size_t n);
     void (*from_f32)(void *dst, const float *src, ptst_dtype dtype, size_t n);
 
-    /* matmul: the micro-kernel makes tile_rows x tile_cols; packed rows of A have a_width >=
-       tile_rows floats, those of B tile_cols. */
+    /* matmul: the micro-kernel makes at most tile_rows x tile_cols; packed rows of A have
+       a_width >= tile_rows floats, those of B tile_cols. It reads all of them (tile_cols floats of
+       each row of B), also if it makes less. */
     size_t tile_rows, a_width, tile_cols;
+    /* Upper bounds of a block that a core works on: tile_cols x block_k floats of B and
+       block_rows x block_k of A are to stay in the second cache. */
+    size_t block_k, block_rows;
     /* Panel of K rows: dst[k * width + j] = src[k * ld + j], j < cols; 0 for cols <= j < width.
        width is a_width or tile_cols. */
     void (*pack_rows)(float *dst, size_t width, const void *src, ptst_dtype dtype, size_t ld,
@@ -4180,11 +4462,11 @@ struct ptst__kernels {
     /* The same from columns: dst[k * width + j] = src[min(j, cols - 1) * ld + k]. */
     void (*pack_cols)(float *dst, size_t width, const void *src, ptst_dtype dtype, size_t ld,
                       size_t cols, size_t K);
-    /* sum(i, j) = sum_k a[k * a_width + i] b[k * tile_cols + j] */
-    void (*tile)(size_t K, const float *a, const float *b, const ptst__tile *t);
-    /* sums[4 * i + j] = sum_k a[i][k] w[j][k] for i < rows (1 or 4), j < 4; w[j] is of dtype. */
+    void (*tile)(size_t K, const ptst__tile *t);
+    /* sums[4 * i + j] = sum_k a[i][k] w[j][k] for i < rows (1 or 4), j < 4; w[j] is of dtype. A
+       hint: what lies `ahead` bytes behind each w[j] is needed next. */
     void (*dots)(float *sums, size_t K, const float *const a[4], size_t rows,
-                 const void *const w[4], ptst_dtype dtype);
+                 const void *const w[4], ptst_dtype dtype, size_t ahead);
     /* Fused multiply-adds on registers only, `rounds` times; returns the number of floating point
        operations. sink keeps the result alive. */
     double (*peak)(size_t rounds, float scale, float *sink);
@@ -4328,8 +4610,7 @@ PTST__AVX2 PTST__INLINE __m256 ptst__load8__avx2(const void *src, ptst_dtype dty
         _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)h)), 16));
 }
 
-PTST__AVX2 static void ptst__to_f32__avx2(float *dst, const void *src, ptst_dtype dtype,
-                                          size_t n) {
+PTST__AVX2 static void ptst__to_f32__avx2(float *dst, const void *src, ptst_dtype dtype, size_t n) {
     size_t i = 0;
     for (; n - i >= 8; i += 8) {
         _mm256_storeu_ps(dst + i, ptst__load8__avx2(src, dtype, i));
@@ -4464,15 +4745,20 @@ PTST__UNUSED static void ptst__convert_from_f32(const ptst_ctx *c, void *dst, co
    Threads pack together, then share the tiles of Y. Blocks of K follow each other in a fixed
    order, so each sum has one order: the same bits for any number of threads.
 
-   Few rows (decoding) or few columns (adapters of low rank): packing would cost more than the
-   product. There `dots` makes 4 x 4 scalar products of rows as they lie in memory. */
+   Three kinds of product:
+       large    as above
+       short    few rows of Y: packing B is a large part of the work, so each task packs a panel of
+                it into its own buffer and multiplies at once, for all of K; F32 rows that lie as
+                the micro-kernel wants them are not even packed
+       dots     very few rows (decoding) or columns (adapters of low rank): `dots` makes 4 x 4
+                scalar products of rows as they lie in memory. */
 
 enum {
-    PTST__BLOCK_K = 512,   /* upper bounds of a block: kc, nc, rows of A packed at once */
+    PTST__BLOCK_K = 512, /* the largest block_k; columns of B and rows of A packed at once */
     PTST__BLOCK_N = 2048,
     PTST__BLOCK_M = 1024,
-    PTST__TASK_ROWS = 168, /* rows of A that one task keeps in the second cache */
-    PTST__FEW = 16         /* "few" rows or columns */
+    PTST__DOTS = 8,  /* up to so many rows (of Y or of its transpose) are made by `dots` ... */
+    PTST__SHORT = 96 /* and up to so many by tasks that pack for themselves */
 };
 
 /* A matrix [K, N] in memory: element (k, n) is data[n * ld + k] if transposed, data[k * ld + n]
@@ -4525,14 +4811,14 @@ static void ptst__pack_cols__scalar(float *dst, size_t width, const void *src, p
 }
 
 /* 4 x 4, sums in double. */
-static void ptst__tile__scalar(size_t K, const float *a, const float *b, const ptst__tile *t) {
+static void ptst__tile__scalar(size_t K, const ptst__tile *t) {
     float sums[16];
     size_t i, j, k;
-    for (i = 0; i < 4; i++) {
-        for (j = 0; j < 4; j++) {
+    for (i = 0; i < t->rows; i++) {
+        for (j = 0; j < t->cols; j++) {
             double sum = 0;
             for (k = 0; k < K; k++) {
-                sum += (double)a[4 * k + i] * (double)b[4 * k + j];
+                sum += (double)t->a[4 * k + i] * (double)t->b[k * t->b_step + j];
             }
             sums[4 * i + j] = (float)sum;
         }
@@ -4541,8 +4827,9 @@ static void ptst__tile__scalar(size_t K, const float *a, const float *b, const p
 }
 
 static void ptst__dots__scalar(float *sums, size_t K, const float *const a[4], size_t rows,
-                               const void *const w[4], ptst_dtype dtype) {
+                               const void *const w[4], ptst_dtype dtype, size_t ahead) {
     size_t i, j, k;
+    (void)ahead;
     for (j = 0; j < 4; j++) {
         double sum[4] = {0, 0, 0, 0};
         for (k = 0; k < K; k++) {
@@ -4618,7 +4905,8 @@ PTST__AVX2 PTST__INLINE __m256 ptst__lanes__avx2(const void *const column[8], pt
         return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps((const float *)p)),
                                     _mm_loadu_ps((const float *)q), 1);
     }
-    h = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *)p), _mm_loadl_epi64((const __m128i *)q));
+    h = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *)p),
+                           _mm_loadl_epi64((const __m128i *)q));
     return dtype == PTST_F16 ? _mm256_cvtph_ps(h)
                              : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
@@ -4675,43 +4963,48 @@ PTST__AVX2 PTST__INLINE void ptst__put8__avx2(float *y, __m256 sum, float alpha,
     _mm256_storeu_ps(y, sum);
 }
 
-/* As __scalar, 6 x 16 sums in 12 registers, FMA. */
-PTST__AVX2 static void ptst__tile__avx2(size_t K, const float *a, const float *b,
-                                        const ptst__tile *t) {
+/* As __scalar, up to 6 x 16 sums in 12 registers, FMA; `count` is a constant. */
+PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t, size_t count) {
     float edge[6 * 16];
-    bool whole = t->rows == 6 && t->cols == 16;
+    bool whole = t->rows == count && t->cols == 16;
     float *y = whole ? t->y : edge;
-    size_t ldy = whole ? t->ldy : 16;
+    const float *a = t->a, *b = t->b, *ahead = t->ahead;
+    size_t ldy = whole ? t->ldy : 16, b_step = t->b_step, ahead_step = t->ahead_step;
     float alpha = whole ? t->alpha : 1, beta = whole ? t->beta : 0;
-    const char *ahead = (const char *)t->ahead;
-#define PTST__X(i) __m256 p##i = _mm256_setzero_ps(), q##i = _mm256_setzero_ps();
+#define PTST__X(i)                                                                                 \
+    __m256 p##i = _mm256_setzero_ps(), q##i = _mm256_setzero_ps();                                 \
+    if (whole && i < count) {                                                                      \
+        _mm_prefetch((const char *)(y + i * ldy), _MM_HINT_T0);                                    \
+        _mm_prefetch((const char *)(y + i * ldy + 15), _MM_HINT_T0);                               \
+    }
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
-    if (whole) {
-#define PTST__X(i)                                                                                 \
-    _mm_prefetch((const char *)(y + i * ldy), _MM_HINT_T0);                                        \
-    _mm_prefetch((const char *)(y + i * ldy + 15), _MM_HINT_T0);
-        PTST__ROWS_6(PTST__X)
-#undef PTST__X
-    }
-    for (; K > 0; K--, a += 8, b += 16, ahead += 64) {
+    for (; K > 0; K--, a += 8, b += b_step, ahead += ahead_step) {
         __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8), ai;
 #define PTST__X(i)                                                                                 \
-    ai = _mm256_broadcast_ss(a + i);                                                               \
-    p##i = _mm256_fmadd_ps(ai, b0, p##i);                                                          \
-    q##i = _mm256_fmadd_ps(ai, b1, q##i);
+    if (i < count) {                                                                               \
+        ai = _mm256_broadcast_ss(a + i);                                                           \
+        p##i = _mm256_fmadd_ps(ai, b0, p##i);                                                      \
+        q##i = _mm256_fmadd_ps(ai, b1, q##i);                                                      \
+    }
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
-        _mm_prefetch(ahead, _MM_HINT_T1);
+        _mm_prefetch((const char *)ahead, _MM_HINT_T1);
     }
 #define PTST__X(i)                                                                                 \
-    ptst__put8__avx2(y + i * ldy, p##i, alpha, beta);                                              \
-    ptst__put8__avx2(y + i * ldy + 8, q##i, alpha, beta);
+    if (i < count) {                                                                               \
+        ptst__put8__avx2(y + i * ldy, p##i, alpha, beta);                                          \
+        ptst__put8__avx2(y + i * ldy + 8, q##i, alpha, beta);                                      \
+    }
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
     if (!whole) {
         ptst__tile_put(t, edge, 16);
     }
+}
+
+PTST__AVX2 static void ptst__tile__avx2(size_t K, const ptst__tile *t) {
+    t->rows > 4 ? ptst__tile_rows__avx2(K, t, 6) : ptst__tile_rows__avx2(K, t, 4);
 }
 
 /* The sums of the lanes of four vectors. */
@@ -4722,7 +5015,8 @@ PTST__AVX2 PTST__INLINE __m128 ptst__sum4__avx2(__m256 s0, __m256 s1, __m256 s2,
 
 /* As __scalar for 4 x 2 (w[0], w[1]): 8 lanes per sum; what is left of K is added at the end. */
 PTST__AVX2 PTST__INLINE void ptst__dots_2__avx2(float *sums, size_t K, const float *const a[4],
-                                                const void *const w[4], ptst_dtype dtype) {
+                                                const void *const w[4], ptst_dtype dtype,
+                                                size_t ahead) {
     float part[8];
     size_t i, j, k;
 #define PTST__X(i) __m256 p##i = _mm256_setzero_ps(), q##i = _mm256_setzero_ps();
@@ -4730,6 +5024,8 @@ PTST__AVX2 PTST__INLINE void ptst__dots_2__avx2(float *sums, size_t K, const flo
 #undef PTST__X
     for (k = 0; K - k >= 8; k += 8) {
         __m256 w0 = ptst__load8__avx2(w[0], dtype, k), w1 = ptst__load8__avx2(w[1], dtype, k), ai;
+        _mm_prefetch((const char *)ptst__element(w[0], dtype, k) + ahead, _MM_HINT_T0);
+        _mm_prefetch((const char *)ptst__element(w[1], dtype, k) + ahead, _MM_HINT_T0);
 #define PTST__X(i)                                                                                 \
     ai = _mm256_loadu_ps(a[i] + k);                                                                \
     p##i = _mm256_fmadd_ps(ai, w0, p##i);                                                          \
@@ -4754,14 +5050,17 @@ PTST__AVX2 PTST__INLINE void ptst__dots_2__avx2(float *sums, size_t K, const flo
 
 /* The same for one row of A and four w. */
 PTST__AVX2 PTST__INLINE void ptst__dots_1__avx2(float *sums, size_t K, const float *a,
-                                                const void *const w[4], ptst_dtype dtype) {
+                                                const void *const w[4], ptst_dtype dtype,
+                                                size_t ahead) {
     size_t j, k;
 #define PTST__X(i) __m256 p##i = _mm256_setzero_ps();
     PTST__ROWS_4(PTST__X)
 #undef PTST__X
     for (k = 0; K - k >= 8; k += 8) {
         __m256 a0 = _mm256_loadu_ps(a + k);
-#define PTST__X(i) p##i = _mm256_fmadd_ps(a0, ptst__load8__avx2(w[i], dtype, k), p##i);
+#define PTST__X(i)                                                                                 \
+    p##i = _mm256_fmadd_ps(a0, ptst__load8__avx2(w[i], dtype, k), p##i);                           \
+    _mm_prefetch((const char *)ptst__element(w[i], dtype, k) + ahead, _MM_HINT_T0);
         PTST__ROWS_4(PTST__X)
 #undef PTST__X
     }
@@ -4777,26 +5076,26 @@ PTST__AVX2 PTST__INLINE void ptst__dots_1__avx2(float *sums, size_t K, const flo
 }
 
 /* The dtype is made a constant of each inner loop. */
-PTST__AVX2 static void ptst__dots__avx2(float *sums, size_t K, const float *const a[4],
-                                        size_t rows, const void *const w[4], ptst_dtype dtype) {
+PTST__AVX2 static void ptst__dots__avx2(float *sums, size_t K, const float *const a[4], size_t rows,
+                                        const void *const w[4], ptst_dtype dtype, size_t ahead) {
     size_t j;
     if (rows == 1) {
         if (dtype == PTST_F32) {
-            ptst__dots_1__avx2(sums, K, a[0], w, PTST_F32);
+            ptst__dots_1__avx2(sums, K, a[0], w, PTST_F32, ahead);
         } else if (dtype == PTST_F16) {
-            ptst__dots_1__avx2(sums, K, a[0], w, PTST_F16);
+            ptst__dots_1__avx2(sums, K, a[0], w, PTST_F16, ahead);
         } else {
-            ptst__dots_1__avx2(sums, K, a[0], w, PTST_BF16);
+            ptst__dots_1__avx2(sums, K, a[0], w, PTST_BF16, ahead);
         }
         return;
     }
     for (j = 0; j < 4; j += 2) {
         if (dtype == PTST_F32) {
-            ptst__dots_2__avx2(sums + j, K, a, w + j, PTST_F32);
+            ptst__dots_2__avx2(sums + j, K, a, w + j, PTST_F32, ahead);
         } else if (dtype == PTST_F16) {
-            ptst__dots_2__avx2(sums + j, K, a, w + j, PTST_F16);
+            ptst__dots_2__avx2(sums + j, K, a, w + j, PTST_F16, ahead);
         } else {
-            ptst__dots_2__avx2(sums + j, K, a, w + j, PTST_BF16);
+            ptst__dots_2__avx2(sums + j, K, a, w + j, PTST_BF16, ahead);
         }
     }
 }
@@ -4840,8 +5139,8 @@ PTST__AVX512 static void ptst__pack_rows__avx512(float *dst, size_t width, const
 }
 
 /* Elements k..k+3 of columns i, i + 4, i + 8 and i + 12. */
-PTST__AVX512 PTST__INLINE __m512 ptst__lanes__avx512(const void *const column[16],
-                                                     ptst_dtype dtype, size_t i, size_t k) {
+PTST__AVX512 PTST__INLINE __m512 ptst__lanes__avx512(const void *const column[16], ptst_dtype dtype,
+                                                     size_t i, size_t k) {
     __m256 low, high;
     if (dtype == PTST_F32) {
         low = ptst__lanes__avx2(column, dtype, i, k);
@@ -4913,41 +5212,52 @@ PTST__AVX512 PTST__INLINE void ptst__put16__avx512(float *y, __m512 sum, __mmask
     _mm512_mask_storeu_ps(y, mask, sum);
 }
 
-/* As __scalar, 14 x 32 sums in 28 registers; columns beyond the edge are masked. */
-PTST__AVX512 static void ptst__tile__avx512(size_t K, const float *a, const float *b,
-                                            const ptst__tile *t) {
+/* As __scalar, up to 14 x 32 sums in 28 registers, columns beyond the edge masked; `count` is a
+   constant. */
+PTST__AVX512 PTST__INLINE void ptst__tile_rows__avx512(size_t K, const ptst__tile *t,
+                                                       size_t count) {
     __mmask16 m0 = ptst__mask16__avx512(t->cols);
     __mmask16 m1 = t->cols > 16 ? ptst__mask16__avx512(t->cols - 16) : (__mmask16)0;
-    size_t rows = t->rows, ldy = t->ldy;
-    const char *ahead = (const char *)t->ahead;
+    const float *a = t->a, *b = t->b, *ahead = t->ahead;
+    size_t rows = t->rows, ldy = t->ldy, b_step = t->b_step, ahead_step = t->ahead_step;
     float *y = t->y;
-#define PTST__X(i) __m512 p##i = _mm512_setzero_ps(), q##i = _mm512_setzero_ps();
+#define PTST__X(i)                                                                                 \
+    __m512 p##i = _mm512_setzero_ps(), q##i = _mm512_setzero_ps();                                 \
+    if (i < count && i < rows) {                                                                   \
+        _mm_prefetch((const char *)(y + i * ldy), _MM_HINT_T0);                                    \
+        _mm_prefetch((const char *)(y + i * ldy + 16), _MM_HINT_T0);                               \
+    }
     PTST__ROWS_14(PTST__X)
 #undef PTST__X
-    if (rows == 14) {
-#define PTST__X(i)                                                                                 \
-    _mm_prefetch((const char *)(y + i * ldy), _MM_HINT_T0);                                        \
-    _mm_prefetch((const char *)(y + i * ldy + 16), _MM_HINT_T0);
-        PTST__ROWS_14(PTST__X)
-#undef PTST__X
-    }
-    for (; K > 0; K--, a += 16, b += 32, ahead += 64) {
+    for (; K > 0; K--, a += 16, b += b_step, ahead += ahead_step) {
         __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16), ai;
 #define PTST__X(i)                                                                                 \
-    ai = _mm512_set1_ps(a[i]);                                                                     \
-    p##i = _mm512_fmadd_ps(ai, b0, p##i);                                                          \
-    q##i = _mm512_fmadd_ps(ai, b1, q##i);
+    if (i < count) {                                                                               \
+        ai = _mm512_set1_ps(a[i]);                                                                 \
+        p##i = _mm512_fmadd_ps(ai, b0, p##i);                                                      \
+        q##i = _mm512_fmadd_ps(ai, b1, q##i);                                                      \
+    }
         PTST__ROWS_14(PTST__X)
 #undef PTST__X
-        _mm_prefetch(ahead, _MM_HINT_T1);
+        _mm_prefetch((const char *)ahead, _MM_HINT_T1);
     }
 #define PTST__X(i)                                                                                 \
-    if (i < rows) {                                                                                \
+    if (i < count && i < rows) {                                                                   \
         ptst__put16__avx512(y + i * ldy, p##i, m0, t);                                             \
         ptst__put16__avx512(y + i * ldy + 16, q##i, m1, t);                                        \
     }
     PTST__ROWS_14(PTST__X)
 #undef PTST__X
+}
+
+PTST__AVX512 static void ptst__tile__avx512(size_t K, const ptst__tile *t) {
+    if (t->rows > 8) {
+        ptst__tile_rows__avx512(K, t, 14);
+    } else if (t->rows > 4) {
+        ptst__tile_rows__avx512(K, t, 8);
+    } else {
+        ptst__tile_rows__avx512(K, t, 4);
+    }
 }
 
 /* The sums of the lanes of four vectors. */
@@ -4959,10 +5269,12 @@ PTST__AVX512 PTST__INLINE __m128 ptst__sum4__avx512(__m512 s0, __m512 s1, __m512
     return ptst__sum4__avx2(h0, h1, h2, h3);
 }
 
-/* As __scalar: 4 x 4, 16 lanes per sum; the end of K is masked. */
-PTST__AVX512 PTST__INLINE void ptst__dots_4__avx512(float *sums, size_t K,
-                                                    const float *const a[4],
-                                                    const void *const w[4], ptst_dtype dtype) {
+/* As __scalar for `rows` rows of A (1 or 4, a constant) and four w, 16 lanes per sum; the end of K
+   is masked. */
+PTST__AVX512 PTST__INLINE void ptst__dots_rows__avx512(float *sums, size_t K,
+                                                       const float *const a[4], size_t rows,
+                                                       const void *const w[4], ptst_dtype dtype,
+                                                       size_t ahead) {
     size_t k;
 #define PTST__X(i)                                                                                 \
     __m512 p##i = _mm512_setzero_ps(), q##i = _mm512_setzero_ps();                                 \
@@ -4970,56 +5282,45 @@ PTST__AVX512 PTST__INLINE void ptst__dots_4__avx512(float *sums, size_t K,
     PTST__ROWS_4(PTST__X)
 #undef PTST__X
     for (k = 0; k < K; k += 16) {
-        __mmask16 mask = ptst__mask16__avx512(K - k);
-        __m512 w0 = ptst__load16__avx512(w[0], dtype, k, mask);
-        __m512 w1 = ptst__load16__avx512(w[1], dtype, k, mask);
-        __m512 w2 = ptst__load16__avx512(w[2], dtype, k, mask);
-        __m512 w3 = ptst__load16__avx512(w[3], dtype, k, mask), ai;
+        __mmask16 mask = K - k < 16 ? ptst__mask16__avx512(K - k) : (__mmask16)0xFFFF;
+#define PTST__X(j)                                                                                 \
+    __m512 w##j = ptst__load16__avx512(w[j], dtype, k, mask);                                      \
+    _mm_prefetch((const char *)ptst__element(w[j], dtype, k) + ahead, _MM_HINT_T0);
+        PTST__ROWS_4(PTST__X)
+#undef PTST__X
 #define PTST__X(i)                                                                                 \
-    ai = _mm512_maskz_loadu_ps(mask, a[i] + k);                                                    \
-    p##i = _mm512_fmadd_ps(ai, w0, p##i);                                                          \
-    q##i = _mm512_fmadd_ps(ai, w1, q##i);                                                          \
-    r##i = _mm512_fmadd_ps(ai, w2, r##i);                                                          \
-    s##i = _mm512_fmadd_ps(ai, w3, s##i);
+    if (i < rows) {                                                                                \
+        __m512 ai = _mm512_maskz_loadu_ps(mask, a[i] + k);                                         \
+        p##i = _mm512_fmadd_ps(ai, w0, p##i);                                                      \
+        q##i = _mm512_fmadd_ps(ai, w1, q##i);                                                      \
+        r##i = _mm512_fmadd_ps(ai, w2, r##i);                                                      \
+        s##i = _mm512_fmadd_ps(ai, w3, s##i);                                                      \
+    }
         PTST__ROWS_4(PTST__X)
 #undef PTST__X
     }
-#define PTST__X(i) _mm_storeu_ps(sums + 4 * i, ptst__sum4__avx512(p##i, q##i, r##i, s##i));
-    PTST__ROWS_4(PTST__X)
-#undef PTST__X
-}
-
-/* The same for one row of A. */
-PTST__AVX512 PTST__INLINE void ptst__dots_1__avx512(float *sums, size_t K, const float *a,
-                                                    const void *const w[4], ptst_dtype dtype) {
-    size_t k;
-#define PTST__X(i) __m512 p##i = _mm512_setzero_ps();
-    PTST__ROWS_4(PTST__X)
-#undef PTST__X
-    for (k = 0; k < K; k += 16) {
-        __mmask16 mask = ptst__mask16__avx512(K - k);
-        __m512 a0 = _mm512_maskz_loadu_ps(mask, a + k);
-#define PTST__X(i) p##i = _mm512_fmadd_ps(a0, ptst__load16__avx512(w[i], dtype, k, mask), p##i);
-        PTST__ROWS_4(PTST__X)
-#undef PTST__X
+#define PTST__X(i)                                                                                 \
+    if (i < rows) {                                                                                \
+        _mm_storeu_ps(sums + 4 * i, ptst__sum4__avx512(p##i, q##i, r##i, s##i));                   \
     }
-    _mm_storeu_ps(sums, ptst__sum4__avx512(p0, p1, p2, p3));
+    PTST__ROWS_4(PTST__X)
+#undef PTST__X
 }
 
 /* The dtype is made a constant of each inner loop. */
 PTST__AVX512 static void ptst__dots__avx512(float *sums, size_t K, const float *const a[4],
-                                            size_t rows, const void *const w[4],
-                                            ptst_dtype dtype) {
+                                            size_t rows, const void *const w[4], ptst_dtype dtype,
+                                            size_t ahead) {
     bool one = rows == 1;
     if (dtype == PTST_F32) {
-        one ? ptst__dots_1__avx512(sums, K, a[0], w, PTST_F32)
-            : ptst__dots_4__avx512(sums, K, a, w, PTST_F32);
+        one ? ptst__dots_rows__avx512(sums, K, a, 1, w, PTST_F32, ahead)
+            : ptst__dots_rows__avx512(sums, K, a, 4, w, PTST_F32, ahead);
     } else if (dtype == PTST_F16) {
-        one ? ptst__dots_1__avx512(sums, K, a[0], w, PTST_F16)
-            : ptst__dots_4__avx512(sums, K, a, w, PTST_F16);
+        one ? ptst__dots_rows__avx512(sums, K, a, 1, w, PTST_F16, ahead)
+            : ptst__dots_rows__avx512(sums, K, a, 4, w, PTST_F16, ahead);
     } else {
-        one ? ptst__dots_1__avx512(sums, K, a[0], w, PTST_BF16)
-            : ptst__dots_4__avx512(sums, K, a, w, PTST_BF16);
+        one ? ptst__dots_rows__avx512(sums, K, a, 1, w, PTST_BF16, ahead)
+            : ptst__dots_rows__avx512(sums, K, a, 4, w, PTST_BF16, ahead);
     }
 }
 
@@ -5073,10 +5374,10 @@ static void ptst__pack_cols__neon(float *dst, size_t width, const void *src, pts
             r[i] = ptst__element(src, dtype, (j + i < cols ? j + i : cols - 1) * ld);
         }
         for (k = 0; K - k >= 4; k += 4) {
-            float32x4x2_t u = vtrnq_f32(ptst__load4__neon(r[0], dtype, k),
-                                        ptst__load4__neon(r[1], dtype, k));
-            float32x4x2_t v = vtrnq_f32(ptst__load4__neon(r[2], dtype, k),
-                                        ptst__load4__neon(r[3], dtype, k));
+            float32x4x2_t u =
+                vtrnq_f32(ptst__load4__neon(r[0], dtype, k), ptst__load4__neon(r[1], dtype, k));
+            float32x4x2_t v =
+                vtrnq_f32(ptst__load4__neon(r[2], dtype, k), ptst__load4__neon(r[3], dtype, k));
             float *d = dst + k * width + j;
             vst1q_f32(d, vcombine_f32(vget_low_f32(u.val[0]), vget_low_f32(v.val[0])));
             vst1q_f32(d + width, vcombine_f32(vget_low_f32(u.val[1]), vget_low_f32(v.val[1])));
@@ -5093,39 +5394,44 @@ static void ptst__pack_cols__neon(float *dst, size_t width, const void *src, pts
     }
 }
 
-/* As __scalar, 8 x 12 sums in 24 registers, FMA with one lane of A. */
-static void ptst__tile__neon(size_t K, const float *a, const float *b, const ptst__tile *t) {
+/* As __scalar, up to 8 x 12 sums in 24 registers, FMA with one lane of A; `count` is a constant. */
+PTST__INLINE void ptst__tile_rows__neon(size_t K, const ptst__tile *t, size_t count) {
     float edge[8 * 12];
-    bool whole = t->rows == 8 && t->cols == 12;
+    bool whole = t->rows == count && t->cols == 12;
     float *y = whole ? t->y : edge;
+    const float *a = t->a, *b = t->b;
     size_t ldy = whole ? t->ldy : 12;
     float32x4_t alpha = vdupq_n_f32(whole ? t->alpha : 1);
     float beta = whole ? t->beta : 0;
 #define PTST__X(i) float32x4_t p##i = vdupq_n_f32(0), q##i = p##i, r##i = p##i;
     PTST__ROWS_8(PTST__X)
 #undef PTST__X
-    for (; K > 0; K--, a += 8, b += 12) {
+    for (; K > 0; K--, a += 8, b += t->b_step) {
         float32x4_t b0 = vld1q_f32(b), b1 = vld1q_f32(b + 4), b2 = vld1q_f32(b + 8);
         float32x4_t a0 = vld1q_f32(a), a1 = vld1q_f32(a + 4);
 #define PTST__X(i)                                                                                 \
-    p##i = vfmaq_laneq_f32(p##i, b0, i < 4 ? a0 : a1, i % 4);                                      \
-    q##i = vfmaq_laneq_f32(q##i, b1, i < 4 ? a0 : a1, i % 4);                                      \
-    r##i = vfmaq_laneq_f32(r##i, b2, i < 4 ? a0 : a1, i % 4);
+    if (i < count) {                                                                               \
+        p##i = vfmaq_laneq_f32(p##i, b0, i < 4 ? a0 : a1, i % 4);                                  \
+        q##i = vfmaq_laneq_f32(q##i, b1, i < 4 ? a0 : a1, i % 4);                                  \
+        r##i = vfmaq_laneq_f32(r##i, b2, i < 4 ? a0 : a1, i % 4);                                  \
+    }
         PTST__ROWS_8(PTST__X)
 #undef PTST__X
     }
 #define PTST__X(i)                                                                                 \
-    p##i = vmulq_f32(p##i, alpha);                                                                 \
-    q##i = vmulq_f32(q##i, alpha);                                                                 \
-    r##i = vmulq_f32(r##i, alpha);                                                                 \
-    if (beta != 0) {                                                                               \
-        p##i = vfmaq_n_f32(p##i, vld1q_f32(y + i * ldy), beta);                                    \
-        q##i = vfmaq_n_f32(q##i, vld1q_f32(y + i * ldy + 4), beta);                                \
-        r##i = vfmaq_n_f32(r##i, vld1q_f32(y + i * ldy + 8), beta);                                \
-    }                                                                                              \
-    vst1q_f32(y + i * ldy, p##i);                                                                  \
-    vst1q_f32(y + i * ldy + 4, q##i);                                                              \
-    vst1q_f32(y + i * ldy + 8, r##i);
+    if (i < count) {                                                                               \
+        p##i = vmulq_f32(p##i, alpha);                                                             \
+        q##i = vmulq_f32(q##i, alpha);                                                             \
+        r##i = vmulq_f32(r##i, alpha);                                                             \
+        if (beta != 0) {                                                                           \
+            p##i = vfmaq_n_f32(p##i, vld1q_f32(y + i * ldy), beta);                                \
+            q##i = vfmaq_n_f32(q##i, vld1q_f32(y + i * ldy + 4), beta);                            \
+            r##i = vfmaq_n_f32(r##i, vld1q_f32(y + i * ldy + 8), beta);                            \
+        }                                                                                          \
+        vst1q_f32(y + i * ldy, p##i);                                                              \
+        vst1q_f32(y + i * ldy + 4, q##i);                                                          \
+        vst1q_f32(y + i * ldy + 8, r##i);                                                          \
+    }
     PTST__ROWS_8(PTST__X)
 #undef PTST__X
     if (!whole) {
@@ -5133,43 +5439,65 @@ static void ptst__tile__neon(size_t K, const float *a, const float *b, const pts
     }
 }
 
-/* As __scalar: one row of A (a) and four w, 4 lanes per sum; the end of K is added last. */
-PTST__INLINE void ptst__dots_1__neon(float *sums, size_t K, const float *a,
-                                     const void *const w[4], ptst_dtype dtype) {
-    size_t j, k;
-    float32x4_t p[4];
-    for (j = 0; j < 4; j++) {
-        p[j] = vdupq_n_f32(0);
-    }
+static void ptst__tile__neon(size_t K, const ptst__tile *t) {
+    t->rows > 4 ? ptst__tile_rows__neon(K, t, 8) : ptst__tile_rows__neon(K, t, 4);
+}
+
+/* As __scalar for `rows` rows of A (1 or 4, a constant) and four w, 4 lanes per sum; the end of K
+   is added last. */
+PTST__INLINE void ptst__dots_rows__neon(float *sums, size_t K, const float *const a[4], size_t rows,
+                                        const void *const w[4], ptst_dtype dtype) {
+    size_t i, j, k;
+#define PTST__X(i) float32x4_t p##i = vdupq_n_f32(0), q##i = p##i, r##i = p##i, s##i = p##i;
+    PTST__ROWS_4(PTST__X)
+#undef PTST__X
     for (k = 0; K - k >= 4; k += 4) {
-        float32x4_t a0 = vld1q_f32(a + k);
-        p[0] = vfmaq_f32(p[0], a0, ptst__load4__neon(w[0], dtype, k));
-        p[1] = vfmaq_f32(p[1], a0, ptst__load4__neon(w[1], dtype, k));
-        p[2] = vfmaq_f32(p[2], a0, ptst__load4__neon(w[2], dtype, k));
-        p[3] = vfmaq_f32(p[3], a0, ptst__load4__neon(w[3], dtype, k));
+        float32x4_t w0 = ptst__load4__neon(w[0], dtype, k), w1 = ptst__load4__neon(w[1], dtype, k);
+        float32x4_t w2 = ptst__load4__neon(w[2], dtype, k), w3 = ptst__load4__neon(w[3], dtype, k);
+#define PTST__X(i)                                                                                 \
+    if (i < rows) {                                                                                \
+        float32x4_t ai = vld1q_f32(a[i] + k);                                                      \
+        p##i = vfmaq_f32(p##i, ai, w0);                                                            \
+        q##i = vfmaq_f32(q##i, ai, w1);                                                            \
+        r##i = vfmaq_f32(r##i, ai, w2);                                                            \
+        s##i = vfmaq_f32(s##i, ai, w3);                                                            \
     }
+        PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    }
+#define PTST__X(i)                                                                                 \
+    if (i < rows) {                                                                                \
+        float32x4_t low = vpaddq_f32(p##i, q##i), high = vpaddq_f32(r##i, s##i);                   \
+        vst1q_f32(sums + 4 * i, vpaddq_f32(low, high));                                            \
+    }
+    PTST__ROWS_4(PTST__X)
+#undef PTST__X
     for (j = 0; j < 4; j++) {
         float rest[4];
         size_t r;
-        sums[j] = vaddvq_f32(p[j]);
         ptst__to_f32__scalar(rest, ptst__element(w[j], dtype, k), dtype, K - k);
-        for (r = 0; r < K - k; r++) {
-            sums[j] += a[k + r] * rest[r];
+        for (i = 0; i < rows; i++) {
+            for (r = 0; r < K - k; r++) {
+                sums[4 * i + j] += a[i][k + r] * rest[r];
+            }
         }
     }
 }
 
+/* The dtype is made a constant of each inner loop. */
 static void ptst__dots__neon(float *sums, size_t K, const float *const a[4], size_t rows,
-                             const void *const w[4], ptst_dtype dtype) {
-    size_t i;
-    for (i = 0; i < rows; i++) {
-        if (dtype == PTST_F32) {
-            ptst__dots_1__neon(sums + 4 * i, K, a[i], w, PTST_F32);
-        } else if (dtype == PTST_F16) {
-            ptst__dots_1__neon(sums + 4 * i, K, a[i], w, PTST_F16);
-        } else {
-            ptst__dots_1__neon(sums + 4 * i, K, a[i], w, PTST_BF16);
-        }
+                             const void *const w[4], ptst_dtype dtype, size_t ahead) {
+    bool one = rows == 1;
+    (void)ahead;
+    if (dtype == PTST_F32) {
+        one ? ptst__dots_rows__neon(sums, K, a, 1, w, PTST_F32)
+            : ptst__dots_rows__neon(sums, K, a, 4, w, PTST_F32);
+    } else if (dtype == PTST_F16) {
+        one ? ptst__dots_rows__neon(sums, K, a, 1, w, PTST_F16)
+            : ptst__dots_rows__neon(sums, K, a, 4, w, PTST_F16);
+    } else {
+        one ? ptst__dots_rows__neon(sums, K, a, 1, w, PTST_BF16)
+            : ptst__dots_rows__neon(sums, K, a, 4, w, PTST_BF16);
     }
 }
 
@@ -5202,76 +5530,88 @@ typedef struct ptst__product {
     const struct ptst__kernels *kernels;
     size_t M, N, K;
     float alpha, beta;
-    const float *A;
-    size_t lda;
-    bool a_transposed;
+    ptst__matrix A; /* as a matrix [K, M]: transposed if it lies row by row */
     ptst__matrix B;
     float *Y;
     size_t ldy;
-    /* packed: A block [m0, m0 + mc) x [k0, k0 + kc), B block [k0, k0 + kc) x [n0, n0 + nc) */
-    float *packed_a, *packed_b;
-    size_t m0, mc, n0, nc, k0, kc;
+    /* Packing buffers: A block [m0, m0 + mc) x [k0, k0 + kc), B block [k0, k0 + kc) x
+       [n0, n0 + nc), and `own`, tile_cols x PTST__BLOCK_K for each thread. */
+    float *packed_a, *packed_b, *own;
+    size_t m0, mc, n0, nc, k0, kc, k_step;
     size_t b_panels;                        /* to be packed: 0 if it is still the same block */
-    size_t task_rows, task_cols, row_tasks; /* tiles of Y that one task computes */
+    size_t task_rows, task_cols, row_tasks; /* what one task computes of Y */
 } ptst__product;
+
+/* Floats of the packing buffers: B, A, and one panel for each thread. */
+static size_t ptst__scratch_floats(const struct ptst__kernels *kernels, int threads) {
+    size_t a = PTST__BLOCK_M / kernels->tile_rows * kernels->a_width;
+    size_t own = (size_t)threads * kernels->tile_cols;
+    return (PTST__BLOCK_N + a + own) * PTST__BLOCK_K;
+}
+
+/* Packs columns [at, at + cols) and rows [k0, k0 + kc) of a matrix into a panel. */
+static void ptst__pack_panel(const struct ptst__kernels *kernels, float *dst, size_t width,
+                             ptst__matrix B, size_t at, size_t cols, size_t k0, size_t kc) {
+    size_t first = B.transposed ? at * B.ld + k0 : k0 * B.ld + at;
+    const void *src = ptst__element(B.data, B.dtype, first);
+    if (B.transposed) {
+        kernels->pack_cols(dst, width, src, B.dtype, B.ld, cols, kc);
+    } else {
+        kernels->pack_rows(dst, width, src, B.dtype, B.ld, cols, kc);
+    }
+}
+
+/* ---- large products ---- */
 
 /* Task: packs one panel, first those of B, then those of A. */
 static void ptst__pack_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
     const struct ptst__kernels *kernels = p->kernels;
-    ptst__matrix B = p->B;
-    size_t width, at, count;
-    float *dst;
+    size_t width, at;
     (void)thread;
     if (task < p->b_panels) {
         width = kernels->tile_cols;
-        at = p->n0 + task * width;
-        count = ptst__min(width, p->n0 + p->nc - at);
-        dst = p->packed_b + task * width * p->kc;
+        at = task * width;
+        ptst__pack_panel(kernels, p->packed_b + at * p->kc, width, p->B, p->n0 + at,
+                         ptst__min(width, p->nc - at), p->k0, p->kc);
     } else {
         task -= p->b_panels;
         width = kernels->a_width;
-        at = p->m0 + task * kernels->tile_rows;
-        count = ptst__min(kernels->tile_rows, p->m0 + p->mc - at);
-        dst = p->packed_a + task * width * p->kc;
-        B.data = p->A;
-        B.ld = p->lda;
-        B.dtype = PTST_F32;
-        B.transposed = !p->a_transposed;
-    }
-    if (!B.transposed) {
-        kernels->pack_rows(dst, width, ptst__element(B.data, B.dtype, p->k0 * B.ld + at), B.dtype,
-                           B.ld, count, p->kc);
-    } else {
-        kernels->pack_cols(dst, width, ptst__element(B.data, B.dtype, at * B.ld + p->k0), B.dtype,
-                           B.ld, count, p->kc);
+        at = task * kernels->tile_rows;
+        ptst__pack_panel(kernels, p->packed_a + task * width * p->kc, width, p->A, p->m0 + at,
+                         ptst__min(kernels->tile_rows, p->mc - at), p->k0, p->kc);
     }
 }
 
-/* Task: task_rows x task_cols of Y, tile by tile. */
+/* Task: task_rows x task_cols of Y, tile by tile. While a panel of B is multiplied, the next one
+   is brought near. */
 static void ptst__tiles_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
     const struct ptst__kernels *kernels = p->kernels;
-    size_t m_first = task % p->row_tasks * p->task_rows, m, n;
+    size_t cols = kernels->tile_cols, rows = kernels->tile_rows, m, n;
+    size_t m_first = task % p->row_tasks * p->task_rows;
     size_t n_first = task / p->row_tasks * p->task_cols;
     size_t m_end = ptst__min(m_first + p->task_rows, p->mc);
     size_t n_end = ptst__min(n_first + p->task_cols, p->nc);
     ptst__tile t;
     (void)thread;
-    t.ldy = p->ldy;
+    t.b_step = cols;
     t.alpha = p->alpha;
     t.beta = p->k0 == 0 ? p->beta : 1;
-    for (n = n_first; n < n_end; n += kernels->tile_cols) {
-        const float *b = p->packed_b + n * p->kc, *ahead = b + kernels->tile_cols * p->kc;
-        const float *b_end = ahead + (n + kernels->tile_cols < n_end ? kernels->tile_cols * p->kc : 0);
-        t.cols = ptst__min(kernels->tile_cols, n_end - n);
-        for (m = m_first; m < m_end; m += kernels->tile_rows) {
-            const float *a = p->packed_a + m / kernels->tile_rows * kernels->a_width * p->kc;
-            t.rows = ptst__min(kernels->tile_rows, m_end - m);
+    t.ldy = p->ldy;
+    t.ahead_step = 16;
+    for (n = n_first; n < n_end; n += cols) {
+        const float *next = p->packed_b + (n + cols) * p->kc;
+        const float *end = n + cols < n_end ? next + cols * p->kc : next;
+        t.b = p->packed_b + n * p->kc;
+        t.cols = ptst__min(cols, n_end - n);
+        for (m = m_first; m < m_end; m += rows) {
+            t.a = p->packed_a + m / rows * kernels->a_width * p->kc;
+            t.rows = ptst__min(rows, m_end - m);
             t.y = p->Y + (p->m0 + m) * p->ldy + p->n0 + n;
-            t.ahead = ahead < b_end ? ahead : a;
-            ahead += 16 * p->kc;
-            kernels->tile(p->kc, a, b, &t);
+            t.ahead = next < end ? next : t.a;
+            next += 16 * p->kc;
+            kernels->tile(p->kc, &t);
         }
     }
 }
@@ -5279,7 +5619,7 @@ static void ptst__tiles_task(void *arg, size_t task, int thread) {
 /* Cuts the block of Y into tasks: enough of them that threads end at about the same time. */
 static void ptst__cut_tasks(ptst_ctx *c, ptst__product *p) {
     size_t rows = p->kernels->tile_rows, cols = p->kernels->tile_cols, blocks, wanted;
-    blocks = ptst__ceil_div(p->mc, PTST__TASK_ROWS);
+    blocks = ptst__ceil_div(p->mc, p->kernels->block_rows);
     p->task_rows = ptst__ceil_div(ptst__ceil_div(p->mc, blocks), rows) * rows;
     p->row_tasks = ptst__ceil_div(p->mc, p->task_rows);
     wanted = ptst__ceil_div(8 * (size_t)c->threads, p->row_tasks);
@@ -5287,16 +5627,14 @@ static void ptst__cut_tasks(ptst_ctx *c, ptst__product *p) {
 }
 
 /* Packs and multiplies block by block. */
-static void ptst__gemm_packed(ptst_ctx *c, ptst__product *p) {
+static void ptst__gemm_large(ptst_ctx *c, ptst__product *p) {
     const struct ptst__kernels *kernels = p->kernels;
-    size_t k_blocks = ptst__ceil_div(p->K, PTST__BLOCK_K);
-    size_t step = ptst__ceil_div(p->K, k_blocks); /* depends on K only: fixed order of sums */
     size_t rows = PTST__BLOCK_M / kernels->tile_rows * kernels->tile_rows;
     size_t cols = PTST__BLOCK_N / kernels->tile_cols * kernels->tile_cols;
     for (p->n0 = 0; p->n0 < p->N; p->n0 += p->nc) {
         p->nc = ptst__min(p->N - p->n0, cols);
         for (p->k0 = 0; p->k0 < p->K; p->k0 += p->kc) {
-            p->kc = ptst__min(p->K - p->k0, step);
+            p->kc = ptst__min(p->K - p->k0, p->k_step);
             for (p->m0 = 0; p->m0 < p->M; p->m0 += p->mc) {
                 size_t a_panels, tasks;
                 p->mc = ptst__min(p->M - p->m0, rows);
@@ -5311,23 +5649,106 @@ static void ptst__gemm_packed(ptst_ctx *c, ptst__product *p) {
     }
 }
 
-/* Bytes of the packing buffers. */
-static size_t ptst__scratch_size(const struct ptst__kernels *kernels) {
-    size_t a = PTST__BLOCK_M / kernels->tile_rows * kernels->a_width;
-    return (a + PTST__BLOCK_N) * PTST__BLOCK_K * sizeof(float);
+/* ---- short products ---- */
+
+/* Task: packs one panel of one block of A. */
+static void ptst__short_pack_task(void *arg, size_t task, int thread) {
+    const ptst__product *p = (const ptst__product *)arg;
+    const struct ptst__kernels *kernels = p->kernels;
+    size_t rows = kernels->tile_rows, panels = ptst__ceil_div(p->M, rows);
+    size_t at = task % panels * rows, k = task / panels * p->k_step;
+    size_t kc = ptst__min(p->k_step, p->kc - k);
+    float *dst = p->packed_a + (panels * k + task % panels * kc) * kernels->a_width;
+    (void)thread;
+    ptst__pack_panel(kernels, dst, kernels->a_width, p->A, at, ptst__min(rows, p->M - at),
+                     p->k0 + k, kc);
 }
 
-/* Task: 4 * task_cols rows of w times all rows of a few. In the packed product's terms: if few
-   rows, a = A and w = B; if few columns, a = B (packed_b, as F32) and w = A. */
+/* Task: all rows of one panel of columns of Y, for the blocks of K in [k0, k0 + kc). */
+static void ptst__short_task(void *arg, size_t task, int thread) {
+    const ptst__product *p = (const ptst__product *)arg;
+    const struct ptst__kernels *kernels = p->kernels;
+    size_t cols = kernels->tile_cols, rows = kernels->tile_rows, n = task * cols, k, kc, m;
+    float *own = p->own + (size_t)thread * cols * PTST__BLOCK_K;
+    bool direct;
+    ptst__tile t;
+    t.cols = ptst__min(cols, p->N - n);
+    t.alpha = p->alpha;
+    t.ldy = p->ldy;
+    direct = p->B.dtype == PTST_F32 && !p->B.transposed && t.cols == cols && p->M <= 2 * rows;
+    t.b_step = t.ahead_step = direct ? p->B.ld : cols;
+    for (k = 0; k < p->kc; k += kc) {
+        kc = ptst__min(p->k_step, p->kc - k);
+        if (direct) {
+            t.b = (const float *)p->B.data + (p->k0 + k) * p->B.ld + n;
+        } else {
+            ptst__pack_panel(kernels, own, cols, p->B, n, t.cols, p->k0 + k, kc);
+            t.b = own;
+        }
+        t.ahead = direct && p->k0 + k + kc + 8 <= p->K ? t.b + 8 * t.b_step : t.b;
+        t.beta = p->k0 + k == 0 ? p->beta : 1;
+        t.a = p->packed_a + ptst__ceil_div(p->M, rows) * k * kernels->a_width;
+        for (m = 0; m < p->M; m += rows, t.a += kc * kernels->a_width) {
+            t.rows = ptst__min(rows, p->M - m);
+            t.y = p->Y + m * p->ldy + n;
+            kernels->tile(kc, &t);
+        }
+    }
+}
+
+/* Packs A for as many blocks of K as there is room for, then each task does a panel of B. */
+static void ptst__gemm_short(ptst_ctx *c, ptst__product *p) {
+    size_t panels = ptst__ceil_div(p->M, p->kernels->tile_rows);
+    size_t room = (size_t)(p->own - p->packed_a) / (panels * p->kernels->a_width * p->k_step);
+    for (p->k0 = 0; p->k0 < p->K; p->k0 += p->kc) {
+        p->kc = ptst__min(p->K - p->k0, room * p->k_step);
+        ptst__parallel_for(c, panels * ptst__ceil_div(p->kc, p->k_step), ptst__short_pack_task, p);
+        ptst__parallel_for(c, ptst__ceil_div(p->N, p->kernels->tile_cols), ptst__short_task, p);
+    }
+}
+
+/* Task: Y [M, N] += block by block the transpose of packed_b [N, M], 64 rows of it. */
+static void ptst__turn_task(void *arg, size_t task, int thread) {
+    const ptst__product *p = (const ptst__product *)arg;
+    size_t m, n, end = ptst__min(p->M, 64 * (task + 1));
+    (void)thread;
+    for (m = 64 * task; m < end; m++) {
+        float *y = p->Y + m * p->ldy;
+        for (n = 0; n < p->N; n++) {
+            float sum = p->alpha * p->packed_b[n * p->M + m];
+            y[n] = p->beta == 0 ? sum : p->beta * y[n] + sum;
+        }
+    }
+}
+
+/* Few columns: makes Y^T = B^T A^T, which has few rows, in packed_b, and turns it. */
+static void ptst__gemm_turned(ptst_ctx *c, ptst__product *p) {
+    ptst__product q = *p;
+    q.M = p->N;
+    q.N = p->M;
+    q.A = p->B;
+    q.B = p->A;
+    q.alpha = 1;
+    q.beta = 0;
+    q.Y = p->packed_b;
+    q.ldy = p->M;
+    ptst__gemm_short(c, &q);
+    ptst__parallel_for(c, ptst__ceil_div(p->M, 64), ptst__turn_task, p);
+}
+
+/* ---- products of scalar products ---- */
+
+/* Task: task_cols rows of w times all rows of a. If there are few rows, a = A and w = B; if few
+   columns (task_rows = 0), a = B as F32 in packed_b and w = A. */
 static void ptst__dots_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
-    bool turned = p->packed_b != NULL;
-    size_t few = turned ? p->N : p->M, many = turned ? p->M : p->N, i, j, r, s;
-    size_t end = ptst__min(many, (task + 1) * p->task_cols);
-    const float *a_data = turned ? p->packed_b : p->A, *a[4];
-    const void *w_data = turned ? p->A : p->B.data, *w[4];
-    size_t a_ld = turned ? p->kc : p->lda, w_ld = turned ? p->lda : p->B.ld;
-    ptst_dtype dtype = turned ? PTST_F32 : p->B.dtype;
+    bool turned = p->task_rows == 0;
+    size_t few = turned ? p->N : p->M, many = turned ? p->M : p->N, i, j, r;
+    size_t end = ptst__min(many, (task + 1) * p->task_cols), a_ld = turned ? p->K : p->A.ld;
+    const float *a_data = turned ? p->packed_b : (const float *)p->A.data, *a[4];
+    ptst__matrix W = turned ? p->A : p->B;
+    const void *w[4];
+    size_t step = 4 * W.ld * ptst__dtype_size(W.dtype);
     float sums[16], block[16];
     ptst__tile t;
     (void)thread;
@@ -5335,14 +5756,15 @@ static void ptst__dots_task(void *arg, size_t task, int thread) {
     t.alpha = p->alpha;
     t.beta = p->beta;
     for (j = task * p->task_cols; j < end; j += 4) {
-        for (s = 0; s < 4; s++) { /* beyond the end: the last one again, dropped below */
-            w[s] = ptst__element(w_data, dtype, ptst__min(j + s, many - 1) * w_ld);
+        for (r = 0; r < 4; r++) { /* beyond the end: the last one again, dropped below */
+            w[r] = ptst__element(W.data, W.dtype, ptst__min(j + r, many - 1) * W.ld);
         }
         for (i = 0; i < few; i += 4) {
             for (r = 0; r < 4; r++) {
                 a[r] = a_data + ptst__min(i + r, few - 1) * a_ld;
             }
-            p->kernels->dots(sums, p->K, a, few - i == 1 ? 1 : 4, w, dtype);
+            p->kernels->dots(sums, p->K, a, few - i == 1 ? 1 : 4, w, W.dtype,
+                             i == 0 && j + 8 <= many ? step : 0);
             for (r = 0; r < 16; r++) {
                 block[r] = turned ? sums[r % 4 * 4 + r / 4] : sums[r];
             }
@@ -5354,38 +5776,33 @@ static void ptst__dots_task(void *arg, size_t task, int thread) {
     }
 }
 
-/* Products with few rows or few columns whose rows of A and columns of B lie in memory in one
-   piece (or can be put so cheaply). Returns false if this is not such a product. */
-static bool ptst__gemm_few(ptst_ctx *c, ptst__product *p) {
-    size_t room = c->scratch_size / sizeof(float), n, k;
-    p->task_cols = 32;
-    if (p->a_transposed) {
-        return false;
-    }
-    if (p->M <= PTST__FEW && p->B.transposed) {
-        p->packed_b = NULL;
-        ptst__parallel_for(c, ptst__ceil_div(p->N, p->task_cols), ptst__dots_task, p);
-        return true;
-    }
-    p->kc = p->K; /* row stride of packed_b */
-    if (p->N > PTST__FEW || p->M <= PTST__FEW || p->K > room / p->N) {
-        return false;
-    }
-    for (n = 0; n < p->N && p->B.transposed; n++) {
-        p->kernels->to_f32(p->packed_b + n * p->K,
-                           ptst__element(p->B.data, p->B.dtype, n * p->B.ld), p->B.dtype, p->K);
-    }
-    for (k = 0; k < p->K && !p->B.transposed; k++) {
-        float row[PTST__FEW];
-        p->kernels->to_f32(row, ptst__element(p->B.data, p->B.dtype, k * p->B.ld), p->B.dtype,
-                           p->N);
-        for (n = 0; n < p->N; n++) {
-            p->packed_b[n * p->K + k] = row[n];
+/* Task: a part of the few columns of B, as rows of F32 in packed_b. */
+static void ptst__dots_copy_task(void *arg, size_t task, int thread) {
+    const ptst__product *p = (const ptst__product *)arg;
+    const ptst__matrix *B = &p->B;
+    size_t k, n, end = ptst__min(p->K, (task + 1) * 64);
+    (void)thread;
+    for (n = 0; n < p->N; n++) {
+        float *row = p->packed_b + n * p->K;
+        for (k = task * 64; k < end; k += B->transposed ? end : 1) {
+            size_t at = B->transposed ? n * B->ld + k : k * B->ld + n;
+            p->kernels->to_f32(row + k, ptst__element(B->data, B->dtype, at), B->dtype,
+                               B->transposed ? end - k : 1);
         }
     }
-    ptst__parallel_for(c, ptst__ceil_div(p->M, p->task_cols), ptst__dots_task, p);
-    return true;
 }
+
+static void ptst__gemm_dots(ptst_ctx *c, ptst__product *p) {
+    bool turned = p->M > PTST__DOTS;
+    p->task_rows = turned ? 0 : p->M;
+    p->task_cols = 32;
+    if (turned) {
+        ptst__parallel_for(c, ptst__ceil_div(p->K, 64), ptst__dots_copy_task, p);
+    }
+    ptst__parallel_for(c, ptst__ceil_div(turned ? p->M : p->N, 32), ptst__dots_task, p);
+}
+
+/* ---- the choice ---- */
 
 /* Y = beta Y, row by row: what is left of a product without A B. */
 static void ptst__scale_task(void *arg, size_t m, int thread) {
@@ -5398,6 +5815,31 @@ static void ptst__scale_task(void *arg, size_t m, int thread) {
     }
 }
 
+/* Runs a product the way that suits its shape. The order of sums depends on the shape only. */
+static void ptst__gemm_run(ptst_ctx *c, ptst__product *p) {
+    size_t room = (size_t)PTST__BLOCK_N * PTST__BLOCK_K; /* floats in packed_b */
+    if (p->M == 0 || p->N == 0) {
+        return;
+    }
+    if (p->K == 0 || p->alpha == 0) {
+        ptst__parallel_for(c, p->M, ptst__scale_task, p);
+        return;
+    }
+    p->k_step = ptst__ceil_div(p->K, ptst__ceil_div(p->K, p->kernels->block_k));
+    if (p->A.transposed && p->M <= PTST__DOTS && p->B.transposed) {
+        ptst__gemm_dots(c, p);
+    } else if (p->A.transposed && p->M > PTST__DOTS && p->N <= 2 * PTST__DOTS &&
+               p->K <= room / p->N) {
+        ptst__gemm_dots(c, p);
+    } else if (p->M <= PTST__SHORT) {
+        ptst__gemm_short(c, p);
+    } else if (!p->A.transposed && p->N <= 2 * PTST__DOTS && p->M <= room / p->N) {
+        ptst__gemm_turned(c, p);
+    } else {
+        ptst__gemm_large(c, p);
+    }
+}
+
 /* Y[m * ldy + n] = beta Y[m * ldy + n] + alpha sum_k A(m, k) B(k, n) for m < M, n < N, k < K,
    where A(m, k) = a_transposed ? A[k * lda + m] : A[m * lda + k]. With beta = 0 the old Y is not
    read, with alpha = 0 or K = 0 neither are A and B. Y must not overlap A or B. Same bits for any
@@ -5407,6 +5849,7 @@ PTST__UNUSED static void ptst__gemm(ptst_ctx *c, size_t M, size_t N, size_t K, f
                                     const float *A, size_t lda, bool a_transposed, ptst__matrix B,
                                     float beta, float *Y, size_t ldy) {
     ptst__product p;
+    size_t a_floats = PTST__BLOCK_M / c->kernels->tile_rows * c->kernels->a_width * PTST__BLOCK_K;
     memset(&p, 0, sizeof p);
     p.kernels = c->kernels;
     p.M = M;
@@ -5414,22 +5857,17 @@ PTST__UNUSED static void ptst__gemm(ptst_ctx *c, size_t M, size_t N, size_t K, f
     p.K = K;
     p.alpha = alpha;
     p.beta = beta;
-    p.A = A;
-    p.lda = lda;
-    p.a_transposed = a_transposed;
+    p.A.data = A;
+    p.A.ld = lda;
+    p.A.dtype = PTST_F32;
+    p.A.transposed = !a_transposed;
     p.B = B;
     p.Y = Y;
     p.ldy = ldy;
     p.packed_b = (float *)c->scratch;
     p.packed_a = p.packed_b + (size_t)PTST__BLOCK_N * PTST__BLOCK_K;
-    if (M == 0 || N == 0) {
-        return;
-    }
-    if (K == 0 || alpha == 0) {
-        ptst__parallel_for(c, M, ptst__scale_task, &p);
-    } else if (!ptst__gemm_few(c, &p)) {
-        ptst__gemm_packed(c, &p);
-    }
+    p.own = p.packed_a + a_floats;
+    ptst__gemm_run(c, &p);
 }
 
 static ptst__matrix ptst__matrix_f32(const float *data, size_t ld, bool transposed) {
@@ -6799,9 +7237,11 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     "scalar",
     ptst__to_f32__scalar,
     ptst__from_f32__scalar,
-    4, /* tile_rows, a_width, tile_cols */
+    4, /* tile_rows, a_width, tile_cols; block_k, block_rows */
     4,
     4,
+    256,
+    64,
     ptst__pack_rows__scalar,
     ptst__pack_cols__scalar,
     ptst__tile__scalar,
@@ -6829,6 +7269,8 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     6,
     8,
     16,
+    320,
+    120,
     ptst__pack_rows__avx2,
     ptst__pack_cols__avx2,
     ptst__tile__avx2,
@@ -6855,6 +7297,8 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     14,
     16,
     32,
+    512,
+    168,
     ptst__pack_rows__avx512,
     ptst__pack_cols__avx512,
     ptst__tile__avx512,
@@ -6882,6 +7326,8 @@ static const struct ptst__kernels ptst__kernels_neon = {
     8,
     8,
     12,
+    320,
+    120,
     ptst__pack_rows__neon,
     ptst__pack_cols__neon,
     ptst__tile__neon,
@@ -6953,7 +7399,7 @@ PTST_API ptst_code ptst_open(const ptst_desc *desc, ptst_ctx **out) {
     c->kernels = kernels;
     c->threads = c->desc.threads == 0 ? ptst__core_count() : c->desc.threads;
     c->threads = c->threads > PTST__THREADS_MAX ? PTST__THREADS_MAX : c->threads;
-    c->scratch_size = ptst__scratch_size(kernels);
+    c->scratch_size = ptst__scratch_floats(kernels, c->threads) * sizeof(float);
     c->scratch = ptst__alloc(c, c->scratch_size, 1);
     if (c->scratch == NULL || ptst__pool_open(c) != PTST_OK) {
         ptst_close(c);
