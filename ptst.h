@@ -996,6 +996,115 @@ PTST_API ptst_code ptst_judge_import(ptst_ctx *c, const ptst_rows *answers, cons
 
 /* ---- api >>experiment ------------------------------------------------------------------------ */
 
+/* ---- one call each: fine-tuning and answering with everything in files ---- */
+
+typedef struct ptst_finetune_files {
+    const char *model; /* Hugging Face folder */
+    ptst_dtype dtype;
+    const char *train;       /* data file with answers */
+    ptst_rows_desc rows;     /* how it is read */
+    const char *template_is; /* as in ptst_template_load */
+    const char *mix;         /* data file whose rows take part in each epoch; NULL = none */
+    size_t mix_count;        /* its first rows; 0 = all */
+} ptst_finetune_files;
+
+/* ptst_finetune on files. In options, the fields model, model_dir, tokenizer, examples and mix (and
+   their counts) are not read. info may be NULL. */
+PTST_API ptst_code ptst_finetune_file(ptst_ctx *c, const ptst_finetune_files *files,
+                                      const ptst_finetune_desc *options, ptst_finetune_info *info);
+
+typedef struct ptst_answer_files {
+    const char *model, *adapter; /* folders; adapter NULL = none */
+    ptst_dtype dtype;
+    const char *template_is; /* as in ptst_template_load */
+    const char *prompts;     /* data file */
+    ptst_rows_desc rows;     /* how it is read */
+    const char *out;         /* .jsonl, one {"prompt": ..., "answer": ...} a row of prompts */
+} ptst_answer_files;
+
+/* Answers a file of prompts. Finished answers are kept in OUT.part if the call is stopped; with
+   greedy decoding the next call goes on from there. options may be NULL; its on_answer is used. */
+PTST_API ptst_code ptst_answer_file(ptst_ctx *c, const ptst_answer_files *files,
+                                    const ptst_generate_desc *options);
+
+/* ---- the experiment: train templates x test templates x seeds ---- */
+
+/* A parsed experiment file. */
+typedef struct ptst_experiment ptst_experiment;
+
+/* One train template x one test template x one seed. Texts are owned by the experiment. */
+typedef struct ptst_cell {
+    const char *train; /* short name, or name; "none" = before fine-tuning, with seed 0 */
+    const char *test;
+    uint64_t seed;
+} ptst_cell;
+
+/* Reads and checks an experiment file (the keys stand in the manual above, >>docs). overrides is
+   the text of a JSON object whose keys win over the file's, {"seeds": [1], "train": {...}}; NULL =
+   none. */
+PTST_API ptst_experiment *ptst_experiment_load(ptst_ctx *c, const char *path,
+                                               const char *overrides);
+PTST_API void ptst_experiment_free(ptst_ctx *c, ptst_experiment *e);
+PTST_API size_t ptst_experiment_cells(const ptst_experiment *e);
+/* Cell k = 0, 1, ... */
+PTST_API ptst_cell ptst_experiment_cell(const ptst_experiment *e, size_t k);
+
+typedef struct ptst_run_desc {
+    const char *out; /* run folder, is made */
+    size_t cell;     /* 0 = all; K = cell K (from 1) and what it needs */
+    bool collect;    /* make no cell: only scores, matrix and report of what is there */
+} ptst_run_desc;
+
+/* Makes what is missing in the run folder: adapters, answers, scores, matrix, report. What is there
+   stays as it is. Several processes may work in one folder. An experiment that differs from the
+   folder's is refused (PTST_ERR_MISMATCH, names the key). After PTST_ERR_STOPPED the same call goes
+   on where it was. */
+PTST_API ptst_code ptst_experiment_run(ptst_ctx *c, const ptst_experiment *e,
+                                       const ptst_run_desc *desc);
+
+/* ---- matrix and report of a run folder ---- */
+
+typedef struct ptst_score {
+    const char *train, *test, *set, *metric; /* owned by the matrix */
+    uint64_t seed;
+    ptst_rate rate;
+    const char *verdicts; /* '1' or '0' for each answer: counted in k or not ('-': in neither) */
+} ptst_score;
+
+typedef struct ptst_matrix ptst_matrix;
+
+/* The scores of a run folder (scores.jsonl). */
+PTST_API ptst_matrix *ptst_matrix_load(ptst_ctx *c, const char *folder);
+PTST_API void ptst_matrix_free(ptst_ctx *c, ptst_matrix *m);
+PTST_API size_t ptst_matrix_count(const ptst_matrix *m);
+PTST_API const ptst_score *ptst_matrix_at(const ptst_matrix *m, size_t i);
+
+/* Mean over the seeds of one cell. */
+typedef struct ptst_mean {
+    size_t seeds;     /* 0 = the cell is not there */
+    double mean;      /* of the seeds' values */
+    double deviation; /* sample standard deviation over the seeds, 0 if there is only one */
+    double least, most;
+    ptst_rate pooled; /* counts of all seeds together; its interval is Wilson's */
+} ptst_mean;
+
+PTST_API ptst_mean ptst_matrix_mean(const ptst_matrix *m, const char *train, const char *test,
+                                    const char *set, const char *metric);
+
+/* Appends a table for each set and metric, train templates down, test templates across: mean, +-
+   standard deviation over seeds, 95 % interval below. Tables stand beside each other where width
+   (columns; 0 = 80) allows. colour: ANSI escapes for a terminal of 256 colours. */
+PTST_API ptst_code ptst_matrix_print(ptst_ctx *c, const ptst_matrix *m, int width, bool colour,
+                                     ptst_text *out);
+/* Appends one sentence a line: what the numbers of this run say about each claim of the paper
+   (loss of safety with the same template, also with the safety prompt at both ends; what testing
+   with another prompt than in training keeps, and at what cost). Claims for which cells are missing
+   are left out. */
+PTST_API ptst_code ptst_matrix_findings(ptst_ctx *c, const ptst_matrix *m, ptst_text *out);
+/* Writes matrix.csv, matrix.json and report.html of a run folder from its scores, answers and
+   logs. */
+PTST_API ptst_code ptst_report_write(ptst_ctx *c, const char *folder);
+
 /* ---- api end --------------------------------------------------------------------------------- */
 
 #ifdef __cplusplus
