@@ -4543,8 +4543,7 @@ typedef struct ptst__tile {
     float alpha, beta;
     float *y;
     size_t ldy;
-    const float *ahead; /* a hint: ahead[k * ahead_step], k < K, is needed soon */
-    size_t ahead_step;
+    const float *ahead; /* a hint: ahead[k * b_step], k < K, is needed soon */
 } ptst__tile;
 
 struct ptst__adamw_factors;
@@ -4869,11 +4868,12 @@ PTST__UNUSED static void ptst__convert_from_f32(const ptst_ctx *c, void *dst, co
                 scalar products of rows as they lie in memory. */
 
 enum {
-    PTST__BLOCK_K = 512, /* the largest block_k; columns of B and rows of A packed at once */
+    PTST__BLOCK_K = 640, /* the largest block_k; columns of B and rows of A packed at once */
     PTST__BLOCK_N = 2048,
     PTST__BLOCK_M = 1024,
-    PTST__DOTS = 8,  /* up to so many rows (of Y or of its transpose) are made by `dots` ... */
-    PTST__SHORT = 96 /* and up to so many by tasks that pack for themselves */
+    PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
+    PTST__SHORT = 96,       /* and up to so many by tasks that pack for themselves */
+    PTST__ALONE = 64 * 1024 /* multiplications that are done before another thread wakes up */
 };
 
 /* A matrix [K, N] in memory: element (k, n) is data[n * ld + k] if transposed, data[k * ld + n]
@@ -5083,9 +5083,10 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     float edge[6 * 16];
     bool whole = t->rows == count && t->cols == 16;
     float *y = whole ? t->y : edge;
-    const float *a = t->a, *b = t->b, *ahead = t->ahead;
-    size_t ldy = whole ? t->ldy : 16, b_step = t->b_step, ahead_step = t->ahead_step;
+    const float *a = t->a, *b = t->b;
+    size_t ldy = whole ? t->ldy : 16, b_step = t->b_step, distance;
     float alpha = whole ? t->alpha : 1, beta = whole ? t->beta : 0;
+    distance = (size_t)((uintptr_t)t->ahead - (uintptr_t)b); /* saves a third pointer in the loop */
 #define PTST__X(i)                                                                                 \
     __m256 p##i = _mm256_setzero_ps(), q##i = _mm256_setzero_ps();                                 \
     if (whole && i < count) {                                                                      \
@@ -5094,7 +5095,7 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     }
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
-    for (; K > 0; K--, a += 8, b += b_step, ahead += ahead_step) {
+    for (; K > 0; K--, a += 8, b += b_step) {
         __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8), ai;
 #define PTST__X(i)                                                                                 \
     if (i < count) {                                                                               \
@@ -5104,7 +5105,7 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     }
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
-        _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+        _mm_prefetch((const char *)((uintptr_t)b + distance), _MM_HINT_T1);
     }
 #define PTST__X(i)                                                                                 \
     if (i < count) {                                                                               \
@@ -5334,7 +5335,7 @@ PTST__AVX512 PTST__INLINE void ptst__tile_rows__avx512(size_t K, const ptst__til
     __mmask16 m0 = ptst__mask16__avx512(t->cols);
     __mmask16 m1 = t->cols > 16 ? ptst__mask16__avx512(t->cols - 16) : (__mmask16)0;
     const float *a = t->a, *b = t->b, *ahead = t->ahead;
-    size_t rows = t->rows, ldy = t->ldy, b_step = t->b_step, ahead_step = t->ahead_step;
+    size_t rows = t->rows, ldy = t->ldy, b_step = t->b_step;
     float *y = t->y;
 #define PTST__X(i)                                                                                 \
     __m512 p##i = _mm512_setzero_ps(), q##i = _mm512_setzero_ps();                                 \
@@ -5344,7 +5345,7 @@ PTST__AVX512 PTST__INLINE void ptst__tile_rows__avx512(size_t K, const ptst__til
     }
     PTST__ROWS_14(PTST__X)
 #undef PTST__X
-    for (; K > 0; K--, a += 16, b += b_step, ahead += ahead_step) {
+    for (; K > 0; K--, a += 16, b += b_step, ahead += b_step) {
         __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16), ai;
 #define PTST__X(i)                                                                                 \
     if (i < count) {                                                                               \
@@ -5676,6 +5677,18 @@ static void ptst__pack_panel(const struct ptst__kernels *kernels, float *dst, si
     }
 }
 
+/* Runs tasks of a product on all threads, or on this one if it is very small. */
+static void ptst__product_for(ptst_ctx *c, size_t tasks, ptst__task run, ptst__product *p) {
+    size_t i;
+    if (p->M * p->N > PTST__ALONE || p->M * p->N * p->K > PTST__ALONE) {
+        ptst__parallel_for(c, tasks, run, p);
+        return;
+    }
+    for (i = 0; i < tasks; i++) {
+        run(p, i, 0);
+    }
+}
+
 /* ---- large products ---- */
 
 /* Task: packs one panel, first those of B, then those of A. */
@@ -5714,10 +5727,9 @@ static void ptst__tiles_task(void *arg, size_t task, int thread) {
     t.alpha = p->alpha;
     t.beta = p->k0 == 0 ? p->beta : 1;
     t.ldy = p->ldy;
-    t.ahead_step = 16;
     for (n = n_first; n < n_end; n += cols) {
-        const float *next = p->packed_b + (n + cols) * p->kc;
-        const float *end = n + cols < n_end ? next + cols * p->kc : next;
+        const float *next = p->packed_b + (n + cols) * p->kc; /* 16 floats are a cache line */
+        const float *end = n + cols < n_end ? next + cols : next;
         t.b = p->packed_b + n * p->kc;
         t.cols = ptst__min(cols, n_end - n);
         for (m = m_first; m < m_end; m += rows) {
@@ -5725,7 +5737,7 @@ static void ptst__tiles_task(void *arg, size_t task, int thread) {
             t.rows = ptst__min(rows, m_end - m);
             t.y = p->Y + (p->m0 + m) * p->ldy + p->n0 + n;
             t.ahead = next < end ? next : t.a;
-            next += 16 * p->kc;
+            next += 16;
             kernels->tile(p->kc, &t);
         }
     }
@@ -5755,10 +5767,10 @@ static void ptst__gemm_large(ptst_ctx *c, ptst__product *p) {
                 p->mc = ptst__min(p->M - p->m0, rows);
                 p->b_panels = p->m0 == 0 ? ptst__ceil_div(p->nc, kernels->tile_cols) : 0;
                 a_panels = ptst__ceil_div(p->mc, kernels->tile_rows);
-                ptst__parallel_for(c, p->b_panels + a_panels, ptst__pack_task, p);
+                ptst__product_for(c, p->b_panels + a_panels, ptst__pack_task, p);
                 ptst__cut_tasks(c, p);
                 tasks = p->row_tasks * ptst__ceil_div(p->nc, p->task_cols);
-                ptst__parallel_for(c, tasks, ptst__tiles_task, p);
+                ptst__product_for(c, tasks, ptst__tiles_task, p);
             }
         }
     }
@@ -5791,7 +5803,7 @@ static void ptst__short_task(void *arg, size_t task, int thread) {
     t.alpha = p->alpha;
     t.ldy = p->ldy;
     direct = p->B.dtype == PTST_F32 && !p->B.transposed && t.cols == cols && p->M <= 2 * rows;
-    t.b_step = t.ahead_step = direct ? p->B.ld : cols;
+    t.b_step = direct ? p->B.ld : cols;
     for (k = 0; k < p->kc; k += kc) {
         kc = ptst__min(p->k_step, p->kc - k);
         if (direct) {
@@ -5817,8 +5829,8 @@ static void ptst__gemm_short(ptst_ctx *c, ptst__product *p) {
     size_t room = (size_t)(p->own - p->packed_a) / (panels * p->kernels->a_width * p->k_step);
     for (p->k0 = 0; p->k0 < p->K; p->k0 += p->kc) {
         p->kc = ptst__min(p->K - p->k0, room * p->k_step);
-        ptst__parallel_for(c, panels * ptst__ceil_div(p->kc, p->k_step), ptst__short_pack_task, p);
-        ptst__parallel_for(c, ptst__ceil_div(p->N, p->kernels->tile_cols), ptst__short_task, p);
+        ptst__product_for(c, panels * ptst__ceil_div(p->kc, p->k_step), ptst__short_pack_task, p);
+        ptst__product_for(c, ptst__ceil_div(p->N, p->kernels->tile_cols), ptst__short_task, p);
     }
 }
 
@@ -5848,7 +5860,7 @@ static void ptst__gemm_turned(ptst_ctx *c, ptst__product *p) {
     q.Y = p->packed_b;
     q.ldy = p->M;
     ptst__gemm_short(c, &q);
-    ptst__parallel_for(c, ptst__ceil_div(p->M, 64), ptst__turn_task, p);
+    ptst__product_for(c, ptst__ceil_div(p->M, 64), ptst__turn_task, p);
 }
 
 /* ---- products of scalar products ---- */
@@ -5912,9 +5924,9 @@ static void ptst__gemm_dots(ptst_ctx *c, ptst__product *p) {
     p->task_rows = turned ? 0 : p->M;
     p->task_cols = 32;
     if (turned) {
-        ptst__parallel_for(c, ptst__ceil_div(p->K, 64), ptst__dots_copy_task, p);
+        ptst__product_for(c, ptst__ceil_div(p->K, 64), ptst__dots_copy_task, p);
     }
-    ptst__parallel_for(c, ptst__ceil_div(turned ? p->M : p->N, 32), ptst__dots_task, p);
+    ptst__product_for(c, ptst__ceil_div(turned ? p->M : p->N, 32), ptst__dots_task, p);
 }
 
 /* ---- the choice ---- */
@@ -5937,7 +5949,7 @@ static void ptst__gemm_run(ptst_ctx *c, ptst__product *p) {
         return;
     }
     if (p->K == 0 || p->alpha == 0) {
-        ptst__parallel_for(c, p->M, ptst__scale_task, p);
+        ptst__product_for(c, p->M, ptst__scale_task, p);
         return;
     }
     p->k_step = ptst__ceil_div(p->K, ptst__ceil_div(p->K, p->kernels->block_k));
@@ -8394,7 +8406,7 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     14,
     16,
     32,
-    512,
+    640,
     168,
     ptst__pack_rows__avx512,
     ptst__pack_cols__avx512,
