@@ -1236,6 +1236,12 @@ static int ptst__path_kind(const char *path) {
     return S_ISDIR(s.st_mode) ? 2 : S_ISREG(s.st_mode) ? 1 : 0;
 }
 
+/* Do both paths lead to the same file or folder? */
+PTST__UNUSED static bool ptst__same_path(const char *a, const char *b) {
+    struct stat s, t;
+    return stat(a, &s) == 0 && stat(b, &t) == 0 && s.st_dev == t.st_dev && s.st_ino == t.st_ino;
+}
+
 /* Maps a whole file for reading. Returns 0, or an errno value. An empty file gives data NULL. */
 PTST__UNUSED static int ptst__map_file(const char *path, const void **data, size_t *size) {
     struct stat s;
@@ -2110,6 +2116,25 @@ PTST__UNUSED static bool ptst__finite(double value) {
     uint64_t bits;
     memcpy(&bits, &value, sizeof bits);
     return (bits >> 52 & 0x7FFu) != 0x7FFu;
+}
+
+/* Appends the names of the files in a folder, each with its NUL. */
+PTST__UNUSED static ptst_code ptst__list_files(ptst_ctx *c, const char *folder, ptst_text *names) {
+    DIR *d = opendir(folder);
+    struct dirent *entry;
+    ptst_text path = {NULL, 0, 0};
+    ptst_code code = d == NULL ? ptst__fail_errno(c, folder, "list", errno) : PTST_OK;
+    while (code == PTST_OK && (entry = readdir(d)) != NULL) {
+        code = ptst__path_join(c, &path, folder, entry->d_name);
+        if (code == PTST_OK && ptst__path_kind(path.data) == 1) {
+            code = ptst_text_append(c, names, entry->d_name, strlen(entry->d_name) + 1);
+        }
+    }
+    if (d != NULL) {
+        closedir(d);
+    }
+    ptst_text_free(c, &path);
+    return code;
 }
 
 /* ---- public part ---- */
@@ -9498,6 +9523,257 @@ PTST_API uint64_t ptst_model_bytes(const ptst_model *m) {
     return n;
 }
 
+/* Files of a model folder that hold weights, or say where they are. */
+static bool ptst__is_weight_file(const char *name) {
+    static const char *const ends[] = {".safetensors", ".safetensors.index.json",
+                                       ".bin",         ".bin.index.json",
+                                       ".pt",          ".pth",
+                                       ".gguf",        ".h5",
+                                       ".msgpack",     ".onnx"};
+    size_t i, n = strlen(name);
+    for (i = 0; i < sizeof ends / sizeof ends[0]; i++) {
+        size_t k = strlen(ends[i]);
+        if (n >= k && strcmp(name + n - k, ends[i]) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static ptst_code ptst__copy_file(ptst_ctx *c, const char *from, const char *to, const char *name) {
+    ptst_text path = {NULL, 0, 0}, data = {NULL, 0, 0};
+    ptst_code code = ptst__path_join(c, &path, from, name);
+    code = code != PTST_OK ? code : ptst__read_file(c, path.data, &data);
+    code = code != PTST_OK ? code : ptst__path_join(c, &path, to, name);
+    code = code != PTST_OK ? code : ptst__write_file(c, path.data, data.data, data.size);
+    ptst_text_free(c, &path);
+    ptst_text_free(c, &data);
+    return code;
+}
+
+/* Copies the files of a folder but for weights, config.json and names that begin with a dot; with
+   index also the index of the shards. */
+static ptst_code ptst__copy_files(ptst_ctx *c, const char *from, const char *to, bool index) {
+    ptst_text names = {NULL, 0, 0};
+    size_t at;
+    ptst_code code = ptst__list_files(c, from, &names);
+    for (at = 0; code == PTST_OK && at < names.size; at += strlen(names.data + at) + 1) {
+        const char *name = names.data + at;
+        bool shards = strcmp(name, "model.safetensors.index.json") == 0;
+        if (name[0] != '.' && strcmp(name, "config.json") != 0 &&
+            ((index && shards) || !ptst__is_weight_file(name))) {
+            code = ptst__copy_file(c, from, to, name);
+        }
+    }
+    ptst_text_free(c, &names);
+    return code;
+}
+
+/* Copies what a model folder holds beside its weights: tokenizer, templates, generation_config
+   and so on. With `whole` also the index of its shards, and config.json as the last file. */
+PTST__UNUSED static ptst_code ptst__copy_model_files(ptst_ctx *c, const char *from, const char *to,
+                                                     bool whole) {
+    ptst_text source = {NULL, 0, 0}, target = {NULL, 0, 0};
+    ptst_code code = ptst__copy_files(c, from, to, whole);
+    code = code != PTST_OK ? code : ptst__path_join(c, &source, from, "chat_templates");
+    code = code != PTST_OK ? code : ptst__path_join(c, &target, to, "chat_templates");
+    if (code == PTST_OK && ptst__path_kind(source.data) == 2) {
+        code = ptst__make_folders(c, target.data);
+        code = code != PTST_OK ? code : ptst__copy_files(c, source.data, target.data, false);
+    }
+    ptst_text_free(c, &source);
+    ptst_text_free(c, &target);
+    return code == PTST_OK && whole ? ptst__copy_file(c, from, to, "config.json") : code;
+}
+
+/* ---- writing a model folder ---- */
+
+/* A number that JSON readers take as floating point: 10000 is written 10000.0. */
+static ptst_code ptst__config_put_float(ptst_ctx *c, ptst_text *t, const char *key, double value) {
+    char text[40];
+    size_t n = ptst__number_text(text, value);
+    bool whole = strspn(text, "-0123456789") == n;
+    return ptst__text_format(c, t, "  \"%s\": %.*s%s,\n", key, (int)n, text, whole ? ".0" : "");
+}
+
+static ptst_code ptst__config_put_ids(ptst_ctx *c, ptst_text *t, const ptst_config *g) {
+    ptst_code code = ptst__text_add(c, t,
+                                    g->eos_count == 1   ? "  \"eos_token_id\": "
+                                    : g->eos_count == 0 ? "  \"eos_token_id\": null"
+                                                        : "  \"eos_token_id\": [");
+    size_t i;
+    for (i = 0; i < g->eos_count && code == PTST_OK; i++) {
+        code = ptst__text_format(c, t, "%s%ld", i == 0 ? "" : ", ", (long)g->eos_token_id[i]);
+    }
+    return code != PTST_OK ? code : ptst__text_add(c, t, g->eos_count > 1 ? "],\n" : ",\n");
+}
+
+/* rope_theta and rope_scaling, which old and new versions of transformers read. */
+static ptst_code ptst__config_put_rope(ptst_ctx *c, ptst_text *t, const ptst_config *g) {
+    ptst_code code = ptst__config_put_float(c, t, "rope_theta", g->rope_theta);
+    if (code != PTST_OK || strcmp(g->rope_type, "default") == 0) {
+        return code != PTST_OK ? code : ptst__text_add(c, t, "  \"rope_scaling\": null,\n");
+    }
+    code = ptst__text_add(c, t, "  \"rope_scaling\": {\n");
+    code = code != PTST_OK ? code : ptst__config_put_float(c, t, "factor", g->rope_factor);
+    if (code == PTST_OK && strcmp(g->rope_type, "llama3") == 0) {
+        code = ptst__config_put_float(c, t, "low_freq_factor", g->rope_low_freq_factor);
+        code = code != PTST_OK
+                   ? code
+                   : ptst__config_put_float(c, t, "high_freq_factor", g->rope_high_freq_factor);
+        code = code != PTST_OK
+                   ? code
+                   : ptst__text_format(c, t, "  \"original_max_position_embeddings\": %ld,\n",
+                                       (long)g->original_max_position_embeddings);
+    }
+    return code != PTST_OK
+               ? code
+               : ptst__text_format(c, t, "  \"rope_type\": \"%s\"\n  },\n", g->rope_type);
+}
+
+/* The window of mistral; of qwen2 with the layers that have it. */
+static ptst_code ptst__config_put_window(ptst_ctx *c, ptst_text *t, const ptst_config *g,
+                                         const ptst__family *family) {
+    int32_t i, first = g->num_hidden_layers;
+    ptst_code code = PTST_OK;
+    char window[16];
+    snprintf(window, sizeof window, "%ld", (long)g->sliding_window);
+    if (family->window == PTST__NO_WINDOW) {
+        return PTST_OK;
+    }
+    code = ptst__text_format(c, t, "  \"sliding_window\": %s,\n",
+                             g->sliding_window == 0 ? "null" : window);
+    if (code != PTST_OK || family->window == PTST__ALL_LAYERS) {
+        return code;
+    }
+    for (i = g->num_hidden_layers - 1; i >= 0 && g->sliding_layers[i]; i--) {
+        first = i;
+    }
+    code = ptst__text_format(c, t,
+                             "  \"use_sliding_window\": %s,\n  \"max_window_layers\": %ld,\n"
+                             "  \"layer_types\": [",
+                             g->sliding_window == 0 ? "false" : "true", (long)first);
+    for (i = 0; i < g->num_hidden_layers && code == PTST_OK; i++) {
+        code = ptst__text_format(c, t, "%s\"%s\"", i == 0 ? "" : ", ",
+                                 g->sliding_layers[i] ? "sliding_attention" : "full_attention");
+    }
+    return code != PTST_OK ? code : ptst__text_add(c, t, "],\n");
+}
+
+/* config.json as transformers 4 and 5 read it. */
+static ptst_code ptst__config_write(ptst_ctx *c, const ptst_config *g, ptst_dtype dtype,
+                                    ptst_text *t) {
+    const ptst__family *family = ptst__family_find(g->model_type);
+    ptst_code code =
+        ptst__text_format(c, t, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n",
+                          family->architecture, g->model_type);
+    int i;
+    for (i = 0; i < PTST__CONFIG_WHOLES && code == PTST_OK; i++) {
+        const ptst__config_whole *w = &ptst__config_wholes[i];
+        int32_t value;
+        memcpy(&value, (const char *)g + w->place, sizeof value);
+        code = ptst__text_format(c, t, "  \"%s\": %ld,\n", w->key, (long)value);
+    }
+    if (code == PTST_OK && family->bias_flags) {
+        code =
+            ptst__text_format(c, t, "  \"attention_bias\": %s,\n  \"mlp_bias\": %s,\n",
+                              g->attention_bias ? "true" : "false", g->mlp_bias ? "true" : "false");
+    }
+    code = code != PTST_OK ? code : ptst__config_put_window(c, t, g, family);
+    code = code != PTST_OK ? code : ptst__config_put_rope(c, t, g);
+    code = code != PTST_OK ? code : ptst__config_put_float(c, t, "rms_norm_eps", g->rms_norm_eps);
+    code = code != PTST_OK
+               ? code
+               : ptst__config_put_float(c, t, "initializer_range", g->initializer_range);
+    code = code != PTST_OK ? code : ptst__config_put_ids(c, t, g);
+    for (i = 0; i < 2 && code == PTST_OK; i++) {
+        int32_t id = i == 0 ? g->bos_token_id : g->pad_token_id;
+        const char *key = i == 0 ? "bos_token_id" : "pad_token_id";
+        code = id < 0 ? ptst__text_format(c, t, "  \"%s\": null,\n", key)
+                      : ptst__text_format(c, t, "  \"%s\": %ld,\n", key, (long)id);
+    }
+    return code != PTST_OK
+               ? code
+               : ptst__text_format(c, t,
+                                   "  \"hidden_act\": \"silu\",\n  \"tie_word_embeddings\": %s,\n"
+                                   "  \"torch_dtype\": \"%s\"\n}\n",
+                                   g->tie_word_embeddings ? "true" : "false",
+                                   dtype == PTST_F16    ? "float16"
+                                   : dtype == PTST_BF16 ? "bfloat16"
+                                                        : "float32");
+}
+
+/* The bytes of a weight in another type, piece by piece into a file that is being written. */
+static ptst_code ptst__weight_put(ptst_ctx *c, ptst__tensors_writer *file, const ptst__weight *w,
+                                  ptst_dtype dtype) {
+    size_t i, n = ptst__weight_count(w), part;
+    float middle[PTST__CONVERT], out[PTST__CONVERT];
+    ptst_code code = PTST_OK;
+    if (dtype == w->dtype) {
+        return ptst__tensors_put(c, file, w->data, n * ptst__dtype_size(dtype));
+    }
+    for (i = 0; i < n && code == PTST_OK; i += part) {
+        part = ptst__min(n - i, PTST__CONVERT);
+        ptst__convert_to_f32(c, middle, ptst__element(w->data, w->dtype, i), w->dtype, part);
+        ptst__convert_from_f32(c, out, middle, dtype, part);
+        code = ptst__tensors_put(c, file, out, part * ptst__dtype_size(dtype));
+    }
+    return code;
+}
+
+static ptst_code ptst__model_save_weights(ptst_ctx *c, const ptst_model *m, const char *path,
+                                          ptst_dtype dtype) {
+    static const char *const metadata[] = {"format", "pt", NULL};
+    ptst__tensors_writer file;
+    size_t i;
+    ptst_code code;
+    ptst_tensor *list = (ptst_tensor *)ptst__calloc(c, m->weights_count, sizeof *list);
+    if (list == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < m->weights_count; i++) {
+        const ptst__weight *w = &m->weights[i];
+        list[i].name = w->name;
+        list[i].dtype = dtype == PTST_DTYPE_FILE ? w->file_dtype : dtype;
+        list[i].rank = w->vector ? 1 : 2;
+        list[i].shape[0] = w->vector ? w->cols : w->rows;
+        list[i].shape[1] = w->vector ? 0 : w->cols;
+    }
+    code = ptst__tensors_begin(c, &file, path, list, m->weights_count, metadata);
+    if (code == PTST_OK) {
+        while (code == PTST_OK && (i = ptst__tensors_next(&file)) < m->weights_count) {
+            code = ptst__weight_put(c, &file, &m->weights[i], list[i].dtype);
+        }
+        if (code == PTST_OK) {
+            code = ptst__tensors_commit(c, &file);
+        } else {
+            ptst__tensors_abort(c, &file);
+        }
+    }
+    ptst__free(c, list);
+    return code;
+}
+
+PTST_API ptst_code ptst_model_save(ptst_ctx *c, const ptst_model *m, const char *folder,
+                                   ptst_dtype dtype) {
+    ptst_text path = {NULL, 0, 0}, text = {NULL, 0, 0};
+    ptst_dtype named = dtype == PTST_DTYPE_FILE ? m->embedding->file_dtype : dtype;
+    ptst_code code;
+    if (dtype == PTST_I8 || dtype == PTST_I4 || (unsigned)dtype > (unsigned)PTST_I4) {
+        return ptst__fail(c, PTST_ERR_UNSUPPORTED,
+                          "a model can be saved as f32, bf16 or f16, not as int8 or int4");
+    }
+    code = ptst__make_folders(c, folder);
+    code = code != PTST_OK ? code : ptst__path_join(c, &path, folder, "model.safetensors");
+    code = code != PTST_OK ? code : ptst__model_save_weights(c, m, path.data, dtype);
+    code = code != PTST_OK ? code : ptst__path_join(c, &path, folder, "config.json");
+    code = code != PTST_OK ? code : ptst__config_write(c, &m->config, named, &text);
+    code = code != PTST_OK ? code : ptst__write_file(c, path.data, text.data, text.size);
+    ptst_text_free(c, &path);
+    ptst_text_free(c, &text);
+    return code;
+}
+
 /* ---- adapters: what the passes need of them; >>lora makes them ---- */
 
 /* The side branch of one linear layer; rank 0 = none. */
@@ -10857,7 +11133,671 @@ PTST__UNUSED static ptst_code ptst__pass_run(ptst_ctx *c, ptst__pass *p, const p
 }
 
 /* >>lora ==========================================================================================
-   Not written yet. */
+   Adapters in the format of PEFT: made, read, written, merged. Their forward and backward steps
+   are the side branches of linear layers in >>model. Relies on >>model and >>safetensors.
+   Afterwards every tensor of an adapter lies at the layer that its name says, and none is left
+   over. Tested by tests/test_lora.c.
+
+   A folder holds adapter_config.json and adapter_model.safetensors with two tensors for each
+   linear layer that is adapted:
+
+       base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight     [rank, in]
+       base_model.model.model.layers.{i}.self_attn.q_proj.lora_B.weight     [out, rank]        */
+
+/* ---- making ---- */
+
+/* What is adapted, and how; one flag for each linear layer. */
+typedef struct ptst__lora_plan {
+    ptst_lora_desc desc;
+    bool hit[PTST_LAYERS_MAX * PTST__LINEARS];
+} ptst__lora_plan;
+
+enum { PTST__RANK_MAX = 1 << 16 };
+
+static const char ptst__lora_expected[] =
+    "expected q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj or all-linear";
+
+/* "q_proj" of "self_attn.q_proj". */
+static const char *ptst__linear_short(int kind) {
+    return strchr(ptst__linear_names[kind], '.') + 1;
+}
+
+/* Does a PEFT target (size bytes) mean this module? It does if it is its path or the end of it,
+   from a dot on. */
+static bool ptst__lora_matches(size_t layer, int kind, const char *target, size_t size) {
+    char path[PTST__NAME];
+    size_t n = (size_t)snprintf(path, sizeof path, "model.layers.%lu.%s", (unsigned long)layer,
+                                ptst__linear_names[kind]);
+    return size <= n && memcmp(path + n - size, target, size) == 0 &&
+           (size == n || path[n - size - 1] == '.');
+}
+
+/* Marks what a target means in a model of L layers; false if that is nothing. */
+static bool ptst__lora_mark(ptst__lora_plan *p, size_t L, const char *target, size_t size) {
+    size_t l;
+    int k;
+    bool all = size == 10 && memcmp(target, "all-linear", 10) == 0, found = false;
+    for (l = 0; l < L; l++) {
+        for (k = 0; k < PTST__LINEARS; k++) {
+            if (all || (size > 0 && ptst__lora_matches(l, k, target, size))) {
+                p->hit[l * PTST__LINEARS + (size_t)k] = found = true;
+            }
+        }
+    }
+    return found;
+}
+
+/* Marks a list by commas, each of which must mean something. */
+static ptst_code ptst__lora_parse(ptst_ctx *c, ptst__lora_plan *p, size_t L, const char *targets) {
+    while (*targets != 0) {
+        size_t n = strcspn(targets, ","), begin = strspn(targets, " "), end = n;
+        while (end > begin && targets[end - 1] == ' ') {
+            end--;
+        }
+        if (!ptst__lora_mark(p, L, targets + begin, end > begin ? end - begin : 0)) {
+            return ptst__fail(c, PTST_ERR_ARGUMENT, "target \"%.*s\": %s",
+                              (int)ptst__min(end > begin ? end - begin : 0, 100), targets + begin,
+                              ptst__lora_expected);
+        }
+        targets += n + (targets[n] == ',');
+    }
+    return PTST_OK;
+}
+
+/* The targets as text: short names if each is adapted in all layers or in none, otherwise paths. */
+static ptst_code ptst__lora_targets(ptst_ctx *c, const ptst_adapter *a, ptst_text *out) {
+    size_t l;
+    int k;
+    ptst_code code = PTST_OK;
+    out->size = 0;
+    for (k = 0; k < PTST__LINEARS && code == PTST_OK; k++) {
+        size_t count = 0;
+        for (l = 0; l < a->L; l++) {
+            count += ptst__branch_of(a, l, k) != NULL;
+        }
+        if (count == a->L) {
+            code =
+                ptst__text_format(c, out, "%s%s", out->size == 0 ? "" : ",", ptst__linear_short(k));
+        }
+        for (l = 0; l < a->L && count != a->L && code == PTST_OK; l++) {
+            if (ptst__branch_of(a, l, k) != NULL) {
+                code = ptst__text_format(c, out, "%smodel.layers.%lu.%s", out->size == 0 ? "" : ",",
+                                         (unsigned long)l, ptst__linear_names[k]);
+            }
+        }
+    }
+    return code;
+}
+
+/* The values and where each A and B lies among them, for branches whose sizes are known. */
+static ptst_code ptst__adapter_values(ptst_ctx *c, ptst_adapter *a) {
+    size_t i, n = 0, size;
+    for (i = 0; i < a->L * PTST__LINEARS; i++) {
+        const ptst__branch *b = &a->branches[i];
+        if (!ptst__mul(b->in + b->out, b->rank, &size) || !ptst__add(n, size, &n)) {
+            return ptst__fail_memory(c, SIZE_MAX);
+        }
+    }
+    a->values = (float *)ptst__calloc(c, n, sizeof *a->values);
+    if (a->values == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    a->values_count = n;
+    for (i = 0, n = 0; i < a->L * PTST__LINEARS; i++) {
+        ptst__branch *b = &a->branches[i];
+        if (b->rank != 0) {
+            b->A = a->values + n;
+            b->B = b->A + b->rank * b->in;
+            n += b->rank * (b->in + b->out);
+        }
+    }
+    return PTST_OK;
+}
+
+/* An adapter of zeros as planned. */
+static ptst_code ptst__adapter_make(ptst_ctx *c, ptst_adapter *a, const ptst_model *m,
+                                    const ptst__lora_plan *p) {
+    ptst_text targets = {NULL, 0, 0};
+    size_t i, rank = (size_t)p->desc.rank;
+    ptst_code code;
+    a->desc = p->desc;
+    a->L = m->L;
+    a->branches =
+        (ptst__branch *)ptst__arena_alloc(c, &a->arena, m->L * PTST__LINEARS, sizeof *a->branches);
+    if (a->branches == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < m->L * PTST__LINEARS; i++) {
+        ptst__branch *b = &a->branches[i];
+        if (p->hit[i]) {
+            b->rank = rank;
+            b->scale =
+                (float)(p->desc.alpha / (p->desc.rslora ? sqrt((double)rank) : (double)rank));
+            ptst__linear_shape(m, (int)(i % PTST__LINEARS), &b->in, &b->out);
+        }
+    }
+    code = ptst__lora_targets(c, a, &targets);
+    if (code == PTST_OK) {
+        a->desc.targets = ptst__arena_copy(c, &a->arena, targets.data, targets.size);
+        code = a->desc.targets == NULL ? PTST_ERR_MEMORY : ptst__adapter_values(c, a);
+    }
+    ptst_text_free(c, &targets);
+    return code;
+}
+
+/* PEFT's kaiming_uniform_(a = sqrt 5): uniform within +-1 / sqrt(in). Branch i draws from
+   stream i. */
+static void ptst__adapter_init(ptst_adapter *a) {
+    size_t i, k;
+    for (i = 0; i < a->L * PTST__LINEARS; i++) {
+        ptst__branch *b = &a->branches[i];
+        float bound = b->rank == 0 ? 0 : (float)(1 / sqrt((double)b->in));
+        ptst_rng r;
+        r.seed = a->desc.seed;
+        r.stream = i;
+        r.counter = 0;
+        for (k = 0; k < b->rank * b->in; k++) {
+            b->A[k] = bound * (2 * ptst_rng_uniform(&r) - 1);
+        }
+    }
+}
+
+/* ---- reading ---- */
+
+/* Keys of adapter_config.json that are read, or change nothing whatever their value. */
+static const char *const ptst__lora_known[] = {"peft_type",
+                                               "r",
+                                               "lora_alpha",
+                                               "lora_dropout",
+                                               "use_rslora",
+                                               "target_modules",
+                                               "bias",
+                                               "init_lora_weights",
+                                               "task_type",
+                                               "auto_mapping",
+                                               "peft_version",
+                                               "base_model_name_or_path",
+                                               "revision",
+                                               "inference_mode",
+                                               "megatron_core",
+                                               "qalora_group_size",
+                                               "layers_pattern",
+                                               "runtime_config",
+                                               "ensure_weight_tying"};
+
+/* null, false, "", [], {} and 0 switch a feature off. */
+static bool ptst__lora_inactive(const ptst_json *j, int32_t node) {
+    switch (ptst_json_kind(j, node)) {
+    case PTST_JSON_NULL:
+    case PTST_JSON_FALSE:
+        return true;
+    case PTST_JSON_TRUE:
+        return false;
+    case PTST_JSON_NUMBER:
+        return ptst_json_number(j, node, 1) == 0;
+    case PTST_JSON_STRING:
+    case PTST_JSON_ARRAY:
+    case PTST_JSON_OBJECT:
+        break;
+    }
+    return ptst_json_size(j, node) == 0;
+}
+
+/* Everything that is switched on must be known. */
+static void ptst__lora_refuse(ptst__config_reader *r) {
+    int32_t key, value;
+    size_t i, n = sizeof ptst__lora_known / sizeof ptst__lora_known[0];
+    for (key = ptst_json_first(r->json, 0); key >= 0; key = ptst_json_next(r->json, value)) {
+        const char *name = ptst_json_string(r->json, key, NULL);
+        value = ptst_json_next(r->json, key);
+        for (i = 0; i < n && strcmp(ptst__lora_known[i], name) != 0; i++) {
+        }
+        if (i == n && !ptst__lora_inactive(r->json, value)) {
+            char shown[100];
+            snprintf(shown, sizeof shown, "%.99s", name);
+            ptst__config_fail(r, PTST_ERR_UNSUPPORTED, shown, "is switched on and not supported");
+        }
+    }
+}
+
+/* A string value that must be one of two. */
+static void ptst__lora_expect(ptst__config_reader *r, const char *key, const char *expected,
+                              const char *sentence) {
+    int32_t node = ptst__config_get(r, 0, key);
+    const char *text = ptst_json_string(r->json, node, NULL);
+    if (node >= 0 && (text == NULL || strcmp(text, expected) != 0)) {
+        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, key, sentence);
+    }
+}
+
+/* target_modules: "all-linear", or a list of ends of module paths. */
+static void ptst__lora_read_targets(ptst__config_reader *r, ptst__lora_plan *p, size_t L) {
+    int32_t node = ptst__config_get(r, 0, "target_modules"), k;
+    bool found = false, list = ptst_json_kind(r->json, node) == PTST_JSON_ARRAY;
+    size_t size;
+    const char *text = ptst_json_string(r->json, node, &size);
+    if (text != NULL && strcmp(text, "all-linear") != 0) {
+        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "target_modules",
+                          "a regular expression is not supported, write the names as a list");
+    }
+    if (text == NULL && !list) {
+        ptst__config_fail(r, PTST_ERR_FORMAT, "target_modules", ptst__lora_expected);
+    }
+    found = text != NULL && ptst__lora_mark(p, L, text, size);
+    for (k = list ? ptst_json_first(r->json, node) : -1; k >= 0; k = ptst_json_next(r->json, k)) {
+        text = ptst_json_string(r->json, k, &size);
+        if (text == NULL) {
+            ptst__config_fail(r, PTST_ERR_FORMAT, "target_modules", "expected a list of names");
+        } else if (strstr(text, "lm_head") != NULL || strstr(text, "embed_tokens") != NULL) {
+            ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "target_modules",
+                              "adapters on lm_head or embed_tokens are not supported");
+        } else if (ptst__lora_mark(p, L, text, size)) {
+            found = true;
+        }
+    }
+    if (!found) {
+        ptst__config_fail(r, PTST_ERR_MISMATCH, "target_modules", ptst__lora_expected);
+    }
+}
+
+static ptst_code ptst__lora_read_config(ptst_ctx *c, const ptst_json *j, const char *path,
+                                        ptst__lora_plan *p, size_t L) {
+    ptst__config_reader r;
+    ptst_lora_desc *d = &p->desc;
+    int32_t node;
+    const char *init;
+    r.c = c;
+    r.json = j;
+    r.path = path;
+    r.code = PTST_OK;
+    if (ptst_json_kind(j, 0) != PTST_JSON_OBJECT) {
+        return ptst__fail(c, PTST_ERR_FORMAT, "%s: expected an object", path);
+    }
+    if (ptst__config_get(&r, 0, "peft_type") < 0) {
+        ptst__config_fail(&r, PTST_ERR_FORMAT, "peft_type", "is missing, expected \"LORA\"");
+    }
+    ptst__lora_expect(&r, "peft_type", "LORA", "only \"LORA\" is supported");
+    ptst__lora_expect(&r, "bias", "none", "only \"none\" is supported");
+    ptst__lora_refuse(&r);
+    d->rank = ptst__config_int(&r, 0, "r", 1, PTST__RANK_MAX, 8);
+    d->alpha = ptst__config_number(&r, 0, "lora_alpha", -1e9, 1e9, 8);
+    d->dropout = ptst__config_number(&r, 0, "lora_dropout", 0, 1, 0);
+    d->rslora = ptst__config_flag(&r, 0, "use_rslora", false);
+    node = ptst__config_get(&r, 0, "init_lora_weights");
+    init = ptst_json_string(j, node, NULL);
+    if (init != NULL && strcmp(init, "gaussian") != 0 && strcmp(init, "eva") != 0 &&
+        strcmp(init, "orthogonal") != 0) {
+        ptst__config_fail(&r, PTST_ERR_UNSUPPORTED, "init_lora_weights",
+                          "this kind changes the weights of the model and is not supported");
+    }
+    ptst__lora_read_targets(&r, p, L);
+    return r.code;
+}
+
+/* One tensor of a branch, as F32. */
+static ptst_code ptst__branch_read(ptst_ctx *c, const ptst_tensors *t, const char *folder,
+                                   const char *name, float *to, size_t rows, size_t cols) {
+    const ptst_tensor *v = ptst_tensors_find(t, name);
+    if (v == NULL) {
+        return ptst__fail(c, PTST_ERR_MISMATCH, "%s: tensor %s is missing", folder, name);
+    }
+    if (v->dtype == PTST_DTYPE_FILE) {
+        return ptst__fail(c, PTST_ERR_UNSUPPORTED, "%s: tensor %s is %s, expected F32, F16 or BF16",
+                          folder, name, v->dtype_name);
+    }
+    if (v->rank != 2 || v->shape[0] != rows || v->shape[1] != cols) {
+        return ptst__fail(c, PTST_ERR_MISMATCH,
+                          "%s: tensor %s has rank %d and shape [%llu, %llu], expected [%llu, %llu]",
+                          folder, name, v->rank,
+                          v->rank < 1 ? 0ull : (unsigned long long)v->shape[0],
+                          v->rank < 2 ? 0ull : (unsigned long long)v->shape[1],
+                          (unsigned long long)rows, (unsigned long long)cols);
+    }
+    ptst__convert_to_f32(c, to, v->data, v->dtype, rows * cols);
+    return PTST_OK;
+}
+
+/* Does a tensor belong to a branch of the adapter? */
+static bool ptst__adapter_has(const ptst_adapter *a, const char *name) {
+    char expected[PTST__NAME];
+    size_t i;
+    for (i = 0; i < 2 * a->L * PTST__LINEARS; i++) {
+        if (a->branches[i / 2].rank != 0) {
+            ptst__branch_name(expected, i / 2 / PTST__LINEARS, (int)(i / 2 % PTST__LINEARS),
+                              i % 2 == 0 ? 'A' : 'B');
+            if (strcmp(expected, name) == 0) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+/* Fills all branches from the file, and names the tensors that belong to none. */
+static ptst_code ptst__adapter_read(ptst_ctx *c, ptst_adapter *a, const ptst_tensors *t,
+                                    const char *folder) {
+    size_t i, used = 0;
+    ptst_text names = {NULL, 0, 0};
+    const ptst_tensor *v;
+    ptst_code code = PTST_OK;
+    for (i = 0; i < a->L * PTST__LINEARS && code == PTST_OK; i++) {
+        const ptst__branch *b = &a->branches[i];
+        char name[PTST__NAME];
+        if (b->rank == 0) {
+            continue;
+        }
+        ptst__branch_name(name, i / PTST__LINEARS, (int)(i % PTST__LINEARS), 'A');
+        code = ptst__branch_read(c, t, folder, name, b->A, b->rank, b->in);
+        ptst__branch_name(name, i / PTST__LINEARS, (int)(i % PTST__LINEARS), 'B');
+        code =
+            code != PTST_OK ? code : ptst__branch_read(c, t, folder, name, b->B, b->out, b->rank);
+        used += 2;
+    }
+    if (code != PTST_OK || used == ptst_tensors_count(t)) {
+        return code;
+    }
+    for (i = 0; code == PTST_OK && names.size < 600 && (v = ptst_tensors_at(t, i)) != NULL; i++) {
+        if (!ptst__adapter_has(a, v->name)) {
+            code = ptst__text_format(c, &names, "%s%.200s", names.size == 0 ? "" : ", ", v->name);
+        }
+    }
+    if (code == PTST_OK) {
+        code = ptst__fail(c, PTST_ERR_MISMATCH, "%s: %llu tensors belong to no target: %s", folder,
+                          (unsigned long long)(ptst_tensors_count(t) - used), names.data);
+    }
+    ptst_text_free(c, &names);
+    return code;
+}
+
+static ptst_code ptst__adapter_load(ptst_ctx *c, ptst_adapter *a, const ptst_model *m,
+                                    const char *folder) {
+    ptst__lora_plan p;
+    ptst_text path = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    ptst_tensors *t = NULL;
+    ptst_code code = ptst__path_join(c, &path, folder, "adapter_config.json");
+    memset(&p, 0, sizeof p);
+    if (code == PTST_OK) {
+        j = ptst_json_load(c, path.data);
+        code = j == NULL ? ptst_error_code(c) : ptst__lora_read_config(c, j, path.data, &p, m->L);
+    }
+    if (code == PTST_OK) {
+        code = ptst__path_join(c, &path, folder, "adapter_model.safetensors");
+    }
+    if (code == PTST_OK) {
+        t = ptst_tensors_open(c, path.data);
+        code = t == NULL ? ptst_error_code(c) : ptst__adapter_make(c, a, m, &p);
+    }
+    if (code == PTST_OK) {
+        code = ptst__adapter_read(c, a, t, path.data);
+    }
+    ptst_tensors_close(c, t);
+    ptst_json_free(c, j);
+    ptst_text_free(c, &path);
+    return code;
+}
+
+/* ---- writing ---- */
+
+/* adapter_config.json with nothing but what every version of PEFT knows. */
+static ptst_code ptst__lora_write_config(ptst_ctx *c, const ptst_adapter *a, const char *base,
+                                         ptst_text *t) {
+    const char *s = a->desc.targets;
+    ptst_code code = ptst__text_add(c, t, "{\n  \"base_model_name_or_path\": ");
+    code = code != PTST_OK ? code
+           : base == NULL  ? ptst__text_add(c, t, "null")
+                           : ptst__json_quote(c, t, base, strlen(base));
+    code = code != PTST_OK
+               ? code
+               : ptst__text_add(c, t,
+                                ",\n  \"bias\": \"none\",\n  \"fan_in_fan_out\": false,\n"
+                                "  \"inference_mode\": true,\n  \"init_lora_weights\": true,\n"
+                                "  \"lora_alpha\": ");
+    code = code != PTST_OK ? code : ptst__json_put_number(c, t, a->desc.alpha);
+    code = code != PTST_OK ? code : ptst__text_add(c, t, ",\n  \"lora_dropout\": ");
+    code = code != PTST_OK ? code : ptst__json_put_number(c, t, a->desc.dropout);
+    code = code != PTST_OK ? code
+                           : ptst__text_format(c, t,
+                                               ",\n  \"peft_type\": \"LORA\",\n  \"r\": %ld,\n"
+                                               "  \"target_modules\": [",
+                                               (long)a->desc.rank);
+    while (code == PTST_OK && *s != 0) {
+        size_t n = strcspn(s, ",");
+        code =
+            ptst__text_format(c, t, "%s\n    \"%.*s\"", s == a->desc.targets ? "" : ",", (int)n, s);
+        s += n + (s[n] == ',');
+    }
+    return code != PTST_OK
+               ? code
+               : ptst__text_format(c, t, "\n  ],\n  \"task_type\": \"CAUSAL_LM\"%s\n}\n",
+                                   a->desc.rslora ? ",\n  \"use_rslora\": true" : "");
+}
+
+static ptst_code ptst__adapter_write(ptst_ctx *c, const ptst_adapter *a, const char *path) {
+    static const char *const metadata[] = {"format", "pt", NULL};
+    size_t i, n = 0, most = 2 * a->L * PTST__LINEARS;
+    ptst_tensor *list = (ptst_tensor *)ptst__calloc(c, most, sizeof *list);
+    char *names = list == NULL ? NULL : (char *)ptst__alloc(c, most, PTST__NAME);
+    ptst_code code = names == NULL ? PTST_ERR_MEMORY : PTST_OK;
+    for (i = 0; i < most && code == PTST_OK; i++) {
+        const ptst__branch *b = &a->branches[i / 2];
+        bool A = i % 2 == 0;
+        if (b->rank == 0) {
+            continue;
+        }
+        ptst__branch_name(names + n * PTST__NAME, i / 2 / PTST__LINEARS,
+                          (int)(i / 2 % PTST__LINEARS), A ? 'A' : 'B');
+        list[n].name = names + n * PTST__NAME;
+        list[n].dtype = PTST_F32;
+        list[n].rank = 2;
+        list[n].shape[0] = A ? b->rank : b->out;
+        list[n].shape[1] = A ? b->in : b->rank;
+        list[n++].data = A ? b->A : b->B;
+    }
+    if (code == PTST_OK) {
+        code = ptst_tensors_write(c, path, list, n, metadata);
+    }
+    ptst__free(c, names);
+    ptst__free(c, list);
+    return code;
+}
+
+/* ---- merging ---- */
+
+/* The branch that belongs to a tensor of the model file, NULL if there is none. */
+static const ptst__branch *ptst__merge_branch(const ptst_model *m, const ptst_adapter *a,
+                                              const char *name) {
+    size_t i;
+    for (i = 0; i < a->L * PTST__LINEARS; i++) {
+        const ptst__linear *n = &m->layers[i / PTST__LINEARS].linears[i % PTST__LINEARS];
+        if (a->branches[i].rank != 0 && strcmp(n->w->name, name) == 0) {
+            return &a->branches[i];
+        }
+    }
+    return NULL;
+}
+
+enum { PTST__MERGE_ROWS = 64 };
+
+/* Writes W + scale B A, some rows at a time. */
+static ptst_code ptst__merge_put(ptst_ctx *c, ptst__tensors_writer *w, const ptst_tensor *t,
+                                 const ptst__branch *b) {
+    size_t row, rows, size = ptst__dtype_size(t->dtype);
+    float *sum = (float *)ptst__alloc(c, ptst__min(b->out, PTST__MERGE_ROWS) * b->in, sizeof *sum);
+    void *out = sum == NULL
+                    ? NULL
+                    : ptst__alloc(c, ptst__min(b->out, PTST__MERGE_ROWS) * b->in, sizeof *sum);
+    ptst_code code = out == NULL ? PTST_ERR_MEMORY : PTST_OK;
+    for (row = 0; row < b->out && code == PTST_OK; row += rows) {
+        rows = ptst__min(b->out - row, PTST__MERGE_ROWS);
+        ptst__convert_to_f32(c, sum, ptst__element(t->data, t->dtype, row * b->in), t->dtype,
+                             rows * b->in);
+        ptst__gemm(c, rows, b->in, b->rank, b->scale, b->B + row * b->rank, b->rank, false,
+                   ptst__matrix_f32(b->A, b->in, false), 1, sum, b->in);
+        ptst__convert_from_f32(c, out, sum, t->dtype, rows * b->in);
+        code = ptst__tensors_put(c, w, out, rows * b->in * size);
+    }
+    ptst__free(c, out);
+    ptst__free(c, sum);
+    return code;
+}
+
+/* Writes one weight file of the model again, with the adapter folded in. */
+static ptst_code ptst__merge_file(ptst_ctx *c, const ptst_model *m, const ptst_adapter *a,
+                                  uint32_t file, const char *path) {
+    static const char *const metadata[] = {"format", "pt", NULL};
+    const ptst_tensors *t = m->tensors;
+    ptst__tensors_writer w;
+    size_t i, n = 0;
+    ptst_code code;
+    ptst_tensor *list = (ptst_tensor *)ptst__alloc(c, t->count, sizeof *list);
+    if (list == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < t->count; i++) {
+        if (t->list[i].file == file) {
+            list[n++] = t->list[i].view;
+        }
+    }
+    code = ptst__tensors_begin(c, &w, path, list, n, metadata);
+    if (code == PTST_OK) {
+        while (code == PTST_OK && (i = ptst__tensors_next(&w)) < n) {
+            const ptst__branch *b = ptst__merge_branch(m, a, list[i].name);
+            code = b == NULL ? ptst__tensors_put(c, &w, list[i].data, list[i].bytes)
+                             : ptst__merge_put(c, &w, &list[i], b);
+        }
+        if (code == PTST_OK) {
+            code = ptst__tensors_commit(c, &w);
+        } else {
+            ptst__tensors_abort(c, &w);
+        }
+    }
+    ptst__free(c, list);
+    return code;
+}
+
+static ptst_code ptst__merge_files(ptst_ctx *c, const ptst_model *m, const ptst_adapter *a,
+                                   const char *folder, const char *out) {
+    ptst_text path = {NULL, 0, 0};
+    size_t i;
+    ptst_code code = ptst__make_folders(c, out);
+    if (code == PTST_OK && ptst__same_path(folder, out)) {
+        code = ptst__fail(c, PTST_ERR_ARGUMENT,
+                          "%s: is the folder of the model, the merged one needs another", out);
+    }
+    for (i = 0; i < m->tensors->files_count && code == PTST_OK; i++) {
+        code = ptst__path_join(c, &path, out, m->tensors->files[i].name);
+        code = code != PTST_OK ? code : ptst__merge_file(c, m, a, (uint32_t)i, path.data);
+    }
+    ptst_text_free(c, &path);
+    return code != PTST_OK ? code : ptst__copy_model_files(c, folder, out, true);
+}
+
+/* ---- public part ---- */
+
+PTST_API void ptst_adapter_free(ptst_ctx *c, ptst_adapter *a) {
+    if (a != NULL) {
+        ptst__free(c, a->values);
+        ptst__arena_free(c, &a->arena);
+        ptst__free(c, a);
+    }
+}
+
+PTST_API ptst_adapter *ptst_adapter_new(ptst_ctx *c, const ptst_model *m,
+                                        const ptst_lora_desc *desc) {
+    ptst_adapter *a;
+    ptst__lora_plan p;
+    ptst_lora_desc *d = &p.desc;
+    memset(&p, 0, sizeof p);
+    if (desc != NULL) {
+        *d = *desc;
+    }
+    d->rank = d->rank == 0 ? 8 : d->rank;
+    d->alpha = d->alpha == 0 ? 32 : d->alpha;
+    d->targets = d->targets == NULL ? "q_proj,v_proj" : d->targets;
+    if (d->rank < 1 || d->rank > PTST__RANK_MAX || !(d->dropout >= 0 && d->dropout < 1) ||
+        !(fabs(d->alpha) <= 1e9) || d->targets[0] == 0) {
+        ptst__fail(c, PTST_ERR_ARGUMENT,
+                   "an adapter needs a rank from 1 to 65536, a finite alpha, a dropout from 0 to "
+                   "less than 1, and a target");
+        return NULL;
+    }
+    if (ptst__lora_parse(c, &p, m->L, d->targets) != PTST_OK) {
+        return NULL;
+    }
+    a = (ptst_adapter *)ptst__calloc(c, 1, sizeof *a);
+    if (a != NULL && ptst__adapter_make(c, a, m, &p) != PTST_OK) {
+        ptst_adapter_free(c, a);
+        return NULL;
+    }
+    if (a != NULL) {
+        ptst__adapter_init(a);
+    }
+    return a;
+}
+
+PTST_API ptst_adapter *ptst_adapter_load(ptst_ctx *c, const ptst_model *m, const char *folder) {
+    ptst_adapter *a = (ptst_adapter *)ptst__calloc(c, 1, sizeof *a);
+    if (a != NULL && ptst__adapter_load(c, a, m, folder) != PTST_OK) {
+        ptst_adapter_free(c, a);
+        return NULL;
+    }
+    return a;
+}
+
+PTST_API ptst_adapter *ptst_adapter_copy(ptst_ctx *c, const ptst_adapter *a) {
+    size_t n = a->L * PTST__LINEARS;
+    ptst_adapter *b = (ptst_adapter *)ptst__calloc(c, 1, sizeof *b);
+    if (b == NULL) {
+        return NULL;
+    }
+    b->desc = a->desc;
+    b->L = a->L;
+    b->branches = (ptst__branch *)ptst__arena_alloc(c, &b->arena, n, sizeof *b->branches);
+    b->desc.targets = ptst__arena_copy(c, &b->arena, a->desc.targets, strlen(a->desc.targets));
+    if (b->branches == NULL || b->desc.targets == NULL) {
+        ptst_adapter_free(c, b);
+        return NULL;
+    }
+    memcpy(b->branches, a->branches, n * sizeof *b->branches);
+    if (ptst__adapter_values(c, b) != PTST_OK) {
+        ptst_adapter_free(c, b);
+        return NULL;
+    }
+    memcpy(b->values, a->values, a->values_count * sizeof *b->values);
+    return b;
+}
+
+PTST_API ptst_lora_desc ptst_adapter_about(const ptst_adapter *a) { return a->desc; }
+
+PTST_API uint64_t ptst_adapter_parameters(const ptst_adapter *a) { return a->values_count; }
+
+PTST_API ptst_code ptst_adapter_save(ptst_ctx *c, const ptst_adapter *a, const char *folder,
+                                     const char *base_model) {
+    ptst_text path = {NULL, 0, 0}, text = {NULL, 0, 0};
+    ptst_code code = ptst__make_folders(c, folder);
+    code = code != PTST_OK ? code : ptst__path_join(c, &path, folder, "adapter_model.safetensors");
+    code = code != PTST_OK ? code : ptst__adapter_write(c, a, path.data);
+    code = code != PTST_OK ? code : ptst__path_join(c, &path, folder, "adapter_config.json");
+    code = code != PTST_OK ? code : ptst__lora_write_config(c, a, base_model, &text);
+    code = code != PTST_OK ? code : ptst__write_file(c, path.data, text.data, text.size);
+    ptst_text_free(c, &path);
+    ptst_text_free(c, &text);
+    return code;
+}
+
+PTST_API ptst_code ptst_merge(ptst_ctx *c, const char *model_folder, const char *adapter_folder,
+                              const char *out) {
+    ptst_model *m = ptst_model_load(c, model_folder, PTST_DTYPE_FILE);
+    ptst_adapter *a = m == NULL ? NULL : ptst_adapter_load(c, m, adapter_folder);
+    ptst_code code = a == NULL ? ptst_error_code(c) : PTST_OK;
+    if (code == PTST_OK) {
+        code = ptst__merge_files(c, m, a, model_folder, out);
+    }
+    ptst_adapter_free(c, a);
+    ptst_model_free(c, m);
+    return code;
+}
 
 /* >>train =========================================================================================
    Not written yet. */
