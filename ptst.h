@@ -1905,6 +1905,12 @@ PTST__UNUSED static ptst_code ptst__append_file(ptst_ctx *c, const char *path, c
     return error != 0 ? ptst__fail_errno(c, path, "write", error) : PTST_OK;
 }
 
+/* Removes a file; fine if there is none. */
+PTST__UNUSED static ptst_code ptst__remove_file(ptst_ctx *c, const char *path) {
+    return unlink(path) == 0 || errno == ENOENT ? PTST_OK
+                                                : ptst__fail_errno(c, path, "remove", errno);
+}
+
 /* ---- SHA-256 (FIPS 180-4), to recognise inputs ---- */
 
 typedef struct ptst__sha256 {
