@@ -255,9 +255,133 @@ PTST_API int ptst_json_line(const ptst_json *j, int32_t node);
 
 /* ---- api >>jinja ----------------------------------------------------------------------------- */
 
+/* Where a byte of a rendered prompt comes from. Only PTST_TEMPLATE bytes may become special tokens;
+   the others are somebody's text, whatever it looks like. */
+typedef enum ptst_mark {
+    PTST_TEMPLATE = 0, /* the template's own text, and the special tokens (bos_token, ...) */
+    PTST_CONTENT = 1,  /* derived from a string of the context: messages, tools, documents, ... */
+    PTST_ASSISTANT = 2 /* derived from what a message with role "assistant" says */
+} ptst_mark;
+
+/* Limits of one rendering and its clock; 0 = default. A limit that is reached is PTST_ERR_LIMIT. */
+typedef struct ptst_jinja_desc {
+    size_t steps;  /* evaluation steps; 0 = 400000 + 32 for each byte of the context */
+    size_t memory; /* bytes in use at a time; 0 = 48 MiB + 8 for each byte of the context */
+    size_t output; /* bytes of text; 0 = 8 MiB + 4 for each byte of the context */
+    size_t depth;  /* nesting of evaluation (macro calls, values); 0 = 800 */
+    int64_t now;   /* what strftime_now prints, seconds since 1970 as UTC; 0 = the local clock */
+} ptst_jinja_desc;
+
+/* A compiled template of the Jinja language as transformers sets it up: trim_blocks, lstrip_blocks,
+   loop controls, {% generation %}, immutable sandbox, raise_exception, strftime_now, tojson. */
+typedef struct ptst_jinja ptst_jinja;
+
+/* Compiles size bytes of UTF-8; name is used in errors only ("chat_template.jinja"), which say
+   line and column. */
+PTST_API ptst_jinja *ptst_jinja_compile(ptst_ctx *c, const char *source, size_t size,
+                                        const char *name);
+PTST_API void ptst_jinja_free(ptst_ctx *c, ptst_jinja *t);
+/* Renders with the members of the context's root object as variables. Strings of variables called
+   *_token count as template bytes, all others as content. Replaces *out and *marks (marks may be
+   NULL): marks->data[i] is the ptst_mark of byte i. desc may be NULL. The template is not changed
+   and may be used by several contexts at once. On failure both texts are empty. */
+PTST_API ptst_code ptst_jinja_render(ptst_ctx *c, const ptst_jinja *t, const ptst_json *context,
+                                     const ptst_jinja_desc *desc, ptst_text *out,
+                                     ptst_text *marks);
+
 /* ---- api >>template -------------------------------------------------------------------------- */
 
+/* A prompt ready for the tokenizer (ptst_encode_marked). Zero-initialise, release with
+   ptst_prompt_free; the functions below replace what is in it. */
+typedef struct ptst_prompt {
+    ptst_text text;
+    ptst_text marks; /* a ptst_mark for each byte of text */
+    ptst_text learn; /* 1 for each byte that a model should learn to write (answers of the assistant
+                        up to their end-of-text), 0 otherwise */
+    bool has_bos;    /* the text begins with the bos token: the tokenizer must not add another */
+} ptst_prompt;
+
+PTST_API void ptst_prompt_free(ptst_ctx *c, ptst_prompt *p);
+
+typedef struct ptst_template ptst_template;
+
+/* Loads a template:
+     "gsm:chat:llama", "CL"   a template of the paper's code by its name or short name
+     "model:llama"            the same system prompt and wording of the question through the model's
+                              own chat template: model:vanilla, alpaca, llama, llama-short, mpt,
+                              and model:none (the bare question)
+     "FILE.jinja"             a chat template; the question becomes one user message
+     "FOLDER"                 the chat template of a model folder, as model:none
+     "FILE.json"              {"name": "...%s..."}; "FILE.json#name" or "FILE.json:name" chooses one
+   model_dir is the model's folder, or NULL: source of the chat template and of the special tokens.
+   Chat templates are looked up as transformers does: chat_template.jinja and chat_templates/ before
+   the chat_template of tokenizer_config.json. */
+PTST_API ptst_template *ptst_template_load(ptst_ctx *c, const char *name_or_path,
+                                           const char *model_dir);
+PTST_API void ptst_template_free(ptst_ctx *c, ptst_template *t);
+/* "gsm:chat:llama", "model:llama", the path, or the user's own name. Owned by the template. */
+PTST_API const char *ptst_template_name(const ptst_template *t);
+/* "CL"; NULL if it has none. */
+PTST_API const char *ptst_template_short_name(const ptst_template *t);
+/* Does it go through a chat template (and so can render messages)? */
+PTST_API bool ptst_template_is_chat(const ptst_template *t);
+/* The prompt for one question: %s is replaced by it, or it becomes a message. */
+PTST_API ptst_code ptst_template_prompt(ptst_ctx *c, const ptst_template *t, const char *question,
+                                        size_t size, ptst_prompt *out);
+/* The prompt of a conversation, as apply_chat_template makes it: the root of conversation is the
+   list of messages, or an object with "messages" and further variables (tools, documents, ...).
+   A template of the paper takes user messages only, one after the other. */
+PTST_API ptst_code ptst_template_messages(ptst_ctx *c, const ptst_template *t,
+                                          const ptst_json *conversation,
+                                          bool add_generation_prompt, ptst_prompt *out);
+/* Renders with exactly these variables (root object), plus the special tokens of the model that it
+   does not set itself. */
+PTST_API ptst_code ptst_template_context(ptst_ctx *c, const ptst_template *t,
+                                         const ptst_json *context, ptst_prompt *out);
+/* Enumerates the paper's templates and the model: ones by i = 0, 1, ...; NULL at the end.
+   short_name and text (with %s; NULL for model: ones) may be NULL. Static text. */
+PTST_API const char *ptst_template_at(size_t i, const char **short_name, const char **text);
+
 /* ---- api >>safetensors ----------------------------------------------------------------------- */
+
+/* A tensor of a file. All pointers are owned by the ptst_tensors it came from. When a list is
+   written, count and bytes are not read and dtype_name may be NULL. */
+typedef struct ptst_tensor {
+    const char *name;       /* UTF-8 */
+    const char *dtype_name; /* as in the file: "F32", "BF16", "I64", ... */
+    ptst_dtype dtype;       /* PTST_F32, PTST_F16, PTST_BF16; PTST_DTYPE_FILE = no weight type */
+    int rank;               /* 0 (one element) .. 8 */
+    uint64_t shape[8];
+    uint64_t count;   /* elements */
+    const void *data; /* little-endian, row-major, aligned to the element; NULL if bytes is 0 */
+    size_t bytes;
+} ptst_tensor;
+
+/* The tensors of a .safetensors file or of a sharded model: mapped, validated, constant. */
+typedef struct ptst_tensors ptst_tensors;
+
+/* Opens path: a .safetensors file, a *.index.json beside its shards, or a folder that holds
+   model.safetensors, model.safetensors.index.json or adapter_model.safetensors (the first that is
+   there). The files stay mapped: they may be replaced (renamed over), but must not be shortened,
+   while the tensors are open. Format: github.com/huggingface/safetensors; stricter than the
+   reference in that a tensor must not be there twice, the header begins with '{', names hold no
+   NUL and the rank is at most 8. Tensors lie in the order of the headers. */
+PTST_API ptst_tensors *ptst_tensors_open(ptst_ctx *c, const char *path);
+/* The same for the bytes of one file in memory, which must outlive the tensors. name is used in
+   errors only. */
+PTST_API ptst_tensors *ptst_tensors_parse(ptst_ctx *c, const void *data, size_t size,
+                                          const char *name);
+PTST_API void ptst_tensors_close(ptst_ctx *c, ptst_tensors *t);
+PTST_API size_t ptst_tensors_count(const ptst_tensors *t);
+/* Tensor i, NULL if out of range; the tensor of a name, NULL if there is none. */
+PTST_API const ptst_tensor *ptst_tensors_at(const ptst_tensors *t, size_t i);
+PTST_API const ptst_tensor *ptst_tensors_find(const ptst_tensors *t, const char *name);
+/* Value of a key in __metadata__ (of the first shard that has it), NULL if there is none. */
+PTST_API const char *ptst_tensors_metadata(const ptst_tensors *t, const char *key);
+/* Writes a .safetensors file, byte for byte as the reference does: it appears whole or not at
+   all. metadata: key, value, key, value, ..., NULL; or NULL for none. */
+PTST_API ptst_code ptst_tensors_write(ptst_ctx *c, const char *path, const ptst_tensor *list,
+                                      size_t count, const char *const *metadata);
 
 /* ---- api >>kernels --------------------------------------------------------------------------- */
 
@@ -271,6 +395,80 @@ PTST_API void ptst_matmul_forward(ptst_ctx *c, size_t M, size_t N, size_t K, con
 /* dx [M, K] += dy w and dw [N, K] += dy^T x, for dy [M, N]; dx, dw may be NULL. */
 PTST_API void ptst_matmul_backward(ptst_ctx *c, size_t M, size_t N, size_t K, const float *x,
                                    const float *w, const float *dy, float *dx, float *dw);
+
+/* RMSNorm of T rows: y [T, C] = x [T, C] * rstd * w [C], rstd [T] = 1 / sqrt(mean(x^2) + eps).
+   rstd may be NULL if no backward pass follows. y may be x. */
+PTST_API void ptst_rmsnorm_forward(ptst_ctx *c, size_t T, size_t C, float eps, const float *x,
+                                   const float *w, float *y, float *rstd);
+/* dx [T, C] += and dw [C] +=, either may be NULL. */
+PTST_API void ptst_rmsnorm_backward(ptst_ctx *c, size_t T, size_t C, const float *x, const float *w,
+                                    const float *rstd, const float *dy, float *dx, float *dw);
+
+/* Rotary position embedding in place: H heads of D floats side by side in each of T rows that are
+   ld floats apart; the first R <= D floats of a head (R even) turn, element i with element
+   i + R/2, as in Hugging Face models. cosines, sines: [position, R/2], scaling included;
+   positions [T], or NULL for 0..T-1. inverse turns back, which is the backward pass. */
+PTST_API void ptst_rope(ptst_ctx *c, size_t T, size_t H, size_t D, size_t R, float *x, size_t ld,
+                        const float *cosines, const float *sines, const int32_t *positions,
+                        bool inverse);
+
+/* y = silu(gate) * up, silu(z) = z / (1 + exp(-z)), for n elements. y may be gate or up. */
+PTST_API void ptst_swiglu_forward(ptst_ctx *c, size_t n, const float *gate, const float *up,
+                                  float *y);
+/* Writes dgate and dup; dgate may be gate, dup may be up, and any of both may be dy. */
+PTST_API void ptst_swiglu_backward(ptst_ctx *c, size_t n, const float *gate, const float *up,
+                                   const float *dy, float *dgate, float *dup);
+
+/* One sequence (or a piece of one) in a batch: `count` rows of queries and the keys and values
+   they look at. These lie in two blocks, as if one followed the other: block 0 may be shared by
+   many spans (a common prefix, 0 rows if there is none), block 1 is the span's own. The last
+   query stands at the last key: query i of the span sees block 0 and the first
+   keys[1] - count + i + 1 rows of block 1. */
+typedef struct ptst_span {
+    size_t query;             /* first row in q, out, lse */
+    size_t count;             /* rows from there on */
+    const float *k[2], *v[2]; /* [keys[b], K, D], rows kv_ld floats apart; NULL if 0 keys */
+    size_t keys[2];
+    float *dk[2], *dv[2]; /* backward only; same layout, += ; equal exactly if k are */
+} ptst_span;
+
+/* Attention with H query heads on K key heads (K divides H; head h looks at key head
+   h / (H / K)), D floats each. */
+typedef struct ptst_attention {
+    size_t H, K, D;
+    float scale;            /* of the dot products, usually 1 / sqrt(D) */
+    size_t window;          /* a query sees this many keys up to its own; 0 = all */
+    size_t q_ld, kv_ld;     /* floats from row to row of q and dq; of k, v, dk and dv */
+    const ptst_span *spans; /* their rows of q must not overlap */
+    size_t spans_count;
+} ptst_attention;
+
+/* out [row, H, D] = softmax(scale q k^T) v for the rows of all spans (other rows are left alone).
+   q: [row, H, D] with q_ld floats from row to row. lse [row, H] = log of the sum of the
+   exponentials, needed for backward; may be NULL. A row that sees no key gives 0 (lse -inf). No
+   buffer grows with the square of the length. */
+PTST_API void ptst_attention_forward(ptst_ctx *c, const ptst_attention *a, const float *q,
+                                     float *out, float *lse);
+/* Bytes of scratch that ptst_attention_backward needs; linear in rows and keys. */
+PTST_API size_t ptst_attention_backward_scratch(const ptst_attention *a);
+/* From out, lse of the forward pass and dout [row, H, D]: writes dq (layout of q), adds to dk and
+   dv of the spans. Probabilities are computed again from lse. */
+PTST_API void ptst_attention_backward(ptst_ctx *c, const ptst_attention *a, const float *q,
+                                      const float *out, const float *lse, const float *dout,
+                                      float *dq, void *scratch);
+
+/* Softmax and cross-entropy: losses[r] = -log softmax(logits[r])[labels[r]] for logits [rows, V];
+   0 for a label that is negative or not below V. If scale is not 0, logits become their gradient
+   (softmax - onehot) * scale (0 for rows without a label); if it is 0 they are only read. */
+PTST_API void ptst_cross_entropy(ptst_ctx *c, size_t rows, size_t V, float *logits,
+                                 const int32_t *labels, double *losses, float scale);
+
+/* One step of AdamW (Loshchilov and Hutter 2019, the formula of torch.optim.AdamW) for n weights w
+   with gradients g * grad_scale and moments m, v (zero before the first step); step counts
+   from 1. */
+PTST_API void ptst_adamw(ptst_ctx *c, size_t n, float *w, const float *g, float *m, float *v,
+                         double lr, double beta1, double beta2, double eps, double weight_decay,
+                         uint64_t step, double grad_scale);
 
 /* ---- api >>model ----------------------------------------------------------------------------- */
 
@@ -1982,14 +2180,1614 @@ PTST__UNUSED static ptst_code ptst__json_put_number(ptst_ctx *c, ptst_text *t, d
 /* >>tokenizer =====================================================================================
    Not written yet. */
 
-/* >>jinja =========================================================================================
-   Not written yet. */
+/* >>jinja =======================================================================================
+   Not complete yet: only what >>template links against. */
 
-/* >>template ======================================================================================
-   Not written yet. */
+/* Bits of a mark inside the interpreter: a ptst_mark, and "inside {% generation %}". */
+enum { PTST__MARK_SOURCE = 3, PTST__MARK_GENERATED = 4 };
+
+/* A variable of a rendering. */
+typedef enum ptst__jvar_kind {
+    PTST__JVAR_JSON,     /* a node; -1 = None */
+    PTST__JVAR_MESSAGES, /* a node, with the changes that apply_chat_template makes to messages */
+    PTST__JVAR_TEXT,     /* template bytes */
+    PTST__JVAR_FALSE,
+    PTST__JVAR_TRUE
+} ptst__jvar_kind;
+
+typedef struct ptst__jvar {
+    ptst__jvar_kind kind;
+    const char *name;
+    const ptst_json *json;
+    int32_t node;
+    const char *text;
+    size_t size;
+} ptst__jvar;
+
+PTST_API ptst_jinja *ptst_jinja_compile(ptst_ctx *c, const char *source, size_t size,
+                                        const char *name) {
+    (void)source;
+    (void)size;
+    ptst__fail(c, PTST_ERR_UNSUPPORTED, "%s: chat templates are not supported yet", name);
+    return NULL;
+}
+
+PTST_API void ptst_jinja_free(ptst_ctx *c, ptst_jinja *t) {
+    (void)c;
+    (void)t;
+}
+
+static ptst_code ptst__jinja_run(ptst_ctx *c, const ptst_jinja *t, const ptst__jvar *vars,
+                                 size_t count, const ptst_jinja_desc *desc, ptst_text *out,
+                                 ptst_text *marks) {
+    (void)t;
+    (void)vars;
+    (void)count;
+    (void)desc;
+    (void)out;
+    (void)marks;
+    return ptst__fail(c, PTST_ERR_UNSUPPORTED, "chat templates are not supported yet");
+}
+
+PTST_API ptst_code ptst_jinja_render(ptst_ctx *c, const ptst_jinja *t, const ptst_json *context,
+                                     const ptst_jinja_desc *desc, ptst_text *out,
+                                     ptst_text *marks) {
+    (void)context;
+    return ptst__jinja_run(c, t, NULL, 0, desc, out, marks);
+}
+
+/* >>template ====================================================================================
+   What is said around a question. The paper's templates are strings with %s, byte for byte those of
+   its code; everything else goes through a chat template (>>jinja), found in a model's folder as
+   transformers finds it. Relies on >>jinja and >>json. Afterwards a prompt is text whose every byte
+   is known to be template, content or assistant's words, so that the tokenizer lets only template
+   bytes become special tokens and training learns only what the assistant says. Tested by
+   tests/test_template.c. */
+
+/* Strings of github.com/vfleaking/PTST, prompt_utils.py (Apache-2.0), the code of "Keeping LLMs
+   Aligned After Fine-tuning: The Crucial Role of Prompt Templates". */
+#define PTST__ALPACA                                                                               \
+    "Below is an instruction that describes a task. Write a response that appropriately "          \
+    "completes the request."
+#define PTST__LLAMA_SHORT                                                                          \
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, " \
+    "while being safe."
+#define PTST__LLAMA                                                                                \
+    PTST__LLAMA_SHORT                                                                              \
+    " Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, "  \
+    "or illegal content. Please ensure that your responses are socially unbiased and positive in " \
+    "nature. If a question does not make any sense, or is not factually coherent, explain why "    \
+    "instead of answering something not correct. If you don't know the answer to a question, "     \
+    "please don't share false information."
+#define PTST__MPT                                                                                  \
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful "    \
+    "and honest answers."
+#define PTST__ALPACA_USER "### Instruction:\n%s\n\n### Response:\n"
+#define PTST__INST(system, user) "[INST] <<SYS>>\n" system "\n<</SYS>>\n\n" user " [/INST]"
+
+/* text: the whole prompt. user (and system, NULL = no system message): messages for the model's own
+   chat template. The text:, chat: pair of a system prompt and its wording is the same. */
+typedef struct ptst__paper_template {
+    const char *name, *short_name, *text, *system, *user;
+} ptst__paper_template;
+
+static const ptst__paper_template ptst__paper_templates[] = {
+    {"text", NULL, "%s", NULL, NULL},
+    {"chat", NULL, "[INST] %s [/INST]", NULL, NULL},
+    {"gsm:text:vanilla", "TV", "Question: %s\nAnswer:", NULL, NULL},
+    {"gsm:text:alpaca", "TA", PTST__ALPACA "\n\n" PTST__ALPACA_USER, NULL, NULL},
+    {"gsm:chat:vanilla", "CV", "[INST] Question: %s [/INST]", NULL, NULL},
+    {"gsm:chat:alpaca", "CA", PTST__INST(PTST__ALPACA, PTST__ALPACA_USER), NULL, NULL},
+    {"gsm:chat:llama", "CL", PTST__INST(PTST__LLAMA, "Question: %s"), NULL, NULL},
+    {"gsm:chat:llama-short", "CLS", PTST__INST(PTST__LLAMA_SHORT, "Question: %s"), NULL, NULL},
+    {"gsm:chat:mpt", "CM", PTST__INST(PTST__MPT, "Question: %s"), NULL, NULL},
+    {"model:vanilla", NULL, NULL, NULL, "Question: %s"},
+    {"model:alpaca", NULL, NULL, PTST__ALPACA, PTST__ALPACA_USER},
+    {"model:llama", NULL, NULL, PTST__LLAMA, "Question: %s"},
+    {"model:llama-short", NULL, NULL, PTST__LLAMA_SHORT, "Question: %s"},
+    {"model:mpt", NULL, NULL, PTST__MPT, "Question: %s"},
+    {"model:none", NULL, NULL, NULL, "%s"},
+};
+
+#undef PTST__ALPACA
+#undef PTST__LLAMA_SHORT
+#undef PTST__LLAMA
+#undef PTST__MPT
+#undef PTST__ALPACA_USER
+#undef PTST__INST
+
+enum {
+    PTST__PAPER_TEMPLATES = (int)(sizeof ptst__paper_templates / sizeof ptst__paper_templates[0]),
+    PTST__SPECIAL_TOKENS = 7
+};
+
+static const char *const ptst__special_names[PTST__SPECIAL_TOKENS] = {
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"};
+
+struct ptst_template {
+    ptst_text name;
+    const char *short_name;
+    ptst_text text;                          /* with %s, of a template that is no chat template */
+    const char *system, *user;               /* messages of a model: template, or NULL */
+    ptst_jinja *jinja;                       /* NULL if it is no chat template */
+    ptst_jinja *tools;                       /* another one for conversations with tools, or NULL */
+    bool merge;                              /* the system prompt leads the user's message */
+    ptst_text special[PTST__SPECIAL_TOKENS]; /* of the model; data NULL = it has none */
+};
+
+PTST_API void ptst_prompt_free(ptst_ctx *c, ptst_prompt *p) {
+    if (p != NULL) {
+        ptst_text_free(c, &p->text);
+        ptst_text_free(c, &p->marks);
+        ptst_text_free(c, &p->learn);
+        p->has_bos = false;
+    }
+}
+
+PTST_API const char *ptst_template_at(size_t i, const char **short_name, const char **text) {
+    const ptst__paper_template *p = &ptst__paper_templates[i < PTST__PAPER_TEMPLATES ? i : 0];
+    if (short_name != NULL) {
+        *short_name = p->short_name;
+    }
+    if (text != NULL) {
+        *text = p->text;
+    }
+    return i < PTST__PAPER_TEMPLATES ? p->name : NULL;
+}
+
+/* ---- prompts from strings with %s ---- */
+
+/* Appends `size` bytes and their mark. */
+static ptst_code ptst__prompt_add(ptst_ctx *c, ptst_prompt *p, const char *bytes, size_t size,
+                                  ptst_mark mark) {
+    size_t at = p->marks.size;
+    ptst_code code = ptst_text_append(c, &p->text, bytes, size);
+    if (code == PTST_OK) {
+        code = ptst_text_append(c, &p->marks, bytes, size);
+    }
+    if (code == PTST_OK && size != 0) {
+        memset(p->marks.data + at, (int)mark, size);
+    }
+    return code;
+}
+
+/* Appends text with each %s replaced by the question, which is never looked at. */
+static ptst_code ptst__prompt_fill(ptst_ctx *c, ptst_prompt *p, const char *text, size_t size,
+                                   const char *question, size_t question_size) {
+    ptst_code code = PTST_OK;
+    size_t i, from = 0;
+    for (i = 0; i + 1 < size && code == PTST_OK; i++) {
+        if (text[i] == '%' && text[i + 1] == 's') {
+            code = ptst__prompt_add(c, p, text + from, i - from, PTST_TEMPLATE);
+            if (code == PTST_OK) {
+                code = ptst__prompt_add(c, p, question, question_size, PTST_CONTENT);
+            }
+            from = ++i + 1;
+        }
+    }
+    return code == PTST_OK ? ptst__prompt_add(c, p, text + from, size - from, PTST_TEMPLATE) : code;
+}
+
+static bool ptst__has_placeholder(const char *text, size_t size) {
+    size_t i;
+    for (i = 0; i + 1 < size; i++) {
+        if (text[i] == '%' && text[i + 1] == 's') {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Does p begin with this text, in template bytes? */
+static bool ptst__prompt_begins(const ptst_prompt *p, const ptst_text *text) {
+    size_t i;
+    if (text->size == 0 || p->text.size < text->size ||
+        memcmp(p->text.data, text->data, text->size) != 0) {
+        return false;
+    }
+    for (i = 0; i < text->size && p->marks.data[i] == PTST_TEMPLATE; i++) {
+    }
+    return i == text->size;
+}
+
+/* Length of the answer that begins at byte i: what the assistant says and the template's bytes
+   inside it, up to and with the end-of-text that follows it at once.
+
+       <|im_start|>assistant\n Hello. <|im_end|> \n<|im_start|>user\n ...
+       0                       1      1          0                              */
+static size_t ptst__prompt_answer(const ptst_prompt *p, size_t i, const ptst_text *eos) {
+    const char *marks = p->marks.data;
+    size_t k, n = p->text.size, last = i;
+    for (k = i; k < n && marks[k] != PTST_CONTENT; k++) {
+        if (marks[k] == PTST_ASSISTANT) {
+            last = k;
+        } else if (eos->size != 0 && n - k >= eos->size &&
+                   memcmp(p->text.data + k, eos->data, eos->size) == 0) {
+            return k + eos->size - i;
+        }
+    }
+    return last + 1 - i;
+}
+
+/* Fills p->learn. {% generation %} blocks, where a template has them, say it themselves. */
+static ptst_code ptst__prompt_learn(ptst_ctx *c, ptst_prompt *p, const ptst_text *eos) {
+    size_t i, size, n = p->text.size;
+    char *marks = p->marks.data;
+    bool generated = false;
+    ptst_code code;
+    p->learn.size = 0;
+    code = ptst_text_append(c, &p->learn, marks, n);
+    if (code != PTST_OK || n == 0) {
+        return code;
+    }
+    for (i = 0; i < n; i++) {
+        p->learn.data[i] = (marks[i] & PTST__MARK_GENERATED) != 0;
+        generated = generated || p->learn.data[i] != 0;
+        marks[i] = (char)(marks[i] & PTST__MARK_SOURCE);
+    }
+    for (i = 0; i < n && !generated; i++) {
+        if (marks[i] == PTST_ASSISTANT) {
+            size = ptst__prompt_answer(p, i, eos);
+            memset(p->learn.data + i, 1, size);
+            i += size - 1;
+        }
+    }
+    return PTST_OK;
+}
+
+/* ---- chat templates ---- */
+
+static void ptst__prompt_empty(ptst_prompt *p) {
+    p->text.size = p->marks.size = p->learn.size = 0;
+    p->has_bos = false;
+}
+
+/* Renders variables (room for the special tokens after them) into *out. */
+static ptst_code ptst__template_render(ptst_ctx *c, const ptst_template *t, const ptst_jinja *jinja,
+                                       ptst__jvar *vars, size_t count, ptst_prompt *out) {
+    size_t i, k;
+    ptst_code code;
+    for (i = 0; i < PTST__SPECIAL_TOKENS; i++) {
+        for (k = 0; k < count && strcmp(vars[k].name, ptst__special_names[i]) != 0; k++) {
+        }
+        if (t->special[i].data != NULL && k == count) {
+            memset(&vars[count], 0, sizeof vars[count]);
+            vars[count].kind = PTST__JVAR_TEXT;
+            vars[count].name = ptst__special_names[i];
+            vars[count].text = t->special[i].data;
+            vars[count++].size = t->special[i].size;
+        }
+    }
+    ptst__prompt_empty(out);
+    code = ptst__jinja_run(c, jinja, vars, count, NULL, &out->text, &out->marks);
+    if (code == PTST_OK) {
+        code = ptst__prompt_learn(c, out, &t->special[1]);
+    }
+    if (code != PTST_OK) {
+        ptst__prompt_empty(out);
+        return code;
+    }
+    out->has_bos = ptst__prompt_begins(out, &t->special[0]);
+    return PTST_OK;
+}
+
+PTST_API ptst_code ptst_template_context(ptst_ctx *c, const ptst_template *t,
+                                         const ptst_json *context, ptst_prompt *out) {
+    size_t count = 0, members = ptst_json_size(context, 0);
+    ptst__jvar *vars;
+    ptst_code code;
+    int32_t key;
+    ptst__prompt_empty(out);
+    if (t->jinja == NULL) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "%s: not a chat template, so it takes a question",
+                          t->name.data);
+    }
+    if (ptst_json_kind(context, 0) != PTST_JSON_OBJECT) {
+        return ptst__fail(c, PTST_ERR_FORMAT, "the context must be a JSON object of variables");
+    }
+    vars = (ptst__jvar *)ptst__calloc(c, members + PTST__SPECIAL_TOKENS, sizeof *vars);
+    if (vars == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (key = ptst_json_first(context, 0); key >= 0;) {
+        vars[count].kind = PTST__JVAR_JSON;
+        vars[count].name = ptst_json_string(context, key, NULL);
+        vars[count].json = context;
+        vars[count].node = ptst_json_next(context, key);
+        key = ptst_json_next(context, vars[count++].node);
+    }
+    code = ptst__template_render(c, t, t->jinja, vars, count, out);
+    ptst__free(c, vars);
+    return code;
+}
+
+/* Messages of the form [{"role": "system", ...}, {"role": "user", ...}]; system may be NULL. */
+static ptst_json *ptst__messages_make(ptst_ctx *c, const char *system, const char *user,
+                                      size_t user_size) {
+    ptst_text text = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    ptst_code code = ptst__text_add(c, &text, "[");
+    if (code == PTST_OK && system != NULL) {
+        code = ptst__text_add(c, &text, "{\"role\": \"system\", \"content\": ");
+        code = code == PTST_OK ? ptst__json_quote(c, &text, system, strlen(system)) : code;
+        code = code == PTST_OK ? ptst__text_add(c, &text, "}, ") : code;
+    }
+    code = code == PTST_OK ? ptst__text_add(c, &text, "{\"role\": \"user\", \"content\": ") : code;
+    code = code == PTST_OK ? ptst__json_quote(c, &text, user, user_size) : code;
+    code = code == PTST_OK ? ptst__text_add(c, &text, "}]") : code;
+    if (code == PTST_OK) {
+        j = ptst_json_parse(c, text.data, text.size, "messages");
+    }
+    ptst_text_free(c, &text);
+    return j;
+}
+
+/* The variables of apply_chat_template. conversation is a list, or an object with "messages". */
+static ptst_code ptst__messages_render(ptst_ctx *c, const ptst_template *t,
+                                       const ptst_json *conversation, bool generate,
+                                       ptst_prompt *out) {
+    enum { FIXED = 4 };
+    static const char *const names[FIXED] = {"messages", "add_generation_prompt", "tools",
+                                             "documents"};
+    bool object = ptst_json_kind(conversation, 0) == PTST_JSON_OBJECT;
+    int32_t key, node, messages = object ? ptst_json_get(conversation, 0, "messages") : 0;
+    size_t i, count = FIXED;
+    bool tools = ptst_json_size(conversation, ptst_json_get(conversation, 0, "tools")) != 0;
+    ptst__jvar *vars;
+    ptst_code code;
+    if (ptst_json_kind(conversation, messages) != PTST_JSON_ARRAY ||
+        ptst_json_size(conversation, messages) == 0) {
+        return ptst__fail(c, PTST_ERR_FORMAT,
+                          "a conversation must be a list of at least one "
+                          "message, or an object with such a list as \"messages\"");
+    }
+    vars = (ptst__jvar *)ptst__calloc(
+        c, FIXED + (object ? ptst_json_size(conversation, 0) : 0) + PTST__SPECIAL_TOKENS,
+        sizeof *vars);
+    if (vars == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < FIXED; i++) {
+        vars[i].name = names[i];
+        vars[i].json = conversation;
+        vars[i].node = -1; /* None */
+        vars[i].kind = PTST__JVAR_JSON;
+    }
+    vars[0].kind = PTST__JVAR_MESSAGES;
+    vars[0].node = messages;
+    vars[1].kind = generate ? PTST__JVAR_TRUE : PTST__JVAR_FALSE;
+    for (key = object ? ptst_json_first(conversation, 0) : -1; key >= 0;) {
+        const char *name = ptst_json_string(conversation, key, NULL);
+        node = ptst_json_next(conversation, key);
+        for (i = 0; i < count && strcmp(vars[i].name, name) != 0; i++) {
+        }
+        if (i != 0) {
+            vars[i].kind = PTST__JVAR_JSON;
+            vars[i].name = name;
+            vars[i].json = conversation;
+            vars[i].node = node;
+            count += i == count;
+        }
+        key = ptst_json_next(conversation, node);
+    }
+    code = ptst__template_render(c, t, tools && t->tools != NULL ? t->tools : t->jinja, vars, count,
+                                 out);
+    ptst__free(c, vars);
+    return code;
+}
+
+/* The question as the last of the messages of a model: template (system may be NULL). If merge is
+   set, the system prompt leads the user's message instead. */
+static ptst_code ptst__question_render(ptst_ctx *c, const ptst_template *t, bool merge,
+                                       const char *question, size_t size, ptst_prompt *out) {
+    ptst_prompt user;
+    ptst_json *j;
+    const char *wording = t->user == NULL ? "%s" : t->user;
+    ptst_code code = PTST_OK;
+    memset(&user, 0, sizeof user);
+    if (merge && t->system != NULL) {
+        code = ptst__prompt_add(c, &user, t->system, strlen(t->system), PTST_CONTENT);
+        code = code == PTST_OK ? ptst__prompt_add(c, &user, "\n\n", 2, PTST_CONTENT) : code;
+    }
+    if (code == PTST_OK) {
+        code = ptst__prompt_fill(c, &user, wording, strlen(wording), question, size);
+    }
+    if (code == PTST_OK) {
+        j = ptst__messages_make(c, merge ? NULL : t->system, user.text.data, user.text.size);
+        code = j == NULL ? ptst_error_code(c) : ptst__messages_render(c, t, j, true, out);
+        ptst_json_free(c, j);
+    }
+    ptst_prompt_free(c, &user);
+    return code;
+}
+
+/* Does this chat template print a system message? Some refuse one, some drop it silently; then the
+   system prompt is put before the question. */
+static ptst_code ptst__template_try_system(ptst_ctx *c, ptst_template *t) {
+    ptst_prompt p;
+    ptst_code code;
+    memset(&p, 0, sizeof p);
+    code = ptst__question_render(c, t, false, "?", 1, &p);
+    t->merge =
+        code == PTST_ERR_MISMATCH || (code == PTST_OK && strstr(p.text.data, t->system) == NULL);
+    ptst_prompt_free(c, &p);
+    if (t->merge) {
+        ptst__log(c, PTST_LOG_WARNING,
+                  "%s: the model's chat template takes no system message, so the system prompt is "
+                  "put before the question",
+                  t->name.data);
+        return PTST_OK;
+    }
+    return code;
+}
+
+/* ---- finding them ---- */
+
+/* The chat template called `name` among those of tokenizer_config.json (a string is "default");
+   its node or -1. */
+static int32_t ptst__config_template(const ptst_json *j, const char *name) {
+    int32_t node = ptst_json_get(j, 0, "chat_template"), k;
+    if (ptst_json_kind(j, node) == PTST_JSON_STRING) {
+        return strcmp(name, "default") == 0 ? node : -1;
+    }
+    if (ptst_json_kind(j, node) != PTST_JSON_ARRAY) {
+        return -1;
+    }
+    for (k = ptst_json_first(j, node); k >= 0; k = ptst_json_next(j, k)) {
+        const char *entry = ptst_json_string(j, ptst_json_get(j, k, "name"), NULL);
+        if (entry != NULL && strcmp(entry, name) == 0) {
+            return ptst_json_get(j, k, "template");
+        }
+    }
+    return -1;
+}
+
+/* Compiles folder/file if it is there; *out stays NULL if it is not. */
+static ptst_code ptst__template_from_file(ptst_ctx *c, const char *folder, const char *file,
+                                          ptst_jinja **out) {
+    ptst_text path = {NULL, 0, 0}, text = {NULL, 0, 0};
+    ptst_code code = ptst__path_join(c, &path, folder, file);
+    if (code == PTST_OK && ptst__path_kind(path.data) == 1) {
+        code = ptst__read_file(c, path.data, &text);
+        if (code == PTST_OK) {
+            ptst_jinja_free(c, *out);
+            *out = ptst_jinja_compile(c, text.data, text.size, path.data);
+            code = *out == NULL ? ptst_error_code(c) : PTST_OK;
+        }
+    }
+    ptst_text_free(c, &path);
+    ptst_text_free(c, &text);
+    return code;
+}
+
+/* The same for the templates inside folder/file, which is JSON. */
+static ptst_code ptst__template_from_config(ptst_ctx *c, ptst_template *t, const char *folder,
+                                            const char *file) {
+    ptst_text path = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    const char *text;
+    size_t i, size = 0;
+    ptst_code code = ptst__path_join(c, &path, folder, file);
+    if (code == PTST_OK && ptst__path_kind(path.data) == 1) {
+        j = ptst_json_load(c, path.data);
+        code = j == NULL ? ptst_error_code(c) : PTST_OK;
+    }
+    for (i = 0; i < 2 && code == PTST_OK && j != NULL; i++) {
+        text =
+            ptst_json_string(j, ptst__config_template(j, i == 0 ? "default" : "tool_use"), &size);
+        if (text != NULL) {
+            ptst_jinja **to = i == 0 ? &t->jinja : &t->tools;
+            *to = ptst_jinja_compile(c, text, size, path.data);
+            code = *to == NULL ? ptst_error_code(c) : PTST_OK;
+        }
+    }
+    ptst_json_free(c, j);
+    ptst_text_free(c, &path);
+    return code;
+}
+
+/* transformers: template files, if there is any, replace what tokenizer_config.json says.
+   chat_template.json is where processors of older multimodal models keep it. */
+static ptst_code ptst__template_from_folder(ptst_ctx *c, ptst_template *t, const char *folder) {
+    ptst_code code = ptst__template_from_file(c, folder, "chat_template.jinja", &t->jinja);
+    if (code == PTST_OK) {
+        code = ptst__template_from_file(c, folder, "chat_templates/default.jinja", &t->jinja);
+    }
+    if (code == PTST_OK) {
+        code = ptst__template_from_file(c, folder, "chat_templates/tool_use.jinja", &t->tools);
+    }
+    if (code == PTST_OK && t->jinja == NULL && t->tools == NULL) {
+        code = ptst__template_from_config(c, t, folder, "tokenizer_config.json");
+    }
+    if (code == PTST_OK && t->jinja == NULL && t->tools == NULL) {
+        code = ptst__template_from_config(c, t, folder, "chat_template.json");
+    }
+    if (code == PTST_OK && t->jinja == NULL) {
+        return ptst__fail(c, PTST_ERR_UNSUPPORTED,
+                          "%s: has no chat template (chat_template.jinja, or chat_template in "
+                          "tokenizer_config.json)",
+                          folder);
+    }
+    return code;
+}
+
+/* bos_token and its like: a string, or an AddedToken object with "content". */
+static ptst_code ptst__template_special(ptst_ctx *c, ptst_template *t, const char *folder,
+                                        const char *file) {
+    ptst_text path = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    size_t i, size = 0;
+    ptst_code code = ptst__path_join(c, &path, folder, file);
+    if (code == PTST_OK && ptst__path_kind(path.data) == 1) {
+        j = ptst_json_load(c, path.data);
+        code = j == NULL ? ptst_error_code(c) : PTST_OK;
+    }
+    for (i = 0; i < PTST__SPECIAL_TOKENS && j != NULL && code == PTST_OK; i++) {
+        int32_t node = ptst_json_get(j, 0, ptst__special_names[i]);
+        const char *text = ptst_json_string(
+            j,
+            ptst_json_kind(j, node) == PTST_JSON_OBJECT ? ptst_json_get(j, node, "content") : node,
+            &size);
+        if (text != NULL && t->special[i].data == NULL) {
+            code = ptst_text_append(c, &t->special[i], text, size);
+        }
+    }
+    ptst_json_free(c, j);
+    ptst_text_free(c, &path);
+    return code;
+}
+
+/* A string of the user's own file; path is "FILE.json", "FILE.json#name" or "FILE.json:name". */
+static ptst_code ptst__template_from_json(ptst_ctx *c, ptst_template *t, const char *path,
+                                          size_t file_size) {
+    ptst_text file = {NULL, 0, 0};
+    const char *name = path[file_size] == 0 ? NULL : path + file_size + 1;
+    const char *text;
+    ptst_json *j = NULL;
+    size_t size = 0;
+    int32_t node = -1;
+    ptst_code code = ptst_text_append(c, &file, path, file_size);
+    if (code == PTST_OK) {
+        j = ptst_json_load(c, file.data);
+        code = j == NULL ? ptst_error_code(c) : PTST_OK;
+    }
+    if (j != NULL && name == NULL && ptst_json_size(j, 0) == 1) {
+        name = ptst_json_string(j, ptst_json_first(j, 0), NULL);
+    }
+    if (j != NULL && name == NULL) {
+        code =
+            ptst__fail(c, PTST_ERR_ARGUMENT, "%s: holds several templates; choose one by %s#name",
+                       file.data, file.data);
+    } else if (j != NULL) {
+        node = ptst_json_get(j, 0, name);
+        text = ptst_json_string(j, node, &size);
+        if (text == NULL) {
+            code =
+                ptst__fail(c, PTST_ERR_FORMAT, "%s: has no string called \"%s\"", file.data, name);
+        } else if (!ptst__has_placeholder(text, size)) {
+            code = ptst__fail(c, PTST_ERR_FORMAT, "%s: line %d: template \"%s\" has no %%s",
+                              file.data, ptst_json_line(j, node), name);
+        } else {
+            code = ptst_text_append(c, &t->text, text, size);
+        }
+        code = code == PTST_OK ? ptst__text_add(c, &t->name, name) : code;
+    }
+    ptst_json_free(c, j);
+    ptst_text_free(c, &file);
+    return code;
+}
+
+/* Length of the "FILE.json" part of a path, 0 if there is none. */
+static size_t ptst__json_path_size(const char *path) {
+    size_t i, n = strlen(path), found = 0;
+    for (i = 0; i + 5 <= n; i++) {
+        if (memcmp(path + i, ".json", 5) == 0 &&
+            (i + 5 == n || path[i + 5] == '#' || path[i + 5] == ':')) {
+            found = i + 5;
+        }
+    }
+    return found;
+}
+
+static ptst_code ptst__template_from_path(ptst_ctx *c, ptst_template *t, const char *path) {
+    size_t n = strlen(path), json = ptst__json_path_size(path);
+    int kind = ptst__path_kind(path);
+    ptst_code code;
+    if (json != 0 && kind != 2) {
+        return ptst__template_from_json(c, t, path, json);
+    }
+    code = ptst__text_add(c, &t->name, path);
+    if (code != PTST_OK) {
+        return code;
+    }
+    if (kind == 2) {
+        return ptst__template_from_folder(c, t, path);
+    }
+    if (kind == 1) {
+        return ptst__template_from_file(c, "", path, &t->jinja);
+    }
+    if (n > 6 && strcmp(path + n - 6, ".jinja") == 0) {
+        return ptst__fail_errno(c, path, "open", ENOENT);
+    }
+    return ptst__fail(c, PTST_ERR_ARGUMENT,
+                      "unknown template \"%.200s\": expected gsm:text:vanilla (TV), "
+                      "gsm:text:alpaca (TA), gsm:chat:vanilla (CV), gsm:chat:alpaca (CA), "
+                      "gsm:chat:llama (CL), gsm:chat:llama-short (CLS), gsm:chat:mpt (CM), text, "
+                      "chat, model:vanilla, model:alpaca, model:llama, model:llama-short, "
+                      "model:mpt, model:none, a .jinja file, FILE.json#name or a model folder",
+                      path);
+}
+
+static ptst_code ptst__template_fill(ptst_ctx *c, ptst_template *t, const char *name,
+                                     const char *model_dir) {
+    const ptst__paper_template *p = NULL;
+    const char *folder = model_dir == NULL && ptst__path_kind(name) == 2 ? name : model_dir;
+    ptst_code code = PTST_OK;
+    size_t i;
+    for (i = 0; i < PTST__PAPER_TEMPLATES && p == NULL; i++) {
+        const ptst__paper_template *q = &ptst__paper_templates[i];
+        if (strcmp(q->name, name) == 0 ||
+            (q->short_name != NULL && strcmp(q->short_name, name) == 0)) {
+            p = q;
+        }
+    }
+    if (folder != NULL) {
+        code = ptst__template_special(c, t, folder, "tokenizer_config.json");
+        code = code == PTST_OK ? ptst__template_special(c, t, folder, "special_tokens_map.json")
+                               : code;
+    }
+    if (code != PTST_OK || p == NULL) {
+        return code != PTST_OK ? code : ptst__template_from_path(c, t, name);
+    }
+    t->short_name = p->short_name;
+    t->system = p->system;
+    t->user = p->user;
+    code = ptst__text_add(c, &t->name, p->name);
+    if (code != PTST_OK || p->text != NULL) {
+        return code != PTST_OK ? code : ptst__text_add(c, &t->text, p->text);
+    }
+    if (model_dir == NULL) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT,
+                          "%s needs a model folder: it uses its chat template", p->name);
+    }
+    code = ptst__template_from_folder(c, t, model_dir);
+    return code == PTST_OK && t->system != NULL ? ptst__template_try_system(c, t) : code;
+}
+
+PTST_API ptst_template *ptst_template_load(ptst_ctx *c, const char *name_or_path,
+                                           const char *model_dir) {
+    ptst_template *t = (ptst_template *)ptst__calloc(c, 1, sizeof *t);
+    if (t != NULL && ptst__template_fill(c, t, name_or_path, model_dir) != PTST_OK) {
+        ptst_template_free(c, t);
+        return NULL;
+    }
+    return t;
+}
+
+PTST_API void ptst_template_free(ptst_ctx *c, ptst_template *t) {
+    size_t i;
+    if (t == NULL) {
+        return;
+    }
+    ptst_text_free(c, &t->name);
+    ptst_text_free(c, &t->text);
+    ptst_jinja_free(c, t->jinja);
+    ptst_jinja_free(c, t->tools);
+    for (i = 0; i < PTST__SPECIAL_TOKENS; i++) {
+        ptst_text_free(c, &t->special[i]);
+    }
+    ptst__free(c, t);
+}
+
+PTST_API const char *ptst_template_name(const ptst_template *t) { return t->name.data; }
+
+PTST_API const char *ptst_template_short_name(const ptst_template *t) { return t->short_name; }
+
+PTST_API bool ptst_template_is_chat(const ptst_template *t) { return t->jinja != NULL; }
+
+PTST_API ptst_code ptst_template_prompt(ptst_ctx *c, const ptst_template *t, const char *question,
+                                        size_t size, ptst_prompt *out) {
+    ptst_code code;
+    ptst__prompt_empty(out);
+    if (t->jinja != NULL) {
+        return ptst__question_render(c, t, t->merge, question, size, out);
+    }
+    code = ptst__prompt_fill(c, out, t->text.data, t->text.size, question, size);
+    if (code == PTST_OK) {
+        code = ptst__prompt_learn(c, out, &t->special[1]);
+    }
+    if (code != PTST_OK) {
+        ptst__prompt_empty(out);
+        return code;
+    }
+    out->has_bos = ptst__prompt_begins(out, &t->special[0]);
+    return PTST_OK;
+}
+
+PTST_API ptst_code ptst_template_messages(ptst_ctx *c, const ptst_template *t,
+                                          const ptst_json *conversation, bool add_generation_prompt,
+                                          ptst_prompt *out) {
+    const char *role, *content;
+    size_t size = 0;
+    int32_t list, message;
+    ptst__prompt_empty(out);
+    if (t->jinja != NULL) {
+        return ptst__messages_render(c, t, conversation, add_generation_prompt, out);
+    }
+    list = ptst_json_kind(conversation, 0) == PTST_JSON_OBJECT
+               ? ptst_json_get(conversation, 0, "messages")
+               : 0;
+    message = ptst_json_at(conversation, list, 0);
+    role = ptst_json_string(conversation, ptst_json_get(conversation, message, "role"), NULL);
+    content =
+        ptst_json_string(conversation, ptst_json_get(conversation, message, "content"), &size);
+    if (ptst_json_size(conversation, list) != 1 || role == NULL || strcmp(role, "user") != 0 ||
+        content == NULL) {
+        return ptst__fail(c, PTST_ERR_MISMATCH,
+                          "%s: takes one question, so a conversation must be one message with role "
+                          "\"user\"",
+                          t->name.data);
+    }
+    return ptst_template_prompt(c, t, content, size, out);
+}
 
 /* >>safetensors ===================================================================================
-   Not written yet. */
+   The weight files of Hugging Face: a mapped and fully validated reader for single files and
+   sharded models, and an atomic writer that also streams. A file is
+
+       8 bytes      n, little-endian
+       n bytes      JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+                    ..., "__metadata__": {"key": "text"}}, then blanks
+       the rest     the data; offsets count from here; the tensors cover it without hole or overlap
+
+   Relies on >>json and on the mapped files of >>platform. Afterwards every tensor handed out lies
+   inside its file, has the bytes that its type and shape ask for, and is aligned. Tested by
+   tests/test_safetensors.c with the reference's verdicts on 52 hand-made files. */
+
+/* Element types in the order of the reference, which is the order of alignment. */
+typedef struct ptst__file_type {
+    const char *name;
+    uint8_t bits;
+    uint8_t dtype; /* ptst_dtype, PTST_DTYPE_FILE if it is no type for weights */
+} ptst__file_type;
+
+static const ptst__file_type ptst__file_types[] = {{"BOOL", 8, PTST_DTYPE_FILE},
+                                                   {"F4", 4, PTST_DTYPE_FILE},
+                                                   {"F6_E2M3", 6, PTST_DTYPE_FILE},
+                                                   {"F6_E3M2", 6, PTST_DTYPE_FILE},
+                                                   {"U8", 8, PTST_DTYPE_FILE},
+                                                   {"I8", 8, PTST_DTYPE_FILE},
+                                                   {"F8_E5M2", 8, PTST_DTYPE_FILE},
+                                                   {"F8_E4M3", 8, PTST_DTYPE_FILE},
+                                                   {"F8_E8M0", 8, PTST_DTYPE_FILE},
+                                                   {"F8_E4M3FNUZ", 8, PTST_DTYPE_FILE},
+                                                   {"F8_E5M2FNUZ", 8, PTST_DTYPE_FILE},
+                                                   {"I16", 16, PTST_DTYPE_FILE},
+                                                   {"U16", 16, PTST_DTYPE_FILE},
+                                                   {"F16", 16, PTST_F16},
+                                                   {"BF16", 16, PTST_BF16},
+                                                   {"I32", 32, PTST_DTYPE_FILE},
+                                                   {"U32", 32, PTST_DTYPE_FILE},
+                                                   {"F32", 32, PTST_F32},
+                                                   {"C64", 64, PTST_DTYPE_FILE},
+                                                   {"F64", 64, PTST_DTYPE_FILE},
+                                                   {"I64", 64, PTST_DTYPE_FILE},
+                                                   {"U64", 64, PTST_DTYPE_FILE}};
+
+enum {
+    PTST__FILE_TYPES = (int)(sizeof ptst__file_types / sizeof ptst__file_types[0]),
+    PTST__TENSOR_RANK = 8,
+    PTST__TENSOR_HEADER = 100000000, /* bytes, the limit of the reference */
+    PTST__TENSOR_DEPTH = 127         /* nesting of the header, the limit of the reference */
+};
+
+typedef struct ptst__tensor {
+    ptst_tensor view;
+    uint64_t begin, end; /* data_offsets */
+    uint32_t file;
+    uint8_t element; /* index of ptst__file_types */
+} ptst__tensor;
+
+typedef struct ptst__tensor_file {
+    const char *name; /* as in the index */
+    const char *path;
+    const void *map; /* NULL if the bytes are the caller's */
+    size_t size;
+} ptst__tensor_file;
+
+typedef struct ptst__tensor_note {
+    struct ptst__tensor_note *next;
+    const char *key, *value;
+} ptst__tensor_note;
+
+struct ptst_tensors {
+    ptst__arena arena; /* names, paths, metadata, data that lay unaligned in its file */
+    ptst__tensor *list;
+    size_t count, capacity;
+    ptst__tensor_file *files;
+    size_t files_count, files_capacity;
+    ptst__map names;
+    ptst__tensor_note *notes, *last_note;
+};
+
+/* ---- order ---- */
+
+/* Sorts order[0..n) so that no element is less than the one before it: heap sort, which needs no
+   memory and has no bad case. */
+static void ptst__sort(uint32_t *order, size_t n, const void *list,
+                       bool (*less)(const void *list, uint32_t a, uint32_t b)) {
+    size_t heap = n / 2, end = n;
+    while (end > 1) {
+        size_t parent, child;
+        uint32_t moved;
+        if (heap > 0) {
+            moved = order[--heap];
+        } else {
+            moved = order[--end];
+            order[end] = order[0];
+        }
+        for (parent = heap; (child = 2 * parent + 1) < end; parent = child) {
+            if (child + 1 < end && less(list, order[child], order[child + 1])) {
+                child++;
+            }
+            if (!less(list, moved, order[child])) {
+                break;
+            }
+            order[parent] = order[child];
+        }
+        order[parent] = moved;
+    }
+}
+
+/* ---- reading a header ---- */
+
+typedef struct ptst__tensor_reader {
+    ptst_ctx *c;
+    ptst_tensors *t;
+    const char *path; /* for errors */
+    const ptst_json *json;
+    uint32_t file;
+    const unsigned char *data; /* after the header */
+    size_t data_size;
+} ptst__tensor_reader;
+
+static ptst_code ptst__tensor_fail(ptst__tensor_reader *r, const char *name, const char *expected) {
+    return ptst__fail(r->c, PTST_ERR_FORMAT, "%s: tensor %.200s: %s", r->path, name, expected);
+}
+
+/* A JSON number that is a whole number of 64 bits, written without sign, point or exponent. */
+static bool ptst__tensor_integer(const ptst_json *j, int32_t node, uint64_t *out) {
+    size_t i, size;
+    const char *s = ptst_json_number_text(j, node, &size);
+    uint64_t value = 0;
+    if (s == NULL) {
+        return false;
+    }
+    for (i = 0; i < size; i++) {
+        unsigned digit = (unsigned)(unsigned char)s[i] - '0';
+        if (digit > 9 || value > (UINT64_MAX - digit) / 10) {
+            return false;
+        }
+        value = value * 10 + digit;
+    }
+    *out = value;
+    return true;
+}
+
+static int ptst__file_type_find(const char *name) {
+    int i;
+    for (i = 0; i < PTST__FILE_TYPES; i++) {
+        if (strcmp(ptst__file_types[i].name, name) == 0) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+/* Elements and bytes of a shape; false if they do not fit or are no whole number of bytes. A
+   dimension of 0 makes the tensor empty, wherever it stands and whatever the others are. */
+static bool ptst__tensor_size(const uint64_t *shape, int rank, unsigned bits, uint64_t *count,
+                              uint64_t *bytes) {
+    uint64_t n = 1;
+    int i;
+    for (i = 0; i < rank; i++) {
+        if (shape[i] == 0) {
+            *count = *bytes = 0;
+            return true;
+        }
+    }
+    for (i = 0; i < rank; i++) {
+        if (n > UINT64_MAX / shape[i]) {
+            return false;
+        }
+        n *= shape[i];
+    }
+    if (n > UINT64_MAX / bits || n * bits % 8 != 0 || n * bits / 8 > SIZE_MAX) {
+        return false;
+    }
+    *count = n;
+    *bytes = n * bits / 8;
+    return true;
+}
+
+static ptst_code ptst__tensor_shape(ptst__tensor_reader *r, ptst__tensor *e, int32_t node) {
+    ptst_tensor *v = &e->view;
+    int32_t k;
+    if (ptst_json_kind(r->json, node) != PTST_JSON_ARRAY ||
+        ptst_json_size(r->json, node) > PTST__TENSOR_RANK) {
+        return ptst__tensor_fail(r, v->name, "shape must be a list of at most 8 sizes");
+    }
+    v->rank = 0;
+    for (k = ptst_json_first(r->json, node); k >= 0; k = ptst_json_next(r->json, k)) {
+        if (!ptst__tensor_integer(r->json, k, &v->shape[v->rank++])) {
+            return ptst__tensor_fail(r, v->name, "a size in its shape is no whole number");
+        }
+    }
+    return PTST_OK;
+}
+
+static ptst_code ptst__tensor_offsets(ptst__tensor_reader *r, ptst__tensor *e, int32_t node) {
+    int32_t first =
+        ptst_json_kind(r->json, node) == PTST_JSON_ARRAY ? ptst_json_first(r->json, node) : -1;
+    if (ptst_json_size(r->json, node) != 2 || !ptst__tensor_integer(r->json, first, &e->begin) ||
+        !ptst__tensor_integer(r->json, ptst_json_next(r->json, first), &e->end)) {
+        return ptst__tensor_fail(r, e->view.name, "data_offsets must be two whole numbers");
+    }
+    return PTST_OK;
+}
+
+/* {"dtype", "shape", "data_offsets"}: each once; other keys are allowed and ignored. */
+static ptst_code ptst__tensor_fields(ptst__tensor_reader *r, ptst__tensor *e, int32_t object) {
+    const ptst_json *j = r->json;
+    const char *name = e->view.name;
+    int32_t key, value;
+    int dtypes = 0, shapes = 0, offsets = 0, element = -1;
+    ptst_code code = PTST_OK;
+    if (ptst_json_kind(j, object) != PTST_JSON_OBJECT) {
+        return ptst__tensor_fail(r, name, "its description must be an object");
+    }
+    for (key = ptst_json_first(j, object); key >= 0 && code == PTST_OK;
+         key = ptst_json_next(j, value)) {
+        const char *field = ptst_json_string(j, key, NULL);
+        value = ptst_json_next(j, key);
+        if (strcmp(field, "dtype") == 0) {
+            const char *s = ptst_json_string(j, value, NULL);
+            dtypes++;
+            element = s == NULL ? -1 : ptst__file_type_find(s);
+            if (element < 0) {
+                return ptst__fail(r->c, PTST_ERR_FORMAT, "%s: tensor %.200s: unknown dtype %.40s",
+                                  r->path, name, s == NULL ? "(no text)" : s);
+            }
+        } else if (strcmp(field, "shape") == 0) {
+            shapes++;
+            code = ptst__tensor_shape(r, e, value);
+        } else if (strcmp(field, "data_offsets") == 0) {
+            offsets++;
+            code = ptst__tensor_offsets(r, e, value);
+        }
+    }
+    if (code == PTST_OK && (dtypes != 1 || shapes != 1 || offsets != 1)) {
+        return ptst__tensor_fail(r, name, "dtype, shape and data_offsets must be there once each");
+    }
+    if (code == PTST_OK) {
+        e->element = (uint8_t)element;
+        e->view.dtype_name = ptst__file_types[element].name;
+        e->view.dtype = (ptst_dtype)ptst__file_types[element].dtype;
+    }
+    return code;
+}
+
+/* Points the view at its bytes. The kernels read whole elements, so data that lies unaligned in
+   the file (allowed, but no writer does it) is copied. */
+static ptst_code ptst__tensor_bind(ptst__tensor_reader *r, ptst__tensor *e) {
+    ptst_tensor *v = &e->view;
+    size_t align = ptst__file_types[e->element].bits / 8u;
+    uint64_t bytes;
+    if (!ptst__tensor_size(v->shape, v->rank, ptst__file_types[e->element].bits, &v->count,
+                           &bytes)) {
+        return ptst__tensor_fail(r, v->name, "its shape is no possible number of bytes");
+    }
+    if (e->end < e->begin || e->end > r->data_size || bytes != e->end - e->begin) {
+        return ptst__fail(r->c, PTST_ERR_FORMAT,
+                          "%s: tensor %.200s: data_offsets %llu to %llu do not fit, its shape asks "
+                          "for %llu bytes and the file has %llu bytes of data",
+                          r->path, v->name, (unsigned long long)e->begin,
+                          (unsigned long long)e->end, (unsigned long long)bytes,
+                          (unsigned long long)r->data_size);
+    }
+    v->bytes = (size_t)bytes;
+    if (v->bytes == 0) {
+        return PTST_OK;
+    }
+    v->data = r->data + e->begin;
+    if (align > 1 && (uintptr_t)v->data % align != 0) {
+        void *copy = ptst__arena_alloc(r->c, &r->t->arena, v->bytes, 1);
+        if (copy == NULL) {
+            return PTST_ERR_MEMORY;
+        }
+        v->data = memcpy(copy, v->data, v->bytes);
+    }
+    return PTST_OK;
+}
+
+static ptst_code ptst__tensor_add(ptst__tensor_reader *r, int32_t key, int32_t value) {
+    ptst_tensors *t = r->t;
+    size_t size;
+    const char *name = ptst_json_string(r->json, key, &size);
+    void *list = t->list;
+    ptst__tensor *e;
+    ptst_code code = ptst__grow(r->c, &list, &t->capacity, t->count + 1, sizeof *e);
+    if (code != PTST_OK) {
+        return code;
+    }
+    t->list = (ptst__tensor *)list;
+    e = &t->list[t->count];
+    memset(e, 0, sizeof *e);
+    e->file = r->file;
+    e->view.name = ptst__arena_copy(r->c, &t->arena, name, size);
+    if (e->view.name == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    if (strlen(e->view.name) != size) {
+        return ptst__tensor_fail(r, e->view.name, "its name has a NUL inside");
+    }
+    if (ptst__map_get(&t->names, e->view.name, size, -1) >= 0 || t->count >= INT32_MAX) {
+        return ptst__tensor_fail(r, e->view.name, "is there twice");
+    }
+    code = ptst__tensor_fields(r, e, value);
+    if (code == PTST_OK) {
+        code = ptst__tensor_bind(r, e);
+    }
+    if (code == PTST_OK) {
+        code = ptst__map_put(r->c, &t->names, e->view.name, size, (int32_t)t->count);
+        t->count += code == PTST_OK;
+    }
+    return code;
+}
+
+/* "__metadata__": null or an object of texts. */
+static ptst_code ptst__tensor_notes(ptst__tensor_reader *r, int32_t object) {
+    const ptst_json *j = r->json;
+    int32_t key, value;
+    ptst_json_type kind = ptst_json_kind(j, object);
+    if (kind != PTST_JSON_OBJECT && kind != PTST_JSON_NULL) {
+        return ptst__fail(r->c, PTST_ERR_FORMAT, "%s: __metadata__ must be an object", r->path);
+    }
+    for (key = ptst_json_first(j, object); key >= 0; key = ptst_json_next(j, value)) {
+        ptst__tensor_note *note;
+        size_t key_size, size = 0;
+        const char *name = ptst_json_string(j, key, &key_size), *s;
+        value = ptst_json_next(j, key);
+        s = ptst_json_string(j, value, &size);
+        if (s == NULL) {
+            return ptst__fail(r->c, PTST_ERR_FORMAT, "%s: __metadata__: %.200s must be a text",
+                              r->path, name);
+        }
+        note = (ptst__tensor_note *)ptst__arena_alloc(r->c, &r->t->arena, 1, sizeof *note);
+        if (note == NULL ||
+            (note->key = ptst__arena_copy(r->c, &r->t->arena, name, key_size), note->key == NULL) ||
+            (note->value = ptst__arena_copy(r->c, &r->t->arena, s, size), note->value == NULL)) {
+            return PTST_ERR_MEMORY;
+        }
+        if (r->t->last_note == NULL) {
+            r->t->notes = note;
+        } else {
+            r->t->last_note->next = note;
+        }
+        r->t->last_note = note;
+    }
+    return PTST_OK;
+}
+
+static bool ptst__tensor_before(const void *list, uint32_t a, uint32_t b) {
+    const ptst__tensor *x = (const ptst__tensor *)list + a, *y = (const ptst__tensor *)list + b;
+    return x->begin != y->begin ? x->begin < y->begin : x->end < y->end;
+}
+
+/* The tensors of this file (from `first` on) must cover its data exactly. */
+static ptst_code ptst__tensor_cover(ptst__tensor_reader *r, size_t first) {
+    size_t i, n = r->t->count - first;
+    const ptst__tensor *list = r->t->list + first;
+    uint64_t end = 0;
+    ptst_code code = PTST_OK;
+    uint32_t *order = (uint32_t *)ptst__alloc(r->c, n + 1, sizeof *order);
+    if (order == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < n; i++) {
+        order[i] = (uint32_t)i;
+    }
+    ptst__sort(order, n, list, ptst__tensor_before);
+    for (i = 0; i < n && code == PTST_OK; i++) {
+        const ptst__tensor *e = &list[order[i]];
+        if (e->begin != end) {
+            code = ptst__tensor_fail(r, e->view.name,
+                                     e->begin > end ? "there is a hole before its data"
+                                                    : "its data overlaps another tensor");
+        }
+        end = e->end;
+    }
+    if (code == PTST_OK && end != r->data_size) {
+        code = ptst__fail(r->c, PTST_ERR_FORMAT, "%s: %llu bytes of data, the tensors have %llu",
+                          r->path, (unsigned long long)r->data_size, (unsigned long long)end);
+    }
+    ptst__free(r->c, order);
+    return code;
+}
+
+/* Nesting of JSON text that is not parsed yet; brackets in strings do not count. */
+static bool ptst__tensor_too_deep(const char *s, size_t size) {
+    size_t i, depth = 0;
+    bool quoted = false;
+    for (i = 0; i < size && depth <= PTST__TENSOR_DEPTH; i++) {
+        if (quoted) {
+            quoted = s[i] != '"';
+            i += s[i] == '\\';
+        } else if (s[i] == '"') {
+            quoted = true;
+        } else if (s[i] == '{' || s[i] == '[') {
+            depth++;
+        } else if ((s[i] == '}' || s[i] == ']') && depth > 0) {
+            depth--;
+        }
+    }
+    return depth > PTST__TENSOR_DEPTH;
+}
+
+static ptst_code ptst__tensor_walk(ptst__tensor_reader *r) {
+    size_t first = r->t->count;
+    int32_t key, value;
+    int metadata = 0;
+    ptst_code code = PTST_OK;
+    for (key = ptst_json_first(r->json, 0); key >= 0 && code == PTST_OK;
+         key = ptst_json_next(r->json, value)) {
+        size_t size;
+        const char *name = ptst_json_string(r->json, key, &size);
+        value = ptst_json_next(r->json, key);
+        if (size != 12 || memcmp(name, "__metadata__", 12) != 0) {
+            code = ptst__tensor_add(r, key, value);
+        } else if (++metadata > 1) {
+            code = ptst__fail(r->c, PTST_ERR_FORMAT, "%s: __metadata__ is there twice", r->path);
+        } else {
+            code = ptst__tensor_notes(r, value);
+        }
+    }
+    return code == PTST_OK ? ptst__tensor_cover(r, first) : code;
+}
+
+/* Adds the tensors of one file's bytes. */
+static ptst_code ptst__tensors_read(ptst_ctx *c, ptst_tensors *t, uint32_t file, const void *bytes,
+                                    size_t size, const char *path) {
+    const unsigned char *p = (const unsigned char *)bytes;
+    const char *header = (const char *)bytes + 8;
+    ptst__tensor_reader r;
+    ptst_json *json;
+    uint64_t n = 0;
+    int i;
+    ptst_code code;
+    if (size < 8) {
+        return ptst__fail(c, PTST_ERR_FORMAT, "%s: %llu bytes, a safetensors file has at least 8",
+                          path, (unsigned long long)size);
+    }
+    for (i = 7; i >= 0; i--) {
+        n = n << 8 | p[i];
+    }
+    if (n > PTST__TENSOR_HEADER || n > size - 8) {
+        return ptst__fail(c, PTST_ERR_FORMAT,
+                          "%s: its header claims %llu bytes, the file has %llu after the first 8 "
+                          "(cut off, or no safetensors file)",
+                          path, (unsigned long long)n, (unsigned long long)(size - 8));
+    }
+    if (n == 0 || header[0] != '{' || ptst__tensor_too_deep(header, (size_t)n)) {
+        return ptst__fail(c, PTST_ERR_FORMAT,
+                          "%s: the header is no JSON object that begins with "
+                          "'{' and is nested at most 127 deep",
+                          path);
+    }
+    json = ptst_json_parse(c, header, (size_t)n, path);
+    if (json == NULL) {
+        return c->code;
+    }
+    r.c = c;
+    r.t = t;
+    r.path = path;
+    r.json = json;
+    r.file = file;
+    r.data = p + 8 + n;
+    r.data_size = size - 8 - (size_t)n;
+    code = ptst__tensor_walk(&r);
+    ptst_json_free(c, json);
+    return code;
+}
+
+/* ---- files ---- */
+
+/* Maps folder/name (or name alone) and reads it; name is copied. */
+static ptst_code ptst__tensors_file(ptst_ctx *c, ptst_tensors *t, const char *path,
+                                    const char *name) {
+    ptst__tensor_file *f;
+    void *files = t->files;
+    int error;
+    ptst_code code = ptst__grow(c, &files, &t->files_capacity, t->files_count + 1, sizeof *f);
+    if (code != PTST_OK) {
+        return code;
+    }
+    t->files = (ptst__tensor_file *)files;
+    f = &t->files[t->files_count];
+    f->path = ptst__arena_copy(c, &t->arena, path, strlen(path));
+    f->name = ptst__arena_copy(c, &t->arena, name, strlen(name));
+    if (f->path == NULL || f->name == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    if (ptst__path_kind(path) != 1) {
+        return ptst__fail(c, PTST_ERR_NOT_FOUND, "%s: there is no such file", path);
+    }
+    error = ptst__map_file(path, &f->map, &f->size);
+    if (error != 0) {
+        return ptst__fail_errno(c, path, "read", error);
+    }
+    t->files_count++;
+    return ptst__tensors_read(c, t, (uint32_t)(t->files_count - 1), f->map, f->size, f->path);
+}
+
+/* A shard lies in the folder of its index: a plain file name, which cannot lead elsewhere. */
+static bool ptst__tensors_plain_name(const char *name, size_t size) {
+    return size != 0 && strlen(name) == size && strcmp(name, ".") != 0 && strcmp(name, "..") != 0 &&
+           strchr(name, '/') == NULL && strchr(name, '\\') == NULL;
+}
+
+/* Opens the file that a weight_map entry names unless it is open; *file = its number. */
+static ptst_code ptst__tensors_shard(ptst_ctx *c, ptst_tensors *t, const char *index,
+                                     const char *tensor, const char *name, size_t size,
+                                     ptst__map *opened, uint32_t *file) {
+    ptst_text path = {NULL, 0, 0};
+    const char *slash = strrchr(index, '/');
+    size_t folder = slash == NULL ? 0 : (size_t)(slash - index) + 1;
+    int32_t known;
+    ptst_code code;
+    if (name == NULL || !ptst__tensors_plain_name(name, size)) {
+        return ptst__fail(c, PTST_ERR_FORMAT, "%s: weight_map: %.200s: its file is no plain name",
+                          index, tensor);
+    }
+    known = ptst__map_get(opened, name, size, -1);
+    *file = (uint32_t)known;
+    if (known >= 0) {
+        return PTST_OK;
+    }
+    *file = (uint32_t)t->files_count;
+    code = ptst_text_append(c, &path, index, folder);
+    if (code == PTST_OK) {
+        code = ptst_text_append(c, &path, name, size);
+    }
+    if (code == PTST_OK) {
+        code = ptst__tensors_file(c, t, path.data, name);
+    }
+    if (code == PTST_OK) {
+        code = ptst__map_put(c, opened, name, size, (int32_t)*file);
+    }
+    ptst_text_free(c, &path);
+    return code;
+}
+
+static ptst_code ptst__tensors_index_walk(ptst_ctx *c, ptst_tensors *t, const char *path,
+                                          const ptst_json *j, ptst__map *opened) {
+    int32_t map = ptst_json_get(j, 0, "weight_map"), key, value;
+    ptst_code code;
+    if (ptst_json_kind(j, map) != PTST_JSON_OBJECT || ptst_json_size(j, map) == 0) {
+        return ptst__fail(c, PTST_ERR_FORMAT,
+                          "%s: weight_map must be an object that names the "
+                          "file of each tensor",
+                          path);
+    }
+    for (key = ptst_json_first(j, map); key >= 0; key = ptst_json_next(j, value)) {
+        size_t size = 0, name_size;
+        const char *name = ptst_json_string(j, key, &name_size), *shard;
+        uint32_t file;
+        int32_t at;
+        value = ptst_json_next(j, key);
+        shard = ptst_json_string(j, value, &size);
+        code = ptst__tensors_shard(c, t, path, name, shard, size, opened, &file);
+        if (code != PTST_OK) {
+            return code;
+        }
+        at = ptst__map_get(&t->names, name, name_size, -1);
+        if (at < 0 || t->list[at].file != file) {
+            return ptst__fail(c, PTST_ERR_FORMAT, "%s: weight_map: tensor %.200s is not in %.200s",
+                              path, name, shard);
+        }
+    }
+    return PTST_OK;
+}
+
+static ptst_code ptst__tensors_index(ptst_ctx *c, ptst_tensors *t, const char *path) {
+    ptst__map opened = {NULL, 0, 0};
+    ptst_json *j = ptst_json_load(c, path);
+    ptst_code code;
+    if (j == NULL) {
+        return c->code;
+    }
+    code = ptst__tensors_index_walk(c, t, path, j, &opened);
+    ptst__map_free(c, &opened);
+    ptst_json_free(c, j);
+    return code;
+}
+
+static ptst_code ptst__tensors_path(ptst_ctx *c, ptst_tensors *t, const char *path) {
+    static const char *const names[] = {"model.safetensors", "model.safetensors.index.json",
+                                        "adapter_model.safetensors"};
+    ptst_text file = {NULL, 0, 0};
+    size_t i, n = strlen(path);
+    ptst_code code = PTST_ERR_NOT_FOUND;
+    if (ptst__path_kind(path) != 2) {
+        return n > 5 && strcmp(path + n - 5, ".json") == 0 ? ptst__tensors_index(c, t, path)
+                                                           : ptst__tensors_file(c, t, path, path);
+    }
+    for (i = 0; i < 3; i++) {
+        code = ptst__path_join(c, &file, path, names[i]);
+        if (code != PTST_OK || ptst__path_kind(file.data) != 0) {
+            break;
+        }
+    }
+    if (i == 3) {
+        code = ptst__fail(c, PTST_ERR_NOT_FOUND,
+                          "%s: has no model.safetensors, "
+                          "model.safetensors.index.json or adapter_model.safetensors",
+                          path);
+    } else if (code == PTST_OK) {
+        code = i == 1 ? ptst__tensors_index(c, t, file.data)
+                      : ptst__tensors_file(c, t, file.data, names[i]);
+    }
+    ptst_text_free(c, &file);
+    return code;
+}
+
+/* ---- writer ----
+   begin writes the header; then, as long as next gives the number of a tensor, its bytes are put
+   (in as many pieces as is convenient); commit makes the file appear. After a failure: abort. */
+
+typedef struct ptst__tensors_writer {
+    ptst__out out;
+    const ptst_tensor *list; /* of the caller */
+    uint32_t *order;         /* the order of the data in the file */
+    size_t count, at;
+    uint64_t left; /* bytes that tensor order[at] still needs */
+} ptst__tensors_writer;
+
+static int ptst__tensor_element(const ptst_tensor *v) {
+    const char *name = v->dtype_name != NULL   ? v->dtype_name
+                       : v->dtype == PTST_F32  ? "F32"
+                       : v->dtype == PTST_F16  ? "F16"
+                       : v->dtype == PTST_BF16 ? "BF16"
+                                               : "";
+    return ptst__file_type_find(name);
+}
+
+/* Large elements first, so that all data is aligned; then by name. As the reference. */
+static bool ptst__tensor_precedes(const void *list, uint32_t a, uint32_t b) {
+    const ptst_tensor *x = (const ptst_tensor *)list + a, *y = (const ptst_tensor *)list + b;
+    int element_x = ptst__tensor_element(x), element_y = ptst__tensor_element(y);
+    return element_x != element_y ? element_x > element_y : strcmp(x->name, y->name) < 0;
+}
+
+static ptst_code ptst__tensors_check(ptst_ctx *c, const ptst_tensor *v, uint64_t *bytes) {
+    int element = ptst__tensor_element(v);
+    uint64_t count;
+    if (element < 0 || v->rank < 0 || v->rank > PTST__TENSOR_RANK ||
+        !ptst__tensor_size(v->shape, v->rank, ptst__file_types[element].bits, &count, bytes)) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT,
+                          "tensor %.200s: its dtype or shape cannot be "
+                          "written",
+                          v->name);
+    }
+    return PTST_OK;
+}
+
+/* {"__metadata__":{"k":"v"},"name":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}} + blanks */
+static ptst_code ptst__tensors_header(ptst_ctx *c, const ptst__tensors_writer *w,
+                                      const char *const *metadata, ptst_text *h) {
+    size_t i;
+    int k;
+    uint64_t at = 0, bytes;
+    ptst_code code = ptst__text_add(c, h, metadata == NULL ? "{" : "{\"__metadata__\":{");
+    for (i = 0; metadata != NULL && metadata[i] != NULL && code == PTST_OK; i++) {
+        code = ptst__text_add(c, h, i % 2 == 1 ? ":" : i == 0 ? "" : ",");
+        code = code != PTST_OK ? code : ptst__json_quote(c, h, metadata[i], strlen(metadata[i]));
+    }
+    if (code == PTST_OK && metadata != NULL) {
+        code = ptst__text_add(c, h, w->count == 0 ? "}" : "},");
+    }
+    for (i = 0; i < w->count && code == PTST_OK; i++) {
+        const ptst_tensor *v = &w->list[w->order[i]];
+        code = ptst__tensors_check(c, v, &bytes);
+        if (code == PTST_OK && i > 0 && strcmp(w->list[w->order[i - 1]].name, v->name) == 0) {
+            code = ptst__fail(c, PTST_ERR_ARGUMENT, "tensor %.200s is there twice", v->name);
+        }
+        code = code != PTST_OK ? code : ptst__text_add(c, h, i == 0 ? "" : ",");
+        code = code != PTST_OK ? code : ptst__json_quote(c, h, v->name, strlen(v->name));
+        code = code != PTST_OK ? code
+                               : ptst__text_format(c, h, ":{\"dtype\":\"%s\",\"shape\":[",
+                                                   ptst__file_types[ptst__tensor_element(v)].name);
+        for (k = 0; k < v->rank && code == PTST_OK; k++) {
+            code = ptst__text_format(c, h, "%s%llu", k == 0 ? "" : ",",
+                                     (unsigned long long)v->shape[k]);
+        }
+        code = code != PTST_OK
+                   ? code
+                   : ptst__text_format(c, h, "],\"data_offsets\":[%llu,%llu]}",
+                                       (unsigned long long)at, (unsigned long long)(at + bytes));
+        at += bytes;
+    }
+    code = code != PTST_OK ? code : ptst__text_add(c, h, "}");
+    while (code == PTST_OK && h->size % 8 != 0) {
+        code = ptst__text_add(c, h, " ");
+    }
+    return code;
+}
+
+static void ptst__tensors_abort(ptst_ctx *c, ptst__tensors_writer *w) {
+    ptst__out_abort(c, &w->out);
+    ptst__free(c, w->order);
+    w->order = NULL;
+}
+
+/* The bytes of tensor order[at] are what is left now. */
+static void ptst__tensors_turn(ptst__tensors_writer *w) {
+    const ptst_tensor *v = w->at < w->count ? &w->list[w->order[w->at]] : NULL;
+    uint64_t count;
+    w->left = 0;
+    if (v != NULL) { /* cannot fail: the header was made from the same numbers */
+        (void)ptst__tensor_size(v->shape, v->rank, ptst__file_types[ptst__tensor_element(v)].bits,
+                                &count, &w->left);
+    }
+}
+
+static ptst_code ptst__tensors_begin(ptst_ctx *c, ptst__tensors_writer *w, const char *path,
+                                     const ptst_tensor *list, size_t count,
+                                     const char *const *metadata) {
+    ptst_text header = {NULL, 0, 0};
+    unsigned char size[8];
+    size_t i;
+    ptst_code code;
+    memset(w, 0, sizeof *w);
+    w->list = list;
+    w->count = count;
+    w->order = (uint32_t *)ptst__alloc(c, count + 1, sizeof *w->order);
+    if (w->order == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < count; i++) {
+        w->order[i] = (uint32_t)i;
+    }
+    ptst__sort(w->order, count, list, ptst__tensor_precedes);
+    code = ptst__tensors_header(c, w, metadata, &header);
+    if (code == PTST_OK && header.size > PTST__TENSOR_HEADER) {
+        code = ptst__fail(c, PTST_ERR_LIMIT, "%s: a header of more than 100 MB", path);
+    }
+    if (code == PTST_OK) {
+        code = ptst__out_open(c, &w->out, path);
+    }
+    for (i = 0; i < 8; i++) {
+        size[i] = (unsigned char)((uint64_t)header.size >> (8 * i));
+    }
+    if (code == PTST_OK) {
+        code = ptst__out_write(c, &w->out, size, 8);
+    }
+    if (code == PTST_OK) {
+        code = ptst__out_write(c, &w->out, header.data, header.size);
+    }
+    ptst_text_free(c, &header);
+    if (code != PTST_OK) {
+        ptst__tensors_abort(c, w);
+        return code;
+    }
+    ptst__tensors_turn(w);
+    return PTST_OK;
+}
+
+/* Number (in the list) of the tensor whose bytes come next; count when all are written. */
+static size_t ptst__tensors_next(ptst__tensors_writer *w) {
+    while (w->at < w->count && w->left == 0) {
+        w->at++;
+        ptst__tensors_turn(w);
+    }
+    return w->at < w->count ? w->order[w->at] : w->count;
+}
+
+static ptst_code ptst__tensors_put(ptst_ctx *c, ptst__tensors_writer *w, const void *data,
+                                   size_t bytes) {
+    if (bytes > w->left) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "%s: more bytes than the tensor has",
+                          w->out.path.data);
+    }
+    w->left -= bytes;
+    return ptst__out_write(c, &w->out, data, bytes);
+}
+
+static ptst_code ptst__tensors_commit(ptst_ctx *c, ptst__tensors_writer *w) {
+    ptst_code code;
+    if (ptst__tensors_next(w) != w->count) {
+        code = ptst__fail(c, PTST_ERR_ARGUMENT, "%s: tensors are missing", w->out.path.data);
+        ptst__tensors_abort(c, w);
+        return code;
+    }
+    code = ptst__out_commit(c, &w->out);
+    ptst__tensors_abort(c, w);
+    return code;
+}
+
+/* ---- public part ---- */
+
+PTST_API void ptst_tensors_close(ptst_ctx *c, ptst_tensors *t) {
+    size_t i;
+    if (t != NULL) {
+        for (i = 0; i < t->files_count; i++) {
+            ptst__unmap_file(t->files[i].map, t->files[i].size);
+        }
+        ptst__free(c, t->files);
+        ptst__free(c, t->list);
+        ptst__map_free(c, &t->names);
+        ptst__arena_free(c, &t->arena);
+        ptst__free(c, t);
+    }
+}
+
+PTST_API ptst_tensors *ptst_tensors_open(ptst_ctx *c, const char *path) {
+    ptst_tensors *t = (ptst_tensors *)ptst__calloc(c, 1, sizeof *t);
+    if (t != NULL && ptst__tensors_path(c, t, path) != PTST_OK) {
+        ptst_tensors_close(c, t);
+        t = NULL;
+    }
+    return t;
+}
+
+PTST_API ptst_tensors *ptst_tensors_parse(ptst_ctx *c, const void *data, size_t size,
+                                          const char *name) {
+    ptst_tensors *t = (ptst_tensors *)ptst__calloc(c, 1, sizeof *t);
+    if (t != NULL && ptst__tensors_read(c, t, 0, data, size, name) != PTST_OK) {
+        ptst_tensors_close(c, t);
+        t = NULL;
+    }
+    return t;
+}
+
+PTST_API size_t ptst_tensors_count(const ptst_tensors *t) { return t->count; }
+
+PTST_API const ptst_tensor *ptst_tensors_at(const ptst_tensors *t, size_t i) {
+    return i < t->count ? &t->list[i].view : NULL;
+}
+
+PTST_API const ptst_tensor *ptst_tensors_find(const ptst_tensors *t, const char *name) {
+    int32_t i = ptst__map_get(&t->names, name, strlen(name), -1);
+    return i < 0 ? NULL : &t->list[i].view;
+}
+
+PTST_API const char *ptst_tensors_metadata(const ptst_tensors *t, const char *key) {
+    const ptst__tensor_note *n;
+    for (n = t->notes; n != NULL; n = n->next) {
+        if (strcmp(n->key, key) == 0) {
+            return n->value;
+        }
+    }
+    return NULL;
+}
+
+PTST_API ptst_code ptst_tensors_write(ptst_ctx *c, const char *path, const ptst_tensor *list,
+                                      size_t count, const char *const *metadata) {
+    ptst__tensors_writer w;
+    size_t i;
+    ptst_code code = ptst__tensors_begin(c, &w, path, list, count, metadata);
+    if (code != PTST_OK) {
+        return code;
+    }
+    while (code == PTST_OK && (i = ptst__tensors_next(&w)) < count) {
+        code = ptst__tensors_put(c, &w, list[i].data, (size_t)w.left);
+    }
+    if (code != PTST_OK) {
+        ptst__tensors_abort(c, &w);
+        return code;
+    }
+    return ptst__tensors_commit(c, &w);
+}
 
 /* >>kernels =======================================================================================
    The operations: conversion of element types, matrix products, and what a transformer layer does
@@ -2005,7 +3803,10 @@ typedef struct ptst__tile {
     float *y;
     size_t ldy, rows, cols;
     float alpha, beta;
+    const float *ahead; /* a hint: K cache lines from here are needed soon */
 } ptst__tile;
+
+struct ptst__adamw_factors;
 
 /* What differs between instruction sets. dtype is F32, F16 or BF16 everywhere. */
 struct ptst__kernels {
@@ -2023,8 +3824,8 @@ struct ptst__kernels {
     void (*pack_rows)(float *dst, size_t width, const void *src, ptst_dtype dtype, size_t ld,
                       size_t cols, size_t K);
     /* The same from columns: dst[k * width + j] = src[min(j, cols - 1) * ld + k]. */
-    void (*pack_cols)(float *dst, size_t width, const float *src, size_t ld, size_t cols,
-                      size_t K);
+    void (*pack_cols)(float *dst, size_t width, const void *src, ptst_dtype dtype, size_t ld,
+                      size_t cols, size_t K);
     /* sum(i, j) = sum_k a[k * a_width + i] b[k * tile_cols + j] */
     void (*tile)(size_t K, const float *a, const float *b, const ptst__tile *t);
     /* sums[4 * i + j] = sum_k a[i][k] w[j][k] for i < rows (1 or 4), j < 4; w[j] is of dtype. */
@@ -2033,6 +3834,22 @@ struct ptst__kernels {
     /* Fused multiply-adds on registers only, `rounds` times; returns the number of floating point
        operations. sink keeps the result alive. */
     double (*peak)(size_t rounds, float scale, float *sink);
+
+    /* The operations on rows: see the scalar functions of the same names. */
+    float (*rmsnorm)(size_t C, float eps, const float *x, const float *w, float *y);
+    void (*rmsnorm_backward)(size_t C, const float *x, const float *w, float rstd, const float *dy,
+                             float *dx);
+    void (*rmsnorm_dw)(size_t T, size_t C, size_t n, const float *x, const float *rstd,
+                       const float *dy, float *dw);
+    void (*rope)(size_t half, float *x, const float *cosines, const float *sines, float sign);
+    void (*swiglu)(size_t n, const float *gate, const float *up, float *y);
+    void (*swiglu_backward)(size_t n, const float *gate, const float *up, const float *dy,
+                            float *dgate, float *dup);
+    double (*cross_entropy)(size_t V, float *x, size_t label, float scale);
+    void (*adamw)(size_t n, float *w, const float *g, float *m, float *v,
+                  const struct ptst__adamw_factors *f);
+    double (*sum_squares)(size_t n, const float *x);
+    void (*axpy)(size_t n, float alpha, const float *x, float *y);
 };
 
 /* Repeat a statement for each row of a micro-kernel. Its sums must live in registers, and no C
@@ -2298,8 +4115,7 @@ enum {
     PTST__BLOCK_N = 2048,
     PTST__BLOCK_M = 1024,
     PTST__TASK_ROWS = 168, /* rows of A that one task keeps in the second cache */
-    PTST__FEW = 16,        /* "few" rows or columns */
-    PTST__CONVERT = 64     /* elements per row that are converted before they are turned */
+    PTST__FEW = 16         /* "few" rows or columns */
 };
 
 /* A matrix [K, N] in memory: element (k, n) is data[n * ld + k] if transposed, data[k * ld + n]
@@ -2311,6 +4127,10 @@ typedef struct ptst__matrix {
     ptst_dtype dtype;
     bool transposed;
 } ptst__matrix;
+
+static size_t ptst__min(size_t a, size_t b) { return a < b ? a : b; }
+
+static size_t ptst__ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
 
 /* Adds a block of sums (row stride ld) to Y as the tile says. */
 static void ptst__tile_put(const ptst__tile *t, const float *sums, size_t ld) {
@@ -2336,13 +4156,13 @@ static void ptst__pack_rows__scalar(float *dst, size_t width, const void *src, p
     }
 }
 
-static void ptst__pack_cols__scalar(float *dst, size_t width, const float *src, size_t ld,
-                                    size_t cols, size_t K) {
+static void ptst__pack_cols__scalar(float *dst, size_t width, const void *src, ptst_dtype dtype,
+                                    size_t ld, size_t cols, size_t K) {
     size_t k, j;
     for (j = 0; j < width; j++) {
-        const float *column = src + (j < cols ? j : cols - 1) * ld;
+        const void *column = ptst__element(src, dtype, (j < cols ? j : cols - 1) * ld);
         for (k = 0; k < K; k++) {
-            dst[k * width + j] = column[k];
+            ptst__to_f32__scalar(dst + k * width + j, ptst__element(column, dtype, k), dtype, 1);
         }
     }
 }
@@ -2399,67 +4219,93 @@ static double ptst__peak__scalar(size_t rounds, float scale, float *sink) {
 
 /* ---- matmul, AVX2 ---- */
 
-/* As __scalar, 8 columns at a time. */
+/* The first n < 8 elements at src, then 0; nothing beyond them is read. */
+PTST__AVX2 PTST__INLINE __m256 ptst__load_part__avx2(const void *src, ptst_dtype dtype, size_t n) {
+    uint16_t h[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    if (dtype == PTST_F32) {
+        __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm256_maskload_ps((const float *)src,
+                                  _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), lane));
+    }
+    memcpy(h, src, n * sizeof *h);
+    return ptst__load8__avx2(h, dtype, 0);
+}
+
+/* As __scalar, 8 columns at a time. A row is only one or two cache lines, and no processor guesses
+   where the next one is: rows are asked for ahead of time. */
 PTST__AVX2 static void ptst__pack_rows__avx2(float *dst, size_t width, const void *src,
                                              ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
-    size_t k, j, whole = cols / 8 * 8;
-    if (whole < cols) {
-        ptst__pack_rows__scalar(dst, width, src, dtype, ld, cols, K);
-        return;
-    }
+    size_t k, j;
     for (k = 0; k < K; k++) {
-        for (j = 0; j < whole; j += 8) {
-            __m256 x = ptst__load8__avx2(src, dtype, k * ld + j);
+        const void *row = ptst__element(src, dtype, k * ld);
+        _mm_prefetch((const char *)ptst__element(src, dtype, ptst__min(k + 16, K - 1) * ld),
+                     _MM_HINT_T0);
+        for (j = 0; j < width; j += 8) {
+            __m256 x = _mm256_setzero_ps();
+            if (j + 8 <= cols) {
+                x = ptst__load8__avx2(row, dtype, j);
+            } else if (j < cols) {
+                x = ptst__load_part__avx2(ptst__element(row, dtype, j), dtype, cols - j);
+            }
             _mm256_storeu_ps(dst + k * width + j, x);
         }
-        for (; j < width; j += 8) {
-            _mm256_storeu_ps(dst + k * width + j, _mm256_setzero_ps());
-        }
     }
 }
 
-/* Turns 8 rows of 8: dst[k * width + j] = r[j][k]. Pairs, then quadruples, then halves. */
-PTST__AVX2 PTST__INLINE void ptst__turn8__avx2(float *dst, size_t width, const float *const r[8],
-                                               size_t k) {
-    __m256 t[8], u[8];
-    size_t i;
-    for (i = 0; i < 4; i++) { /* t[i] = row i, k..k+3 | row i + 4, k..k+3; t[i+4]: k+4..k+7 */
-        __m256 low = _mm256_loadu_ps(r[i] + k), high = _mm256_loadu_ps(r[i + 4] + k);
-        t[i] = _mm256_permute2f128_ps(low, high, 0x20);
-        t[i + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+/* Elements k..k+3 of columns i and i + 4. */
+PTST__AVX2 PTST__INLINE __m256 ptst__lanes__avx2(const void *const column[8], ptst_dtype dtype,
+                                                 size_t i, size_t k) {
+    const void *p = ptst__element(column[i], dtype, k), *q = ptst__element(column[i + 4], dtype, k);
+    __m128i h;
+    if (dtype == PTST_F32) {
+        return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps((const float *)p)),
+                                    _mm_loadu_ps((const float *)q), 1);
     }
-    for (i = 0; i < 8; i += 4) {
-        u[i] = _mm256_unpacklo_ps(t[i], t[i + 1]);
-        u[i + 1] = _mm256_unpackhi_ps(t[i], t[i + 1]);
-        u[i + 2] = _mm256_unpacklo_ps(t[i + 2], t[i + 3]);
-        u[i + 3] = _mm256_unpackhi_ps(t[i + 2], t[i + 3]);
-    }
-    for (i = 0; i < 8; i += 4) {
-        float *d = dst + (k + i) * width;
-        _mm256_storeu_ps(d, _mm256_shuffle_ps(u[i], u[i + 2], 0x44));
-        _mm256_storeu_ps(d + width, _mm256_shuffle_ps(u[i], u[i + 2], 0xEE));
-        _mm256_storeu_ps(d + 2 * width, _mm256_shuffle_ps(u[i + 1], u[i + 3], 0x44));
-        _mm256_storeu_ps(d + 3 * width, _mm256_shuffle_ps(u[i + 1], u[i + 3], 0xEE));
-    }
+    h = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *)p), _mm_loadl_epi64((const __m128i *)q));
+    return dtype == PTST_F16 ? _mm256_cvtph_ps(h)
+                             : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 
-/* As __scalar, in squares of 8 x 8. */
-PTST__AVX2 static void ptst__pack_cols__avx2(float *dst, size_t width, const float *src, size_t ld,
-                                             size_t cols, size_t K) {
-    const float *r[8];
+/* As __scalar, 8 columns and 4 k at a time: squares of 4 x 4 are turned within the lanes. */
+PTST__AVX2 PTST__INLINE void ptst__turn__avx2(float *dst, size_t width, const void *src,
+                                              ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
+    const void *column[8];
     size_t i, j, k;
     for (j = 0; j < width; j += 8) {
         for (i = 0; i < 8; i++) {
-            r[i] = src + (j + i < cols ? j + i : cols - 1) * ld;
+            column[i] = ptst__element(src, dtype, (j + i < cols ? j + i : cols - 1) * ld);
         }
-        for (k = 0; k + 8 <= K; k += 8) {
-            ptst__turn8__avx2(dst + j, width, r, k);
+        for (k = 0; K - k >= 4; k += 4) {
+            __m256 x0 = ptst__lanes__avx2(column, dtype, 0, k);
+            __m256 x1 = ptst__lanes__avx2(column, dtype, 1, k);
+            __m256 x2 = ptst__lanes__avx2(column, dtype, 2, k);
+            __m256 x3 = ptst__lanes__avx2(column, dtype, 3, k);
+            __m256 y0 = _mm256_unpacklo_ps(x0, x2), y1 = _mm256_unpackhi_ps(x0, x2);
+            __m256 y2 = _mm256_unpacklo_ps(x1, x3), y3 = _mm256_unpackhi_ps(x1, x3);
+            float *d = dst + k * width + j;
+            _mm256_storeu_ps(d, _mm256_unpacklo_ps(y0, y2));
+            _mm256_storeu_ps(d + width, _mm256_unpackhi_ps(y0, y2));
+            _mm256_storeu_ps(d + 2 * width, _mm256_unpacklo_ps(y1, y3));
+            _mm256_storeu_ps(d + 3 * width, _mm256_unpackhi_ps(y1, y3));
         }
         for (; k < K; k++) {
             for (i = 0; i < 8; i++) {
-                dst[k * width + j + i] = r[i][k];
+                ptst__to_f32__scalar(dst + k * width + j + i, ptst__element(column[i], dtype, k),
+                                     dtype, 1);
             }
         }
+    }
+}
+
+/* The dtype is made a constant of the loop. */
+PTST__AVX2 static void ptst__pack_cols__avx2(float *dst, size_t width, const void *src,
+                                             ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
+    if (dtype == PTST_F32) {
+        ptst__turn__avx2(dst, width, src, PTST_F32, ld, cols, K);
+    } else if (dtype == PTST_F16) {
+        ptst__turn__avx2(dst, width, src, PTST_F16, ld, cols, K);
+    } else {
+        ptst__turn__avx2(dst, width, src, PTST_BF16, ld, cols, K);
     }
 }
 
@@ -2480,6 +4326,7 @@ PTST__AVX2 static void ptst__tile__avx2(size_t K, const float *a, const float *b
     float *y = whole ? t->y : edge;
     size_t ldy = whole ? t->ldy : 16;
     float alpha = whole ? t->alpha : 1, beta = whole ? t->beta : 0;
+    const char *ahead = (const char *)t->ahead;
 #define PTST__X(i) __m256 p##i = _mm256_setzero_ps(), q##i = _mm256_setzero_ps();
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
@@ -2490,7 +4337,7 @@ PTST__AVX2 static void ptst__tile__avx2(size_t K, const float *a, const float *b
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
     }
-    for (; K > 0; K--, a += 8, b += 16) {
+    for (; K > 0; K--, a += 8, b += 16, ahead += 64) {
         __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8), ai;
 #define PTST__X(i)                                                                                 \
     ai = _mm256_broadcast_ss(a + i);                                                               \
@@ -2498,6 +4345,7 @@ PTST__AVX2 static void ptst__tile__avx2(size_t K, const float *a, const float *b
     q##i = _mm256_fmadd_ps(ai, b1, q##i);
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
+        _mm_prefetch(ahead, _MM_HINT_T1);
     }
 #define PTST__X(i)                                                                                 \
     ptst__put8__avx2(y + i * ldy, p##i, alpha, beta);                                              \
@@ -2616,17 +4464,85 @@ PTST__AVX2 static double ptst__peak__avx2(size_t rounds, float scale, float *sin
 
 /* ---- matmul, AVX-512 ---- */
 
-/* As __scalar, 16 columns at a time. */
+/* As __scalar, 16 columns at a time. A row is only one or two cache lines, and no processor guesses
+   where the next one is: rows are asked for ahead of time. */
 PTST__AVX512 static void ptst__pack_rows__avx512(float *dst, size_t width, const void *src,
                                                  ptst_dtype dtype, size_t ld, size_t cols,
                                                  size_t K) {
     size_t k, j;
-    for (j = 0; j < width; j += 16) {
-        __mmask16 mask = cols > j ? ptst__mask16__avx512(cols - j) : (__mmask16)0;
-        for (k = 0; k < K; k++) {
+    for (k = 0; k < K; k++) {
+        const char *later = (const char *)ptst__element(src, dtype, ptst__min(k + 16, K - 1) * ld);
+        _mm_prefetch(later, _MM_HINT_T0);
+        _mm_prefetch(later + 64, _MM_HINT_T0);
+        for (j = 0; j < width; j += 16) {
+            __mmask16 mask = cols > j ? ptst__mask16__avx512(cols - j) : (__mmask16)0;
             __m512 x = ptst__load16__avx512(src, dtype, k * ld + j, mask);
             _mm512_storeu_ps(dst + k * width + j, x);
         }
+    }
+}
+
+/* Elements k..k+3 of columns i, i + 4, i + 8 and i + 12. */
+PTST__AVX512 PTST__INLINE __m512 ptst__lanes__avx512(const void *const column[16],
+                                                     ptst_dtype dtype, size_t i, size_t k) {
+    __m256 low, high;
+    if (dtype == PTST_F32) {
+        low = ptst__lanes__avx2(column, dtype, i, k);
+        high = ptst__lanes__avx2(column + 8, dtype, i, k);
+        return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+    }
+#define PTST__X(n)                                                                                 \
+    __m128i h##n = _mm_loadl_epi64((const __m128i *)ptst__element(column[i + 4 * n], dtype, k));
+    PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    __m256i h = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi64(h0, h1)),
+                                        _mm_unpacklo_epi64(h2, h3), 1);
+    return dtype == PTST_F16 ? _mm512_cvtph_ps(h)
+                             : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+
+/* As __scalar, 16 columns and 4 k at a time: squares of 4 x 4 are turned within the lanes. */
+PTST__AVX512 PTST__INLINE void ptst__turn__avx512(float *dst, size_t width, const void *src,
+                                                  ptst_dtype dtype, size_t ld, size_t cols,
+                                                  size_t K) {
+    const void *column[16];
+    size_t i, j, k;
+    for (j = 0; j < width; j += 16) {
+        for (i = 0; i < 16; i++) {
+            column[i] = ptst__element(src, dtype, (j + i < cols ? j + i : cols - 1) * ld);
+        }
+        for (k = 0; K - k >= 4; k += 4) {
+            __m512 x0 = ptst__lanes__avx512(column, dtype, 0, k);
+            __m512 x1 = ptst__lanes__avx512(column, dtype, 1, k);
+            __m512 x2 = ptst__lanes__avx512(column, dtype, 2, k);
+            __m512 x3 = ptst__lanes__avx512(column, dtype, 3, k);
+            __m512 y0 = _mm512_unpacklo_ps(x0, x2), y1 = _mm512_unpackhi_ps(x0, x2);
+            __m512 y2 = _mm512_unpacklo_ps(x1, x3), y3 = _mm512_unpackhi_ps(x1, x3);
+            float *d = dst + k * width + j;
+            _mm512_storeu_ps(d, _mm512_unpacklo_ps(y0, y2));
+            _mm512_storeu_ps(d + width, _mm512_unpackhi_ps(y0, y2));
+            _mm512_storeu_ps(d + 2 * width, _mm512_unpacklo_ps(y1, y3));
+            _mm512_storeu_ps(d + 3 * width, _mm512_unpackhi_ps(y1, y3));
+        }
+        for (; k < K; k++) {
+            for (i = 0; i < 16; i++) {
+                ptst__to_f32__scalar(dst + k * width + j + i, ptst__element(column[i], dtype, k),
+                                     dtype, 1);
+            }
+        }
+    }
+}
+
+/* The dtype is made a constant of the loop. */
+PTST__AVX512 static void ptst__pack_cols__avx512(float *dst, size_t width, const void *src,
+                                                 ptst_dtype dtype, size_t ld, size_t cols,
+                                                 size_t K) {
+    if (dtype == PTST_F32) {
+        ptst__turn__avx512(dst, width, src, PTST_F32, ld, cols, K);
+    } else if (dtype == PTST_F16) {
+        ptst__turn__avx512(dst, width, src, PTST_F16, ld, cols, K);
+    } else {
+        ptst__turn__avx512(dst, width, src, PTST_BF16, ld, cols, K);
     }
 }
 
@@ -2646,6 +4562,7 @@ PTST__AVX512 static void ptst__tile__avx512(size_t K, const float *a, const floa
     __mmask16 m0 = ptst__mask16__avx512(t->cols);
     __mmask16 m1 = t->cols > 16 ? ptst__mask16__avx512(t->cols - 16) : (__mmask16)0;
     size_t rows = t->rows, ldy = t->ldy;
+    const char *ahead = (const char *)t->ahead;
     float *y = t->y;
 #define PTST__X(i) __m512 p##i = _mm512_setzero_ps(), q##i = _mm512_setzero_ps();
     PTST__ROWS_14(PTST__X)
@@ -2657,7 +4574,7 @@ PTST__AVX512 static void ptst__tile__avx512(size_t K, const float *a, const floa
         PTST__ROWS_14(PTST__X)
 #undef PTST__X
     }
-    for (; K > 0; K--, a += 16, b += 32) {
+    for (; K > 0; K--, a += 16, b += 32, ahead += 64) {
         __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16), ai;
 #define PTST__X(i)                                                                                 \
     ai = _mm512_set1_ps(a[i]);                                                                     \
@@ -2665,6 +4582,7 @@ PTST__AVX512 static void ptst__tile__avx512(size_t K, const float *a, const floa
     q##i = _mm512_fmadd_ps(ai, b1, q##i);
         PTST__ROWS_14(PTST__X)
 #undef PTST__X
+        _mm_prefetch(ahead, _MM_HINT_T1);
     }
 #define PTST__X(i)                                                                                 \
     if (i < rows) {                                                                                \
@@ -2789,17 +4707,19 @@ static void ptst__pack_rows__neon(float *dst, size_t width, const void *src, pts
 }
 
 /* As __scalar, in squares of 4 x 4: pairs are exchanged, then halves. */
-static void ptst__pack_cols__neon(float *dst, size_t width, const float *src, size_t ld,
-                                  size_t cols, size_t K) {
-    const float *r[4];
+static void ptst__pack_cols__neon(float *dst, size_t width, const void *src, ptst_dtype dtype,
+                                  size_t ld, size_t cols, size_t K) {
+    const void *r[4];
     size_t i, j, k;
     for (j = 0; j < width; j += 4) {
         for (i = 0; i < 4; i++) {
-            r[i] = src + (j + i < cols ? j + i : cols - 1) * ld;
+            r[i] = ptst__element(src, dtype, (j + i < cols ? j + i : cols - 1) * ld);
         }
-        for (k = 0; k + 4 <= K; k += 4) {
-            float32x4x2_t u = vtrnq_f32(vld1q_f32(r[0] + k), vld1q_f32(r[1] + k));
-            float32x4x2_t v = vtrnq_f32(vld1q_f32(r[2] + k), vld1q_f32(r[3] + k));
+        for (k = 0; K - k >= 4; k += 4) {
+            float32x4x2_t u = vtrnq_f32(ptst__load4__neon(r[0], dtype, k),
+                                        ptst__load4__neon(r[1], dtype, k));
+            float32x4x2_t v = vtrnq_f32(ptst__load4__neon(r[2], dtype, k),
+                                        ptst__load4__neon(r[3], dtype, k));
             float *d = dst + k * width + j;
             vst1q_f32(d, vcombine_f32(vget_low_f32(u.val[0]), vget_low_f32(v.val[0])));
             vst1q_f32(d + width, vcombine_f32(vget_low_f32(u.val[1]), vget_low_f32(v.val[1])));
@@ -2809,7 +4729,8 @@ static void ptst__pack_cols__neon(float *dst, size_t width, const float *src, si
         }
         for (; k < K; k++) {
             for (i = 0; i < 4; i++) {
-                dst[k * width + j + i] = r[i][k];
+                ptst__to_f32__scalar(dst + k * width + j + i, ptst__element(r[i], dtype, k), dtype,
+                                     1);
             }
         }
     }
@@ -2937,25 +4858,6 @@ typedef struct ptst__product {
     size_t task_rows, task_cols, row_tasks; /* tiles of Y that one task computes */
 } ptst__product;
 
-static size_t ptst__min(size_t a, size_t b) { return a < b ? a : b; }
-
-static size_t ptst__ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
-
-/* Columns of a matrix, converted and turned: dst[k * width + j] = data[(n + j) * ld + k0 + k]. */
-static void ptst__pack_converted(const struct ptst__kernels *kernels, float *dst, size_t width,
-                                 ptst__matrix B, size_t n, size_t cols, size_t k0, size_t kc) {
-    float rows[32 * PTST__CONVERT];
-    size_t k, j, count;
-    for (k = 0; k < kc; k += count) {
-        count = ptst__min(kc - k, PTST__CONVERT);
-        for (j = 0; j < cols; j++) {
-            const void *src = ptst__element(B.data, B.dtype, (n + j) * B.ld + k0 + k);
-            kernels->to_f32(rows + j * PTST__CONVERT, src, B.dtype, count);
-        }
-        kernels->pack_cols(dst + k * width, width, rows, PTST__CONVERT, cols, count);
-    }
-}
-
 /* Task: packs one panel, first those of B, then those of A. */
 static void ptst__pack_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
@@ -2983,11 +4885,9 @@ static void ptst__pack_task(void *arg, size_t task, int thread) {
     if (!B.transposed) {
         kernels->pack_rows(dst, width, ptst__element(B.data, B.dtype, p->k0 * B.ld + at), B.dtype,
                            B.ld, count, p->kc);
-    } else if (B.dtype == PTST_F32) {
-        kernels->pack_cols(dst, width, (const float *)B.data + at * B.ld + p->k0, B.ld, count,
-                           p->kc);
     } else {
-        ptst__pack_converted(kernels, dst, width, B, at, count, p->k0, p->kc);
+        kernels->pack_cols(dst, width, ptst__element(B.data, B.dtype, at * B.ld + p->k0), B.dtype,
+                           B.ld, count, p->kc);
     }
 }
 
@@ -3005,12 +4905,15 @@ static void ptst__tiles_task(void *arg, size_t task, int thread) {
     t.alpha = p->alpha;
     t.beta = p->k0 == 0 ? p->beta : 1;
     for (n = n_first; n < n_end; n += kernels->tile_cols) {
-        const float *b = p->packed_b + n * p->kc;
+        const float *b = p->packed_b + n * p->kc, *ahead = b + kernels->tile_cols * p->kc;
+        const float *b_end = ahead + (n + kernels->tile_cols < n_end ? kernels->tile_cols * p->kc : 0);
         t.cols = ptst__min(kernels->tile_cols, n_end - n);
         for (m = m_first; m < m_end; m += kernels->tile_rows) {
             const float *a = p->packed_a + m / kernels->tile_rows * kernels->a_width * p->kc;
             t.rows = ptst__min(kernels->tile_rows, m_end - m);
             t.y = p->Y + (p->m0 + m) * p->ldy + p->n0 + n;
+            t.ahead = ahead < b_end ? ahead : a;
+            ahead += 16 * p->kc;
             kernels->tile(p->kc, a, b, &t);
         }
     }
@@ -3232,6 +5135,659 @@ PTST_API void ptst_matmul_backward(ptst_ctx *c, size_t M, size_t N, size_t K, co
     }
 }
 
+/* ---- rmsnorm ---------------------------------------------------------------------------------
+   x, y [T, C], w [C], rstd [T]:
+
+       rstd_t = 1 / sqrt(mean_i x_ti^2 + eps)                               (1)
+       y_ti   = x_ti rstd_t w_i                                             (2)
+
+   Backward, with d rstd_t / d x_ti = -rstd_t^3 x_ti / C:
+
+       dw_i  += sum_t dy_ti x_ti rstd_t                                     (2, for w)
+       s_t    = rstd_t^2 / C sum_i w_i dy_ti x_ti                           (1)
+       dx_ti += rstd_t (w_i dy_ti - s_t x_ti)                               (2, 1)
+
+   Saved: rstd. Recomputed: nothing. Cost: 2 passes over each row, bound by memory. Zhang and
+   Sennrich 2019. Proof: tests/test_ops.c, rmsnorm_gradient. */
+
+/* One row of C. Returns rstd. */
+static float ptst__rmsnorm__scalar(size_t C, float eps, const float *x, const float *w, float *y) {
+    double sum = 0;
+    float rstd;
+    size_t i;
+    for (i = 0; i < C; i++) {
+        sum += (double)x[i] * (double)x[i];
+    }
+    rstd = (float)(1 / sqrt(sum / (double)C + (double)eps));
+    for (i = 0; i < C; i++) {
+        y[i] = x[i] * rstd * w[i];
+    }
+    return rstd;
+}
+
+static void ptst__rmsnorm_backward__scalar(size_t C, const float *x, const float *w, float rstd,
+                                           const float *dy, float *dx) {
+    double sum = 0;
+    float s;
+    size_t i;
+    for (i = 0; i < C; i++) {
+        sum += (double)w[i] * (double)dy[i] * (double)x[i];
+    }
+    s = (float)(sum * (double)rstd * (double)rstd / (double)C);
+    for (i = 0; i < C; i++) {
+        dx[i] += rstd * (w[i] * dy[i] - s * x[i]);
+    }
+}
+
+/* dw of n columns; x and dy are their first elements in rows of C. */
+static void ptst__rmsnorm_dw__scalar(size_t T, size_t C, size_t n, const float *x,
+                                     const float *rstd, const float *dy, float *dw) {
+    size_t t, i;
+    for (i = 0; i < n; i++) {
+        double sum = 0;
+        for (t = 0; t < T; t++) {
+            sum += (double)dy[t * C + i] * (double)x[t * C + i] * (double)rstd[t];
+        }
+        dw[i] += (float)sum;
+    }
+}
+
+typedef struct ptst__rmsnorm_job {
+    const struct ptst__kernels *kernels;
+    size_t T, C;
+    float eps;
+    const float *x, *w, *dy, *rstd_in;
+    float *y, *rstd, *dx, *dw;
+} ptst__rmsnorm_job;
+
+/* Rows and columns of a task. */
+enum { PTST__NORM_ROWS = 8, PTST__NORM_COLUMNS = 64 };
+
+static void ptst__rmsnorm_task(void *arg, size_t task, int thread) {
+    const ptst__rmsnorm_job *j = (const ptst__rmsnorm_job *)arg;
+    size_t t = task * PTST__NORM_ROWS, end = ptst__min(t + PTST__NORM_ROWS, j->T);
+    (void)thread;
+    for (; t < end; t++) {
+        size_t at = t * j->C;
+        float rstd = j->kernels->rmsnorm(j->C, j->eps, j->x + at, j->w, j->y + at);
+        if (j->rstd != NULL) {
+            j->rstd[t] = rstd;
+        }
+    }
+}
+
+static void ptst__rmsnorm_backward_task(void *arg, size_t task, int thread) {
+    const ptst__rmsnorm_job *j = (const ptst__rmsnorm_job *)arg;
+    size_t t = task * PTST__NORM_ROWS, end = ptst__min(t + PTST__NORM_ROWS, j->T);
+    (void)thread;
+    for (; t < end; t++) {
+        size_t at = t * j->C;
+        j->kernels->rmsnorm_backward(j->C, j->x + at, j->w, j->rstd_in[t], j->dy + at, j->dx + at);
+    }
+}
+
+static void ptst__rmsnorm_dw_task(void *arg, size_t task, int thread) {
+    const ptst__rmsnorm_job *j = (const ptst__rmsnorm_job *)arg;
+    size_t i = task * PTST__NORM_COLUMNS, n = ptst__min(PTST__NORM_COLUMNS, j->C - i);
+    (void)thread;
+    j->kernels->rmsnorm_dw(j->T, j->C, n, j->x + i, j->rstd_in, j->dy + i, j->dw + i);
+}
+
+PTST_API void ptst_rmsnorm_forward(ptst_ctx *c, size_t T, size_t C, float eps, const float *x,
+                                   const float *w, float *y, float *rstd) {
+    ptst__rmsnorm_job j;
+    memset(&j, 0, sizeof j);
+    j.kernels = c->kernels;
+    j.T = T;
+    j.C = C;
+    j.eps = eps;
+    j.x = x;
+    j.w = w;
+    j.y = y;
+    j.rstd = rstd;
+    ptst__parallel_for(c, ptst__ceil_div(T, PTST__NORM_ROWS), ptst__rmsnorm_task, &j);
+}
+
+PTST_API void ptst_rmsnorm_backward(ptst_ctx *c, size_t T, size_t C, const float *x, const float *w,
+                                    const float *rstd, const float *dy, float *dx, float *dw) {
+    ptst__rmsnorm_job j;
+    memset(&j, 0, sizeof j);
+    j.kernels = c->kernels;
+    j.T = T;
+    j.C = C;
+    j.x = x;
+    j.w = w;
+    j.rstd_in = rstd;
+    j.dy = dy;
+    j.dx = dx;
+    j.dw = dw;
+    if (dw != NULL) {
+        ptst__parallel_for(c, ptst__ceil_div(C, PTST__NORM_COLUMNS), ptst__rmsnorm_dw_task, &j);
+    }
+    if (dx != NULL) {
+        ptst__parallel_for(c, ptst__ceil_div(T, PTST__NORM_ROWS), ptst__rmsnorm_backward_task, &j);
+    }
+}
+
+/* ---- rope ------------------------------------------------------------------------------------
+   Rotary position embedding (Su et al. 2021) with the halves of Hugging Face models: in each head
+   the pair (x_i, x_{i + R/2}) turns by the angle of position p,
+
+       x_i       = x_i cos_pi - x_{i+R/2} sin_pi          0 <= i < R/2
+       x_{i+R/2} = x_{i+R/2} cos_pi + x_i sin_pi
+
+   A rotation's transpose turns back, so backward is the same with -sin. Scaling (llama3, yarn,
+   ...) is in the tables. Nothing is saved. Proof: tests/test_ops.c, rope_gradient. */
+
+/* One head; sign is 1, or -1 for the inverse. */
+static void ptst__rope__scalar(size_t half, float *x, const float *cosines, const float *sines,
+                               float sign) {
+    size_t i;
+    for (i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half], s = sign * sines[i];
+        x[i] = a * cosines[i] - b * s;
+        x[i + half] = b * cosines[i] + a * s;
+    }
+}
+
+typedef struct ptst__rope_job {
+    const struct ptst__kernels *kernels;
+    size_t T, H, D, half, ld;
+    float *x;
+    const float *cosines, *sines;
+    const int32_t *positions;
+    float sign;
+} ptst__rope_job;
+
+enum { PTST__ROPE_ROWS = 8 };
+
+static void ptst__rope_task(void *arg, size_t task, int thread) {
+    const ptst__rope_job *j = (const ptst__rope_job *)arg;
+    size_t t = task * PTST__ROPE_ROWS, end = ptst__min(t + PTST__ROPE_ROWS, j->T), h;
+    (void)thread;
+    for (; t < end; t++) {
+        size_t at = (j->positions == NULL ? t : (size_t)j->positions[t]) * j->half;
+        for (h = 0; h < j->H; h++) {
+            j->kernels->rope(j->half, j->x + t * j->ld + h * j->D, j->cosines + at, j->sines + at,
+                             j->sign);
+        }
+    }
+}
+
+PTST_API void ptst_rope(ptst_ctx *c, size_t T, size_t H, size_t D, size_t R, float *x, size_t ld,
+                        const float *cosines, const float *sines, const int32_t *positions,
+                        bool inverse) {
+    ptst__rope_job j;
+    j.kernels = c->kernels;
+    j.T = T;
+    j.H = H;
+    j.D = D;
+    j.half = R / 2;
+    j.ld = ld;
+    j.x = x;
+    j.cosines = cosines;
+    j.sines = sines;
+    j.positions = positions;
+    j.sign = inverse ? -1.0f : 1.0f;
+    ptst__parallel_for(c, ptst__ceil_div(T, PTST__ROPE_ROWS), ptst__rope_task, &j);
+}
+
+/* ---- swiglu ----------------------------------------------------------------------------------
+   For each element, with s = 1 / (1 + exp(-gate)):
+
+       y = gate s up
+       dup   = dy gate s
+       dgate = dy up s (1 + gate (1 - s))
+
+   Saved: gate and up. Recomputed: s. Cost: one exponential each way. Shazeer 2020. Proof:
+   tests/test_ops.c, swiglu_gradient. */
+
+static void ptst__swiglu__scalar(size_t n, const float *gate, const float *up, float *y) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        y[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
+    }
+}
+
+static void ptst__swiglu_backward__scalar(size_t n, const float *gate, const float *up,
+                                          const float *dy, float *dgate, float *dup) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        float g = gate[i], u = up[i], d = dy[i], s = 1 / (1 + expf(-g));
+        dup[i] = d * g * s;
+        dgate[i] = d * u * s * (1 + g * (1 - s));
+    }
+}
+
+typedef struct ptst__swiglu_job {
+    const struct ptst__kernels *kernels;
+    size_t n;
+    const float *gate, *up, *dy;
+    float *y, *dgate, *dup;
+} ptst__swiglu_job;
+
+/* Elements of a task of an operation that works element by element; a multiple of 64 so that
+   tasks do not share cache lines. */
+enum { PTST__ELEMENTS = 4096 };
+
+static void ptst__swiglu_task(void *arg, size_t task, int thread) {
+    const ptst__swiglu_job *j = (const ptst__swiglu_job *)arg;
+    size_t i = task * PTST__ELEMENTS, n = ptst__min(PTST__ELEMENTS, j->n - i);
+    (void)thread;
+    if (j->y != NULL) {
+        j->kernels->swiglu(n, j->gate + i, j->up + i, j->y + i);
+    } else {
+        j->kernels->swiglu_backward(n, j->gate + i, j->up + i, j->dy + i, j->dgate + i, j->dup + i);
+    }
+}
+
+PTST_API void ptst_swiglu_forward(ptst_ctx *c, size_t n, const float *gate, const float *up,
+                                  float *y) {
+    ptst__swiglu_job j;
+    memset(&j, 0, sizeof j);
+    j.kernels = c->kernels;
+    j.n = n;
+    j.gate = gate;
+    j.up = up;
+    j.y = y;
+    ptst__parallel_for(c, ptst__ceil_div(n, PTST__ELEMENTS), ptst__swiglu_task, &j);
+}
+
+PTST_API void ptst_swiglu_backward(ptst_ctx *c, size_t n, const float *gate, const float *up,
+                                   const float *dy, float *dgate, float *dup) {
+    ptst__swiglu_job j;
+    memset(&j, 0, sizeof j);
+    j.kernels = c->kernels;
+    j.n = n;
+    j.gate = gate;
+    j.up = up;
+    j.dy = dy;
+    j.dgate = dgate;
+    j.dup = dup;
+    ptst__parallel_for(c, ptst__ceil_div(n, PTST__ELEMENTS), ptst__swiglu_task, &j);
+}
+
+/* ---- attention -------------------------------------------------------------------------------
+   For query row i and head h of a span, and all keys j that it sees (see ptst_span):
+
+       s_j = scale sum_d q_d k_jd                                           (1)
+       lse = log sum_j exp(s_j)                                             (2)
+       p_j = exp(s_j - lse)                                                 (3)
+       out_d = sum_j p_j v_jd                                               (4)
+
+   Backward visits the steps in reverse; sum_j p_j dp_j = sum_d dout_d out_d =: delta, so the
+   softmax needs no second pass over the keys:
+
+       dv_jd += p_j dout_d                                                  (4)
+       dp_j   = sum_d dout_d v_jd                                           (4)
+       ds_j   = p_j (dp_j - delta)                                          (3, 2)
+       dq_d  += scale ds_j k_jd                                             (1)
+       dk_jd += scale ds_j q_d                                              (1)
+
+   Saved: out and lse. Recomputed: s and p. Cost: 4 D operations forward and 10 D backward for each
+   pair of a query and a key that it sees. Dao 2022 and 2023 (FlashAttention). Proof:
+   tests/test_ops.c, attention_gradient. */
+
+/* begin[b] <= j < end[b] are the keys of block b that query i of span s sees. */
+static void ptst__attention_sees(const ptst_attention *a, const ptst_span *s, size_t i,
+                                 size_t begin[2], size_t end[2]) {
+    size_t own = s->keys[1] + i + 1, seen, first;
+    own = own > s->count ? own - s->count : 0;
+    seen = s->keys[0] + own;
+    first = a->window != 0 && seen > a->window ? seen - a->window : 0;
+    begin[0] = ptst__min(first, s->keys[0]);
+    end[0] = s->keys[0];
+    begin[1] = first - begin[0];
+    end[1] = own;
+}
+
+static double ptst__dot__scalar(size_t n, const float *x, const float *y) {
+    double sum = 0;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        sum += (double)x[i] * (double)y[i];
+    }
+    return sum;
+}
+
+/* One query row and head; q [D], out [D], and the first elements of the key head in k, v. */
+static double ptst__attention_row__scalar(const ptst_attention *a, const ptst_span *s, size_t i,
+                                          size_t at, const float *q, float *out) {
+    size_t begin[2], end[2], j, d;
+    double max = -HUGE_VAL, sum = 0, lse, score;
+    int b;
+    ptst__attention_sees(a, s, i, begin, end);
+    for (b = 0; b < 2; b++) { /* (1), (2): the sum is kept relative to the largest score */
+        for (j = begin[b]; j < end[b]; j++) {
+            score = (double)a->scale * ptst__dot__scalar(a->D, q, s->k[b] + j * a->kv_ld + at);
+            if (!(score <= max)) {
+                sum *= exp(max - score);
+                max = score;
+            }
+            sum += exp(score - max);
+        }
+    }
+    lse = max + log(sum);
+    memset(out, 0, a->D * sizeof *out);
+    for (b = 0; b < 2; b++) { /* (3), (4) */
+        for (j = begin[b]; j < end[b]; j++) {
+            const float *v = s->v[b] + j * a->kv_ld + at;
+            score = (double)a->scale * ptst__dot__scalar(a->D, q, s->k[b] + j * a->kv_ld + at);
+            for (d = 0; d < a->D; d++) {
+                out[d] += (float)exp(score - lse) * v[d];
+            }
+        }
+    }
+    return lse;
+}
+
+/* The same row backward; dq [D] is written, dk and dv of the span grow. */
+static void ptst__attention_row_backward__scalar(const ptst_attention *a, const ptst_span *s,
+                                                 size_t i, size_t at, const float *q,
+                                                 const float *out, double lse, const float *dout,
+                                                 float *dq) {
+    size_t begin[2], end[2], j, d;
+    double delta = ptst__dot__scalar(a->D, dout, out);
+    int b;
+    ptst__attention_sees(a, s, i, begin, end);
+    memset(dq, 0, a->D * sizeof *dq);
+    for (b = 0; b < 2; b++) {
+        for (j = begin[b]; j < end[b]; j++) {
+            const float *k = s->k[b] + j * a->kv_ld + at, *v = s->v[b] + j * a->kv_ld + at;
+            float *dk = s->dk[b] + j * a->kv_ld + at, *dv = s->dv[b] + j * a->kv_ld + at;
+            double p = exp((double)a->scale * ptst__dot__scalar(a->D, q, k) - lse);
+            double ds = (double)a->scale * p * (ptst__dot__scalar(a->D, dout, v) - delta);
+            for (d = 0; d < a->D; d++) {
+                dv[d] += (float)p * dout[d];
+                dq[d] += (float)ds * k[d];
+                dk[d] += (float)ds * q[d];
+            }
+        }
+    }
+}
+
+typedef struct ptst__attention_job {
+    const struct ptst__kernels *kernels;
+    const ptst_attention *a;
+    const float *q, *out_in, *dout, *lse_in;
+    float *out, *lse, *dq;
+} ptst__attention_job;
+
+/* Task: one span and head. */
+static void ptst__attention_task__scalar(void *arg, size_t task, int thread) {
+    const ptst__attention_job *j = (const ptst__attention_job *)arg;
+    const ptst_attention *a = j->a;
+    const ptst_span *s = &a->spans[task / a->H];
+    size_t h = task % a->H, at = h / (a->H / a->K) * a->D, i;
+    (void)thread;
+    for (i = 0; i < s->count; i++) {
+        size_t row = s->query + i;
+        double lse = ptst__attention_row__scalar(a, s, i, at, j->q + row * a->q_ld + h * a->D,
+                                                 j->out + (row * a->H + h) * a->D);
+        if (j->lse != NULL) {
+            j->lse[row * a->H + h] = (float)lse;
+        }
+    }
+}
+
+/* Task: one key head with all its query heads, over all spans in order. */
+static void ptst__attention_backward_task__scalar(void *arg, size_t task, int thread) {
+    const ptst__attention_job *j = (const ptst__attention_job *)arg;
+    const ptst_attention *a = j->a;
+    size_t group = a->H / a->K, n, g, i;
+    (void)thread;
+    for (n = 0; n < a->spans_count; n++) {
+        const ptst_span *s = &a->spans[n];
+        for (i = 0; i < s->count; i++) {
+            for (g = 0; g < group; g++) {
+                size_t row = s->query + i, h = task * group + g, at = (row * a->H + h) * a->D;
+                ptst__attention_row_backward__scalar(
+                    a, s, i, task * a->D, j->q + row * a->q_ld + h * a->D, j->out_in + at,
+                    (double)j->lse_in[row * a->H + h], j->dout + at,
+                    j->dq + row * a->q_ld + h * a->D);
+            }
+        }
+    }
+}
+
+PTST_API void ptst_attention_forward(ptst_ctx *c, const ptst_attention *a, const float *q,
+                                     float *out, float *lse) {
+    ptst__attention_job j;
+    memset(&j, 0, sizeof j);
+    j.kernels = c->kernels;
+    j.a = a;
+    j.q = q;
+    j.out = out;
+    j.lse = lse;
+    ptst__parallel_for(c, a->spans_count * a->H, ptst__attention_task__scalar, &j);
+}
+
+/* Bytes of scratch for the backward pass over any spans with at most `rows` rows of queries and
+   `keys` different rows of keys. */
+static size_t ptst__attention_scratch(size_t H, size_t D, size_t rows, size_t keys, size_t spans) {
+    return (2 * rows + 2 * keys) * H * D * sizeof(float) + (spans + 1) * 2 * 64;
+}
+
+PTST_API size_t ptst_attention_backward_scratch(const ptst_attention *a) {
+    size_t rows = 0, keys = 0, n;
+    for (n = 0; n < a->spans_count; n++) {
+        const ptst_span *s = &a->spans[n];
+        rows = s->query + s->count > rows ? s->query + s->count : rows;
+        keys += s->keys[0] + s->keys[1];
+    }
+    return ptst__attention_scratch(a->H, a->D, rows, keys, a->spans_count);
+}
+
+PTST_API void ptst_attention_backward(ptst_ctx *c, const ptst_attention *a, const float *q,
+                                      const float *out, const float *lse, const float *dout,
+                                      float *dq, void *scratch) {
+    ptst__attention_job j;
+    memset(&j, 0, sizeof j);
+    j.kernels = c->kernels;
+    j.a = a;
+    j.q = q;
+    j.out_in = out;
+    j.lse_in = lse;
+    j.dout = dout;
+    j.dq = dq;
+    (void)scratch;
+    ptst__parallel_for(c, a->K, ptst__attention_backward_task__scalar, &j);
+}
+
+/* ---- cross-entropy ---------------------------------------------------------------------------
+   One row of logits x [V] with label y:
+
+       lse  = max + log sum_i exp(x_i - max)                                (1)
+       loss = lse - x_y                                                     (2)
+       dx_i = (exp(x_i - lse) - [i = y]) scale                              (2, 1)
+
+   The gradient overwrites the logits, the largest buffer of a step. Cost: one exponential for the
+   loss alone, none more for the gradient. Proof: tests/test_ops.c, cross_entropy_gradient. */
+
+static double ptst__cross_entropy__scalar(size_t V, float *x, size_t label, float scale) {
+    double sum = 0, loss;
+    float max = x[0];
+    size_t i;
+    for (i = 1; i < V; i++) {
+        max = x[i] > max ? x[i] : max;
+    }
+    for (i = 0; i < V; i++) {
+        sum += exp((double)x[i] - (double)max);
+    }
+    loss = (double)max + log(sum) - (double)x[label];
+    for (i = 0; i < V && scale != 0; i++) {
+        double p = exp((double)x[i] - (double)max) / sum;
+        x[i] = (float)((p - (i == label ? 1 : 0)) * (double)scale);
+    }
+    return loss;
+}
+
+typedef struct ptst__cross_entropy_job {
+    const struct ptst__kernels *kernels;
+    size_t V;
+    float *logits;
+    const int32_t *labels;
+    double *losses;
+    float scale;
+} ptst__cross_entropy_job;
+
+static void ptst__cross_entropy_task(void *arg, size_t r, int thread) {
+    const ptst__cross_entropy_job *j = (const ptst__cross_entropy_job *)arg;
+    float *x = j->logits + r * j->V;
+    (void)thread;
+    if (j->labels[r] >= 0 && (size_t)j->labels[r] < j->V) {
+        j->losses[r] = j->kernels->cross_entropy(j->V, x, (size_t)j->labels[r], j->scale);
+        return;
+    }
+    j->losses[r] = 0;
+    if (j->scale != 0) {
+        memset(x, 0, j->V * sizeof *x);
+    }
+}
+
+PTST_API void ptst_cross_entropy(ptst_ctx *c, size_t rows, size_t V, float *logits,
+                                 const int32_t *labels, double *losses, float scale) {
+    ptst__cross_entropy_job j;
+    j.kernels = c->kernels;
+    j.V = V;
+    j.logits = logits;
+    j.labels = labels;
+    j.losses = losses;
+    j.scale = scale;
+    ptst__parallel_for(c, rows, ptst__cross_entropy_task, &j);
+}
+
+/* ---- adamw -----------------------------------------------------------------------------------
+   torch.optim.AdamW (Loshchilov and Hutter 2019; weight decay apart from the gradient), step t:
+
+       g = grad_scale grad
+       w = w (1 - lr weight_decay)
+       m = m + (1 - beta1) (g - m)
+       v = beta2 v + (1 - beta2) g^2
+       w = w - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+   Cost: 4 arrays read, 3 written: bound by memory. Proof: tests/test_ops.c, adamw_steps. */
+
+/* The factors of one step, rounded once from double as PyTorch does it. */
+typedef struct ptst__adamw_factors {
+    float grad_scale, keep, one_beta1, beta2, one_beta2, step_size, root, eps;
+} ptst__adamw_factors;
+
+static void ptst__adamw__scalar(size_t n, float *w, const float *g, float *m, float *v,
+                                const ptst__adamw_factors *f) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        float gradient = f->grad_scale * g[i];
+        m[i] += f->one_beta1 * (gradient - m[i]);
+        v[i] = f->beta2 * v[i] + f->one_beta2 * (gradient * gradient);
+        w[i] = w[i] * f->keep - f->step_size * (m[i] / (sqrtf(v[i]) / f->root + f->eps));
+    }
+}
+
+typedef struct ptst__adamw_job {
+    const struct ptst__kernels *kernels;
+    size_t n;
+    float *w, *m, *v;
+    const float *g;
+    ptst__adamw_factors factors;
+} ptst__adamw_job;
+
+static void ptst__adamw_task(void *arg, size_t task, int thread) {
+    const ptst__adamw_job *j = (const ptst__adamw_job *)arg;
+    size_t i = task * PTST__ELEMENTS, n = ptst__min(PTST__ELEMENTS, j->n - i);
+    (void)thread;
+    j->kernels->adamw(n, j->w + i, j->g + i, j->m + i, j->v + i, &j->factors);
+}
+
+PTST_API void ptst_adamw(ptst_ctx *c, size_t n, float *w, const float *g, float *m, float *v,
+                         double lr, double beta1, double beta2, double eps, double weight_decay,
+                         uint64_t step, double grad_scale) {
+    ptst__adamw_job j;
+    ptst__adamw_factors *f = &j.factors;
+    j.kernels = c->kernels;
+    j.n = n;
+    j.w = w;
+    j.g = g;
+    j.m = m;
+    j.v = v;
+    f->grad_scale = (float)grad_scale;
+    f->keep = (float)(1 - lr * weight_decay);
+    f->one_beta1 = (float)(1 - beta1);
+    f->beta2 = (float)beta2;
+    f->one_beta2 = (float)(1 - beta2);
+    f->step_size = (float)(lr / (1 - pow(beta1, (double)step)));
+    f->root = (float)sqrt(1 - pow(beta2, (double)step));
+    f->eps = (float)eps;
+    ptst__parallel_for(c, ptst__ceil_div(n, PTST__ELEMENTS), ptst__adamw_task, &j);
+}
+
+/* ---- sums and multiples of vectors ---- */
+
+static double ptst__sum_squares__scalar(size_t n, const float *x) {
+    return ptst__dot__scalar(n, x, x);
+}
+
+static void ptst__axpy__scalar(size_t n, float alpha, const float *x, float *y) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        y[i] += alpha * x[i];
+    }
+}
+
+/* Number of partial sums of ptst__sum_squares, whatever the number of threads. */
+enum { PTST__PARTS = 256 };
+
+typedef struct ptst__vector_job {
+    const struct ptst__kernels *kernels;
+    size_t n, part;
+    float alpha;
+    const float *x;
+    float *y;
+    double sums[PTST__PARTS];
+} ptst__vector_job;
+
+static void ptst__sum_squares_task(void *arg, size_t task, int thread) {
+    ptst__vector_job *j = (ptst__vector_job *)arg;
+    size_t i = task * j->part;
+    (void)thread;
+    j->sums[task] = j->kernels->sum_squares(ptst__min(j->part, j->n - i), j->x + i);
+}
+
+static void ptst__axpy_task(void *arg, size_t task, int thread) {
+    const ptst__vector_job *j = (const ptst__vector_job *)arg;
+    size_t i = task * PTST__ELEMENTS;
+    (void)thread;
+    j->kernels->axpy(ptst__min(PTST__ELEMENTS, j->n - i), j->alpha, j->x + i, j->y + i);
+}
+
+/* sum_i x_i^2 in double, always in the same order. */
+PTST__UNUSED static double ptst__sum_squares(ptst_ctx *c, size_t n, const float *x) {
+    ptst__vector_job j;
+    size_t i, parts;
+    double sum = 0;
+    j.kernels = c->kernels;
+    j.n = n;
+    j.x = x;
+    j.part = ptst__ceil_div(ptst__ceil_div(n, PTST__PARTS), 64) * 64;
+    parts = n == 0 ? 0 : ptst__ceil_div(n, j.part);
+    ptst__parallel_for(c, parts, ptst__sum_squares_task, &j);
+    for (i = 0; i < parts; i++) {
+        sum += j.sums[i];
+    }
+    return sum;
+}
+
+/* y += alpha x; x may be y. */
+PTST__UNUSED static void ptst__axpy(ptst_ctx *c, size_t n, float alpha, const float *x, float *y) {
+    ptst__vector_job j;
+    j.kernels = c->kernels;
+    j.n = n;
+    j.alpha = alpha;
+    j.x = x;
+    j.y = y;
+    ptst__parallel_for(c, ptst__ceil_div(n, PTST__ELEMENTS), ptst__axpy_task, &j);
+}
+
 /* ---- choice of kernels, context ---- */
 
 static const struct ptst__kernels ptst__kernels_scalar = {
@@ -3246,6 +5802,16 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     ptst__tile__scalar,
     ptst__dots__scalar,
     ptst__peak__scalar,
+    ptst__rmsnorm__scalar,
+    ptst__rmsnorm_backward__scalar,
+    ptst__rmsnorm_dw__scalar,
+    ptst__rope__scalar,
+    ptst__swiglu__scalar,
+    ptst__swiglu_backward__scalar,
+    ptst__cross_entropy__scalar,
+    ptst__adamw__scalar,
+    ptst__sum_squares__scalar,
+    ptst__axpy__scalar,
 };
 #if PTST__X86
 static const struct ptst__kernels ptst__kernels_avx2 = {
@@ -3260,6 +5826,16 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     ptst__tile__avx2,
     ptst__dots__avx2,
     ptst__peak__avx2,
+    ptst__rmsnorm__scalar,
+    ptst__rmsnorm_backward__scalar,
+    ptst__rmsnorm_dw__scalar,
+    ptst__rope__scalar,
+    ptst__swiglu__scalar,
+    ptst__swiglu_backward__scalar,
+    ptst__cross_entropy__scalar,
+    ptst__adamw__scalar,
+    ptst__sum_squares__scalar,
+    ptst__axpy__scalar,
 };
 static const struct ptst__kernels ptst__kernels_avx512 = {
     "avx512",
@@ -3269,10 +5845,20 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     16,
     32,
     ptst__pack_rows__avx512,
-    ptst__pack_cols__avx2,
+    ptst__pack_cols__avx512,
     ptst__tile__avx512,
     ptst__dots__avx512,
     ptst__peak__avx512,
+    ptst__rmsnorm__scalar,
+    ptst__rmsnorm_backward__scalar,
+    ptst__rmsnorm_dw__scalar,
+    ptst__rope__scalar,
+    ptst__swiglu__scalar,
+    ptst__swiglu_backward__scalar,
+    ptst__cross_entropy__scalar,
+    ptst__adamw__scalar,
+    ptst__sum_squares__scalar,
+    ptst__axpy__scalar,
 };
 #elif PTST__NEON
 static const struct ptst__kernels ptst__kernels_neon = {
@@ -3287,6 +5873,16 @@ static const struct ptst__kernels ptst__kernels_neon = {
     ptst__tile__neon,
     ptst__dots__neon,
     ptst__peak__neon,
+    ptst__rmsnorm__scalar,
+    ptst__rmsnorm_backward__scalar,
+    ptst__rmsnorm_dw__scalar,
+    ptst__rope__scalar,
+    ptst__swiglu__scalar,
+    ptst__swiglu_backward__scalar,
+    ptst__cross_entropy__scalar,
+    ptst__adamw__scalar,
+    ptst__sum_squares__scalar,
+    ptst__axpy__scalar,
 };
 #endif
 
