@@ -11,6 +11,7 @@
 #include "../ptst.h"
 
 #include <signal.h>
+#include <sys/resource.h>
 
 enum { EXIT_WORK = 1, EXIT_CALL = 2, EXIT_INTERRUPT = 130 };
 
@@ -883,7 +884,7 @@ static const option judge_export_options[] = {
     {"--answers", "FILE", NULL, "JSON lines with prompt and answer"},
     {"--judge", "NAME", "qi2023", "judge prompt"},
     {"--judge-model", "NAME", "gpt-4-0613", "model named in the requests"},
-    {"--out", "FILE", NULL, "OpenAI batch request lines; default: the screen"},
+    {"--out", "FILE", NULL, "OpenAI batch request lines"},
     OPTIONS_COMMON,
     OPTION_END,
 };
@@ -946,6 +947,1080 @@ static const option bench_generate_options[] = {
     OPTIONS_COMMON,
     OPTION_END,
 };
+
+/* Reads a JSON file that the user named; NULL after the sentence and the exit code. */
+static ptst_json *load_json(args *a, const char *path, int *code) {
+    ptst_json *j;
+    *code = EXIT_CALL;
+    if (!exists(a, path)) {
+        return NULL;
+    }
+    j = ptst_json_load(a->c, path);
+    *code = j == NULL ? failed(a) : 0;
+    return j;
+}
+
+/* A template by name or path; NULL after the sentence and the exit code (2 for an unknown name). */
+static ptst_template *load_template(args *a, const char *name, const char *model, int *code) {
+    ptst_template *t = ptst_template_load(a->c, name, model);
+    *code = 0;
+    if (t == NULL) {
+        *code = failed(a);
+        if (ptst_error_code(a->c) == PTST_ERR_NOT_FOUND) {
+            *code = EXIT_CALL;
+        }
+    }
+    return t;
+}
+
+static int command_render(args *a) {
+    const char *question, *messages = get(a, "--messages"), *context = get(a, "--context");
+    ptst_prompt prompt;
+    ptst_template *t;
+    ptst_json *j = NULL;
+    ptst_code done = PTST_OK;
+    int code = 0;
+    memset(&prompt, 0, sizeof prompt);
+    if (!need(a, "--template") || !one_argument(a, "question", &question) ||
+        !exists(a, get(a, "--model"))) {
+        return EXIT_CALL;
+    }
+    if ((question != NULL) + (messages != NULL) + (context != NULL) != 1) {
+        return bad_call("render: a question, --messages FILE or --context FILE was expected");
+    }
+    if (question == NULL) {
+        j = load_json(a, messages != NULL ? messages : context, &code);
+    }
+    t = code != 0 ? NULL : load_template(a, get(a, "--template"), get(a, "--model"), &code);
+    if (code == 0) {
+        done = question != NULL ? ptst_template_prompt(a->c, t, question, strlen(question), &prompt)
+               : messages != NULL
+                   ? ptst_template_messages(a->c, t, j, given(a, "--add-generation-prompt"), &prompt)
+                   : ptst_template_context(a->c, t, j, &prompt);
+        code = done == PTST_OK ? 0 : failed(a);
+    }
+    if (code == 0 && prompt.text.size != 0) {
+        fwrite(prompt.text.data, 1, prompt.text.size, stdout);
+    }
+    ptst_prompt_free(a->c, &prompt);
+    ptst_template_free(a->c, t);
+    ptst_json_free(a->c, j);
+    return code;
+}
+
+/* ================================================================= model and adapter as given */
+
+typedef struct loaded {
+    ptst_model *model;
+    ptst_adapter *adapter; /* NULL = none */
+    ptst_tokenizer *tokenizer;
+} loaded;
+
+static void unload(args *a, loaded *l) {
+    ptst_tokenizer_free(a->c, l->tokenizer);
+    ptst_adapter_free(a->c, l->adapter);
+    ptst_model_free(a->c, l->model);
+}
+
+/* Loads what --model, --adapter and --dtype name; 0, or the exit code after a sentence. */
+static int load(args *a, loaded *l, bool tokenizer) {
+    ptst_dtype dtype;
+    memset(l, 0, sizeof *l);
+    if (!need(a, "--model") || !exists(a, get(a, "--model")) || !exists(a, get(a, "--adapter")) ||
+        !get_dtype(a, &dtype)) {
+        return EXIT_CALL;
+    }
+    l->model = ptst_model_load(a->c, get(a, "--model"), dtype);
+    if (l->model != NULL && get(a, "--adapter") != NULL) {
+        l->adapter = ptst_adapter_load(a->c, l->model, get(a, "--adapter"));
+    }
+    if (l->model == NULL || (get(a, "--adapter") != NULL && l->adapter == NULL)) {
+        int code = failed(a);
+        unload(a, l);
+        return code == EXIT_CALL ? EXIT_WORK : code;
+    }
+    if (tokenizer) {
+        l->tokenizer = ptst_tokenizer_load(a->c, get(a, "--model"));
+        if (l->tokenizer == NULL) {
+            unload(a, l);
+            failed(a);
+            return EXIT_WORK;
+        }
+    }
+    return 0;
+}
+
+/* "1,2,3" to ids below limit. */
+static bool read_ids(args *a, const char *s, int32_t limit, ptst_ids *out) {
+    while (*s != 0) {
+        char *end;
+        long id = strtol(s, &end, 10);
+        if (end == s || id < 0 || id >= limit || (*end != ',' && *end != ' ' && *end != 0)) {
+            bad_call("%s: --ids %.40s: ids from 0 to %ld, separated by commas, were expected",
+                     a->command, s, (long)limit - 1);
+            return false;
+        }
+        if (ptst_ids_append(a->c, out, (int32_t)id) != PTST_OK) {
+            failed(a);
+            return false;
+        }
+        s = end;
+        while (*s == ',' || *s == ' ') {
+            s++;
+        }
+    }
+    if (out->count == 0) {
+        bad_call("%s: --ids: at least one id was expected", a->command);
+    }
+    return out->count != 0;
+}
+
+static int command_logits(args *a) {
+    ptst_ids ids = {NULL, 0, 0};
+    ptst_session *s = NULL;
+    ptst_session_desc desc;
+    ptst_tensor tensor;
+    ptst_chunk chunk;
+    loaded l;
+    int code = !need(a, "--ids") || !need(a, "--out") ? EXIT_CALL : load(a, &l, false);
+    if (code != 0) {
+        return code;
+    }
+    memset(&desc, 0, sizeof desc);
+    memset(&tensor, 0, sizeof tensor);
+    if (!read_ids(a, get(a, "--ids"), ptst_model_config(l.model)->vocab_size, &ids)) {
+        code = EXIT_CALL;
+    }
+    desc.capacity = desc.batch_tokens = desc.logit_rows = ids.count;
+    chunk.slot = 0;
+    chunk.tokens = ids.data;
+    chunk.count = ids.count;
+    chunk.logits = PTST_LOGITS_ALL;
+    if (code == 0) {
+        s = ptst_session_new(a->c, l.model, l.adapter, &desc);
+        code = s == NULL || ptst_eval(a->c, s, &chunk, 1) != PTST_OK ? failed(a) : 0;
+    }
+    if (code == 0) {
+        tensor.name = "logits";
+        tensor.dtype = PTST_F32;
+        tensor.rank = 2;
+        tensor.shape[0] = ids.count;
+        tensor.shape[1] = (uint64_t)ptst_model_config(l.model)->vocab_size;
+        tensor.data = ptst_logits(s, 0); /* rows lie one after the other */
+        code = ptst_tensors_write(a->c, get(a, "--out"), &tensor, 1, NULL) == PTST_OK ? 0
+                                                                                      : failed(a);
+    }
+    ptst_session_free(a->c, s);
+    ptst_ids_free(a->c, &ids);
+    unload(a, &l);
+    return code;
+}
+
+static int command_merge(args *a) {
+    if (!need(a, "--model") || !need(a, "--adapter") || !need(a, "--out") ||
+        !exists(a, get(a, "--model")) || !exists(a, get(a, "--adapter"))) {
+        return EXIT_CALL;
+    }
+    return ptst_merge(a->c, get(a, "--model"), get(a, "--adapter"), get(a, "--out")) == PTST_OK
+               ? 0
+               : failed(a);
+}
+
+/* ========================================================================= info and check ==== */
+
+enum kind { KIND_UNKNOWN, KIND_MODEL, KIND_ADAPTER, KIND_TENSORS, KIND_JSON, KIND_JSONL, KIND_JINJA };
+
+static bool ends_with(const char *s, const char *end) {
+    size_t n = strlen(s), m = strlen(end);
+    return n >= m && strcmp(s + n - m, end) == 0;
+}
+
+static bool file_in(args *a, const char *folder, const char *name) {
+    ptst_text path = {NULL, 0, 0};
+    bool there = ptst__path_join(a->c, &path, folder, name) == PTST_OK &&
+                 ptst__path_kind(path.data) == 1;
+    ptst_text_free(a->c, &path);
+    return there;
+}
+
+static enum kind kind_of(args *a, const char *path) {
+    if (ptst__path_kind(path) == 2) {
+        return file_in(a, path, "adapter_config.json") ? KIND_ADAPTER
+               : file_in(a, path, "config.json")       ? KIND_MODEL
+                                                       : KIND_UNKNOWN;
+    }
+    return ends_with(path, ".safetensors") || ends_with(path, ".safetensors.index.json")
+               ? KIND_TENSORS
+           : ends_with(path, ".jsonl") ? KIND_JSONL
+           : ends_with(path, ".json")  ? KIND_JSON
+           : ends_with(path, ".jinja") ? KIND_JINJA
+                                       : KIND_UNKNOWN;
+}
+
+static ptst_code check_jsonl(args *a, const char *path) {
+    ptst_text text = {NULL, 0, 0};
+    size_t at = 0, number = 1;
+    ptst_code code = ptst__read_file(a->c, path, &text);
+    for (; code == PTST_OK && at < text.size; number++) {
+        const char *end = (const char *)memchr(text.data + at, '\n', text.size - at);
+        size_t n = end == NULL ? text.size - at : (size_t)(end - (text.data + at));
+        char name[600];
+        ptst_json *j;
+        snprintf(name, sizeof name, "row %llu", (unsigned long long)number);
+        j = ptst_json_parse(a->c, text.data + at, n, name);
+        code = j == NULL ? ptst_error_code(a->c) : PTST_OK;
+        ptst_json_free(a->c, j);
+        at += n + 1;
+    }
+    ptst_text_free(a->c, &text);
+    return code;
+}
+
+static ptst_code check_tensors(args *a, const char *path) {
+    ptst_tensors *t = ptst_tensors_open(a->c, path);
+    ptst_tensors_close(a->c, t);
+    return t == NULL ? ptst_error_code(a->c) : PTST_OK;
+}
+
+static ptst_code check_jinja(args *a, const char *path) {
+    ptst_text text = {NULL, 0, 0};
+    ptst_jinja *t = NULL;
+    ptst_code code = ptst__read_file(a->c, path, &text);
+    if (code == PTST_OK) {
+        t = ptst_jinja_compile(a->c, text.data == NULL ? "" : text.data, text.size, path);
+        code = t == NULL ? ptst_error_code(a->c) : PTST_OK;
+    }
+    ptst_jinja_free(a->c, t);
+    ptst_text_free(a->c, &text);
+    return code;
+}
+
+/* A model folder: weights fit the configuration, the tokenizer fits the vocabulary, the chat
+   template (if there is one) compiles. */
+static ptst_code check_model(args *a, const char *path) {
+    ptst_model *m = ptst_model_load(a->c, path, PTST_DTYPE_FILE);
+    ptst_tokenizer *t = NULL;
+    ptst_template *chat = NULL;
+    ptst_code code = m == NULL ? ptst_error_code(a->c) : PTST_OK;
+    if (code == PTST_OK && file_in(a, path, "tokenizer.json")) {
+        t = ptst_tokenizer_load(a->c, path);
+        code = t == NULL ? ptst_error_code(a->c) : PTST_OK;
+    }
+    if (code == PTST_OK && t != NULL && ptst_vocab_size(t) > ptst_model_config(m)->vocab_size) {
+        code = ptst__fail(a->c, PTST_ERR_MISMATCH,
+                          "tokenizer.json has %d tokens, the model only %d embeddings",
+                          (int)ptst_vocab_size(t), (int)ptst_model_config(m)->vocab_size);
+    }
+    if (code == PTST_OK && file_in(a, path, "chat_template.jinja")) {
+        chat = ptst_template_load(a->c, "model:none", path);
+        code = chat == NULL ? ptst_error_code(a->c) : PTST_OK;
+    }
+    ptst_template_free(a->c, chat);
+    ptst_tokenizer_free(a->c, t);
+    ptst_model_free(a->c, m);
+    return code;
+}
+
+/* An adapter folder by itself: its tensors are readable and its configuration is JSON; whether it
+   fits is known once the model is. */
+static ptst_code check_adapter(args *a, const char *path) {
+    ptst_text name = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    ptst_code code = ptst__path_join(a->c, &name, path, "adapter_config.json");
+    if (code == PTST_OK) {
+        j = ptst_json_load(a->c, name.data);
+        code = j == NULL ? ptst_error_code(a->c) : PTST_OK;
+    }
+    if (code == PTST_OK && ptst_json_get(j, 0, "peft_type") < 0) {
+        code = ptst__fail(a->c, PTST_ERR_FORMAT, "%s: the key peft_type is missing", name.data);
+    }
+    if (code == PTST_OK) {
+        code = ptst__path_join(a->c, &name, path, "adapter_model.safetensors");
+    }
+    if (code == PTST_OK) {
+        code = check_tensors(a, name.data);
+    }
+    ptst_json_free(a->c, j);
+    ptst_text_free(a->c, &name);
+    return code;
+}
+
+static ptst_code check_path(args *a, const char *path) {
+    ptst_json *j;
+    switch (kind_of(a, path)) {
+    case KIND_MODEL: return check_model(a, path);
+    case KIND_ADAPTER: return check_adapter(a, path);
+    case KIND_TENSORS: return check_tensors(a, path);
+    case KIND_JSONL: return check_jsonl(a, path);
+    case KIND_JINJA: return check_jinja(a, path);
+    case KIND_JSON:
+        j = ptst_json_load(a->c, path);
+        ptst_json_free(a->c, j);
+        return j == NULL ? ptst_error_code(a->c) : PTST_OK;
+    default:
+        return ptst__fail(a->c, PTST_ERR_UNSUPPORTED,
+                          "nothing that can be checked: .json, .jsonl, .safetensors, .jinja, a "
+                          "model or an adapter folder was expected");
+    }
+}
+
+static int command_check(args *a) {
+    int i, code = 0;
+    if (a->rest_count == 0) {
+        return bad_call("check: at least one path was expected");
+    }
+    for (i = 0; i < a->rest_count; i++) {
+        if (!exists(a, a->rest[i])) {
+            return EXIT_CALL;
+        }
+    }
+    for (i = 0; i < a->rest_count; i++) {
+        if (check_path(a, a->rest[i]) != PTST_OK) {
+            const char *reason = ptst_error_text(a->c);
+            size_t n = strlen(a->rest[i]);
+            if (strncmp(reason, a->rest[i], n) == 0 && reason[n] == ':') {
+                reason += n + 1; /* it already begins with the path */
+                reason += *reason == ' ';
+            }
+            printf("%s: %s\n", a->rest[i], reason);
+            code = EXIT_WORK;
+        }
+    }
+    return code;
+}
+
+static const char *dtype_text(ptst_dtype d) {
+    static const char *const names[] = {"other", "F32", "F16", "BF16", "I8", "I4"};
+    return names[d];
+}
+
+/* The tensors of a file or folder, one line each. */
+static int info_tensors(args *a, const char *path) {
+    ptst_tensors *t = ptst_tensors_open(a->c, path);
+    uint64_t bytes = 0;
+    size_t i;
+    int k;
+    if (t == NULL) {
+        failed(a);
+        return EXIT_WORK;
+    }
+    for (i = 0; i < ptst_tensors_count(t); i++) {
+        const ptst_tensor *x = ptst_tensors_at(t, i);
+        bytes += x->bytes;
+        if (!given(a, "--json")) {
+            printf("%-60s %-5s [", x->name, x->dtype_name);
+            for (k = 0; k < x->rank; k++) {
+                printf("%s%llu", k == 0 ? "" : ", ", (unsigned long long)x->shape[k]);
+            }
+            printf("]\n");
+        }
+    }
+    printf(given(a, "--json") ? "{\"kind\": \"safetensors\", \"tensors\": %llu, \"bytes\": %llu}\n"
+                              : "%llu tensors, %llu bytes\n",
+           (unsigned long long)ptst_tensors_count(t), (unsigned long long)bytes);
+    ptst_tensors_close(a->c, t);
+    return 0;
+}
+
+static int info_model(args *a, const char *path) {
+    ptst_model *m = ptst_model_load(a->c, path, PTST_DTYPE_FILE);
+    const ptst_config *k;
+    ptst_session_desc desc;
+    double session;
+    if (m == NULL) {
+        failed(a);
+        return EXIT_WORK;
+    }
+    memset(&desc, 0, sizeof desc);
+    k = ptst_model_config(m);
+    session = (double)ptst_session_bytes(m, NULL, &desc);
+    if (given(a, "--json")) {
+        printf("{\"kind\": \"model\", \"supported\": true, \"model_type\": \"%s\", \"parameters\": "
+               "%llu, \"bytes\": %llu, \"vocab_size\": %d, \"hidden_size\": %d, "
+               "\"num_hidden_layers\": %d, \"max_position_embeddings\": %d, \"session_bytes\": "
+               "%.0f}\n",
+               k->model_type, (unsigned long long)ptst_model_parameters(m),
+               (unsigned long long)ptst_model_bytes(m), (int)k->vocab_size, (int)k->hidden_size,
+               (int)k->num_hidden_layers, (int)k->max_position_embeddings, session);
+    } else {
+        printf("model type      %s (supported)\n", k->model_type);
+        printf("parameters      %llu, %.1f MB\n", (unsigned long long)ptst_model_parameters(m),
+               1e-6 * (double)ptst_model_bytes(m));
+        printf("layers          %d of %d, %d heads, %d key-value heads, feed-forward %d\n",
+               (int)k->num_hidden_layers, (int)k->hidden_size, (int)k->num_attention_heads,
+               (int)k->num_key_value_heads, (int)k->intermediate_size);
+        printf("vocabulary      %d%s\n", (int)k->vocab_size,
+               k->tie_word_embeddings ? ", head tied to the embedding" : "");
+        printf("context         %d tokens, rope %s, theta %g\n", (int)k->max_position_embeddings,
+               k->rope_type, k->rope_theta);
+        printf("one session     %.1f MB besides the weights\n", 1e-6 * session);
+        printf("tokenizer       %s\n", file_in(a, path, "tokenizer.json") ? "tokenizer.json" : "none");
+    }
+    ptst_model_free(a->c, m);
+    return 0;
+}
+
+static int info_adapter(args *a, const char *path) {
+    ptst_text name = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    const char *base;
+    if (ptst__path_join(a->c, &name, path, "adapter_config.json") == PTST_OK) {
+        j = ptst_json_load(a->c, name.data);
+    }
+    ptst_text_free(a->c, &name);
+    if (j == NULL) {
+        failed(a);
+        return EXIT_WORK;
+    }
+    base = ptst_json_string(j, ptst_json_get(j, 0, "base_model_name_or_path"), NULL);
+    printf(given(a, "--json")
+               ? "{\"kind\": \"adapter\", \"r\": %.0f, \"lora_alpha\": %g}\n"
+               : "PEFT adapter    rank %.0f, alpha %g\n",
+           ptst_json_number(j, ptst_json_get(j, 0, "r"), 8),
+           ptst_json_number(j, ptst_json_get(j, 0, "lora_alpha"), 8));
+    if (!given(a, "--json")) {
+        printf("base model      %s\n", base == NULL ? "not named" : base);
+    }
+    ptst_json_free(a->c, j);
+    return info_tensors(a, path);
+}
+
+static int command_info(args *a) {
+    const char *path;
+    if (!one_argument(a, "path", &path)) {
+        return EXIT_CALL;
+    }
+    if (path == NULL) {
+        return bad_call("info: a file or folder was expected");
+    }
+    if (!exists(a, path)) {
+        return EXIT_CALL;
+    }
+    switch (kind_of(a, path)) {
+    case KIND_MODEL: return info_model(a, path);
+    case KIND_ADAPTER: return info_adapter(a, path);
+    case KIND_TENSORS: return info_tensors(a, path);
+    default:
+        if (check_path(a, path) != PTST_OK) {
+            failed(a);
+            return EXIT_WORK;
+        }
+        printf(given(a, "--json") ? "{\"kind\": \"file\", \"valid\": true}\n" : "valid\n");
+        return 0;
+    }
+}
+
+/* ================================================================================== eval ==== */
+
+/* {"metric": ..., "k": ..., ...} on one line. */
+static void print_rate(const char *before, const char *metric, ptst_rate r) {
+    printf("{\"metric\": \"%s%s\", \"k\": %llu, \"n\": %llu, \"value\": %.6g, \"low\": %.6g, "
+           "\"high\": %.6g}\n",
+           before, metric, (unsigned long long)r.k, (unsigned long long)r.n, r.value, r.low, r.high);
+}
+
+/* Rows of --answers: 0, or the exit code after a sentence. */
+static int load_answers(args *a, ptst_rows **out) {
+    ptst_rows_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.need_answer = true;
+    *out = NULL;
+    if (!need(a, "--answers") || !exists(a, get(a, "--answers"))) {
+        return EXIT_CALL;
+    }
+    *out = ptst_rows_load(a->c, get(a, "--answers"), &desc);
+    return *out == NULL ? failed(a) : 0;
+}
+
+/* Next name of a comma-separated list into buffer; false at the end. */
+static bool next_name(const char **list, char *buffer, size_t size) {
+    size_t n = strcspn(*list, ",");
+    if (n == 0 && **list == 0) {
+        return false;
+    }
+    snprintf(buffer, size, "%.*s", (int)n, *list);
+    *list += n + ((*list)[n] == ',');
+    return true;
+}
+
+/* One line of --verdicts: {"prompt": ..., NAME: VALUE}. */
+static ptst_code add_verdict(args *a, ptst_text *out, const ptst_row *row, const char *name,
+                             const char *value) {
+    ptst_code code = ptst__text_add(a->c, out, "{\"prompt\": ");
+    if (code == PTST_OK) {
+        code = ptst__json_quote(a->c, out, row->prompt, row->prompt_size);
+    }
+    return code == PTST_OK ? ptst__text_format(a->c, out, ", \"%s\": %s}\n", name, value) : code;
+}
+
+static int command_eval_refusal(args *a) {
+    const char *lists = get(a, "--list"), *rest = lists;
+    ptst_rows *rows;
+    result verdicts;
+    char list[64], metric[96];
+    size_t i, n;
+    int code;
+    while (next_name(&rest, list, sizeof list)) {
+        if (ptst_refusal(list, "", 0) < 0) {
+            return bad_call("eval refusal: --list %s: qi2023, qi2025, jailbreakbench, xstest or "
+                            "ptst was expected",
+                            list);
+        }
+    }
+    if (given(a, "--verdicts") && strchr(lists, ',') != NULL) {
+        return bad_call("eval refusal: --verdicts goes with one --list");
+    }
+    code = load_answers(a, &rows);
+    if (code == 0) {
+        code = open_result(a, &verdicts, given(a, "--verdicts") ? get(a, "--verdicts") : NULL);
+    }
+    if (code != 0) {
+        ptst_rows_free(a->c, rows);
+        return code;
+    }
+    n = ptst_rows_count(rows);
+    for (rest = lists; code == 0 && next_name(&rest, list, sizeof list);) {
+        size_t k = 0;
+        for (i = 0; i < n && code == 0; i++) {
+            const ptst_row *row = ptst_rows_at(rows, i);
+            int refused = ptst_refusal(list, row->answer, row->answer_size);
+            k += refused == 0;
+            if (verdicts.file && add_verdict(a, &verdicts.text, row, "refused",
+                                             refused ? "true" : "false") != PTST_OK) {
+                code = failed(a);
+            }
+        }
+        snprintf(metric, sizeof metric, "(%s)", list);
+        if (code == 0) {
+            print_rate("kw-ASR", metric, ptst_rate_of(k, n));
+        }
+    }
+    ptst_rows_free(a->c, rows);
+    return close_result(a, &verdicts, code);
+}
+
+/* Correct verdicts (1, 0) of all answers under one rule; -1 entries have no reference. */
+static int score_gsm8k(args *a, const ptst_rows *answers, const ptst_rows *data,
+                       const ptst__map *by_question, ptst_gsm8k_rule rule, signed char *out) {
+    size_t i;
+    for (i = 0; i < ptst_rows_count(answers); i++) {
+        const ptst_row *row = ptst_rows_at(answers, i), *reference;
+        int32_t at = ptst__map_get(by_question, row->prompt, row->prompt_size, -1);
+        bool correct = false;
+        if (at < 0) {
+            ptst__fail(a->c, PTST_ERR_MISMATCH,
+                       "%s: line %llu: no question of %s is this prompt: \"%.60s\"",
+                       get(a, "--answers"), (unsigned long long)row->line, get(a, "--data"),
+                       row->prompt);
+            return failed(a);
+        }
+        reference = ptst_rows_at(data, (size_t)at);
+        if (ptst_gsm8k_correct(a->c, rule, row->answer, row->answer_size, reference->answer,
+                               reference->answer_size, &correct) != PTST_OK) {
+            return failed(a);
+        }
+        out[i] = (signed char)correct;
+    }
+    return 0;
+}
+
+/* All rules of --rule: prints a rate each, collects the verdicts of the only or last one. */
+static int eval_rules(args *a, const ptst_rows *answers, const ptst_rows *data,
+                      const ptst__map *by_question, result *verdicts) {
+    const char *rest = get(a, "--rule");
+    size_t i, k, n = ptst_rows_count(answers);
+    signed char *marks = (signed char *)ptst__alloc(a->c, n + 1, 1);
+    char name[64];
+    int code = marks == NULL ? failed(a) : 0;
+    while (code == 0 && next_name(&rest, name, sizeof name)) {
+        ptst_gsm8k_rule rule = (ptst_gsm8k_rule)ptst_gsm8k_find(name);
+        code = score_gsm8k(a, answers, data, by_question, rule, marks);
+        for (i = k = 0; code == 0 && i < n; i++) {
+            k += marks[i] == 1;
+            if (verdicts->file && add_verdict(a, &verdicts->text, ptst_rows_at(answers, i), "correct",
+                                              marks[i] ? "true" : "false") != PTST_OK) {
+                code = failed(a);
+            }
+        }
+        if (code == 0) {
+            print_rate("", ptst_gsm8k_metric(rule), ptst_rate_of(k, n));
+        }
+    }
+    ptst__free(a->c, marks);
+    return code;
+}
+
+static int command_eval_gsm8k(args *a) {
+    const char *rest = get(a, "--rule");
+    ptst_rows *answers = NULL, *data = NULL;
+    ptst_rows_desc desc;
+    ptst__map by_question = {NULL, 0, 0};
+    result verdicts;
+    char name[64];
+    size_t i;
+    int code;
+    memset(&desc, 0, sizeof desc);
+    desc.need_answer = true;
+    while (next_name(&rest, name, sizeof name)) {
+        if (ptst_gsm8k_find(name) < 0) {
+            return bad_call("eval gsm8k: --rule %s: openai, strict or flexible was expected", name);
+        }
+    }
+    if (given(a, "--verdicts") && strchr(get(a, "--rule"), ',') != NULL) {
+        return bad_call("eval gsm8k: --verdicts goes with one --rule");
+    }
+    if (!need(a, "--data") || !exists(a, get(a, "--data"))) {
+        return EXIT_CALL;
+    }
+    memset(&verdicts, 0, sizeof verdicts);
+    code = load_answers(a, &answers);
+    if (code == 0) {
+        data = ptst_rows_load(a->c, get(a, "--data"), &desc);
+        code = data == NULL ? failed(a) : 0;
+    }
+    for (i = 0; code == 0 && i < ptst_rows_count(data); i++) {
+        const ptst_row *row = ptst_rows_at(data, i);
+        code = ptst__map_put(a->c, &by_question, row->prompt, row->prompt_size, (int32_t)i) ==
+                       PTST_OK
+                   ? 0
+                   : failed(a);
+    }
+    if (code == 0) {
+        code = open_result(a, &verdicts, given(a, "--verdicts") ? get(a, "--verdicts") : NULL);
+    }
+    if (code == 0) {
+        code = eval_rules(a, answers, data, &by_question, &verdicts);
+    }
+    ptst__map_free(a->c, &by_question);
+    ptst_rows_free(a->c, data);
+    ptst_rows_free(a->c, answers);
+    return close_result(a, &verdicts, code);
+}
+
+static bool judge_known(const args *a) {
+    if (strcmp(get(a, "--judge"), "qi2023") != 0) {
+        bad_call("%s: --judge %s: qi2023 was expected", a->command, get(a, "--judge"));
+        return false;
+    }
+    return true;
+}
+
+static int command_judge_export(args *a) {
+    ptst_rows *answers;
+    ptst_judge_desc desc;
+    int code;
+    if (!judge_known(a) || !need(a, "--out")) {
+        return EXIT_CALL;
+    }
+    memset(&desc, 0, sizeof desc);
+    desc.model = get(a, "--judge-model");
+    code = load_answers(a, &answers);
+    if (code == 0 && ptst_judge_export(a->c, answers, &desc, get(a, "--out")) != PTST_OK) {
+        code = failed(a);
+    }
+    ptst_rows_free(a->c, answers);
+    return code;
+}
+
+static int write_scores(args *a, const ptst_rows *answers, const int *scores) {
+    result out;
+    size_t i;
+    char value[16];
+    int code = open_result(a, &out, get(a, "--verdicts"));
+    for (i = 0; code == 0 && i < ptst_rows_count(answers); i++) {
+        snprintf(value, sizeof value, "%d", scores[i]);
+        if (add_verdict(a, &out.text, ptst_rows_at(answers, i), "score",
+                        scores[i] > 0 ? value : "null") != PTST_OK) {
+            code = failed(a);
+        }
+    }
+    return close_result(a, &out, code);
+}
+
+static int command_judge_import(args *a) {
+    ptst_rows *answers;
+    ptst_judged judged;
+    int *scores = NULL;
+    char metric[80];
+    int code;
+    if (!need(a, "--judgments") || !exists(a, get(a, "--judgments"))) {
+        return EXIT_CALL;
+    }
+    code = load_answers(a, &answers);
+    if (code == 0) {
+        scores = (int *)ptst__calloc(a->c, ptst_rows_count(answers) + 1, sizeof *scores);
+        if (scores == NULL || ptst_judge_import(a->c, answers, get(a, "--judgments"), scores,
+                                                &judged) != PTST_OK) {
+            code = failed(a);
+        }
+    }
+    if (code == 0 && given(a, "--verdicts")) {
+        code = write_scores(a, answers, scores);
+    }
+    if (code == 0) {
+        snprintf(metric, sizeof metric, "(%.60s)", get(a, "--judge"));
+        print_rate("judge-ASR", metric, judged.asr);
+        printf("{\"metric\": \"judge-score%s\", \"value\": %.6g, \"n\": %llu, \"unparsed\": %llu, "
+               "\"missing\": %llu, \"ambiguous\": %llu}\n",
+               metric, judged.mean, (unsigned long long)judged.parsed,
+               (unsigned long long)judged.unparsed, (unsigned long long)judged.missing,
+               (unsigned long long)judged.ambiguous);
+    }
+    ptst__free(a->c, scores);
+    ptst_rows_free(a->c, answers);
+    return code;
+}
+
+/* ================================================================================== chat ==== */
+
+/* Sampling options; what is not given comes from generation_config.json if the model's makers want
+   sampling, else it is greedy. */
+static bool get_sampling(const args *a, const ptst_model *m, ptst_sample_desc *out) {
+    const ptst_generation_config *g = ptst_model_generation(m);
+    double temperature, top_p, penalty;
+    int64_t top_k;
+    memset(out, 0, sizeof *out);
+    if (!get_number(a, "--temperature", 0, 1e6, &temperature) ||
+        !get_number(a, "--top-p", 0, 1, &top_p) || !get_integer(a, "--top-k", 0, 1e9, &top_k) ||
+        !get_number(a, "--repetition-penalty", 0.01, 100, &penalty)) {
+        return false;
+    }
+    out->temperature = given(a, "--temperature") ? temperature
+                       : g->do_sample            ? (g->temperature > 0 ? g->temperature : 1)
+                                                 : 0;
+    out->top_p = given(a, "--top-p") ? top_p : g->do_sample && g->top_p > 0 ? g->top_p : 1;
+    out->top_k = given(a, "--top-k") ? (size_t)top_k
+                 : g->do_sample      ? (size_t)g->top_k
+                                     : 0;
+    out->repetition_penalty = given(a, "--repetition-penalty") ? penalty : g->repetition_penalty;
+    return true;
+}
+
+static void chat_text(void *user, size_t index, const char *text, size_t size) {
+    (void)user;
+    (void)index;
+    fwrite(text, 1, size, stdout);
+    fflush(stdout);
+}
+
+typedef struct chat {
+    loaded l;
+    ptst_template *t;
+    ptst_generate_desc desc;
+    ptst_text messages; /* JSON of the conversation so far, without the closing bracket */
+} chat;
+
+static ptst_code chat_add(args *a, chat *k, const char *role, const char *text, size_t size) {
+    ptst_code code = ptst__text_format(a->c, &k->messages, "%s{\"role\": \"%s\", \"content\": ",
+                                       k->messages.size > 1 ? ", " : "", role);
+    if (code == PTST_OK) {
+        code = ptst__json_quote(a->c, &k->messages, text, size);
+    }
+    return code == PTST_OK ? ptst__text_add(a->c, &k->messages, "}") : code;
+}
+
+/* The prompt of the conversation: through the chat template, or the question alone through a
+   template of the paper, which knows no turns. */
+static ptst_code chat_prompt(args *a, chat *k, const char *line, size_t size, ptst_prompt *out) {
+    size_t length = k->messages.size;
+    ptst_json *j;
+    ptst_code code;
+    if (!ptst_template_is_chat(k->t)) {
+        return ptst_template_prompt(a->c, k->t, line, size, out);
+    }
+    code = ptst__text_add(a->c, &k->messages, "]");
+    if (code != PTST_OK) {
+        return code;
+    }
+    j = ptst_json_parse(a->c, k->messages.data, k->messages.size, "conversation");
+    k->messages.size = length;
+    if (j == NULL) {
+        return ptst_error_code(a->c);
+    }
+    code = ptst_template_messages(a->c, k->t, j, true, out);
+    ptst_json_free(a->c, j);
+    return code;
+}
+
+/* One turn: a line of the user, the streamed answer. */
+static int chat_turn(args *a, chat *k, const char *line, size_t size) {
+    ptst_prompt prompt;
+    ptst_answer answer;
+    ptst_code code = chat_add(a, k, "user", line, size);
+    memset(&prompt, 0, sizeof prompt);
+    memset(&answer, 0, sizeof answer);
+    if (code == PTST_OK) {
+        code = chat_prompt(a, k, line, size, &prompt);
+    }
+    if (code == PTST_OK) {
+        code = ptst_generate(a->c, k->l.model, k->l.adapter, k->l.tokenizer, &prompt, 1, &k->desc,
+                             &answer);
+        printf("\n");
+    }
+    if (code == PTST_OK) {
+        code = chat_add(a, k, "assistant", answer.text.data == NULL ? "" : answer.text.data,
+                        answer.text.size);
+    }
+    k->desc.seed++;
+    ptst_answers_free(a->c, &answer, 1);
+    ptst_prompt_free(a->c, &prompt);
+    return code == PTST_OK ? 0 : failed(a);
+}
+
+static int chat_loop(args *a, chat *k) {
+    char line[16384];
+    int code = 0;
+    while (code == 0 && !interrupted) {
+        size_t n;
+        if (isatty(0)) {
+            printf("> ");
+            fflush(stdout);
+        }
+        if (fgets(line, sizeof line, stdin) == NULL) {
+            break;
+        }
+        n = strcspn(line, "\n");
+        line[n] = 0;
+        if (n != 0) {
+            code = chat_turn(a, k, line, n);
+        }
+    }
+    return code;
+}
+
+static int command_chat(args *a) {
+    const char *name = get(a, "--template"), *system = get(a, "--system");
+    int64_t limit, seed;
+    chat k;
+    int code;
+    memset(&k, 0, sizeof k);
+    if (!get_integer(a, "--max-new-tokens", 1, 1e6, &limit) ||
+        !get_integer(a, "--seed", 0, 9e15, &seed)) {
+        return EXIT_CALL;
+    }
+    code = load(a, &k.l, true);
+    if (code != 0) {
+        return code;
+    }
+    if (!get_sampling(a, k.l.model, &k.desc.sample)) {
+        code = EXIT_CALL;
+    }
+    k.desc.max_new_tokens = (size_t)limit;
+    k.desc.seed = (uint64_t)seed;
+    k.desc.on_text = chat_text;
+    if (code == 0) {
+        k.t = load_template(a, name == NULL ? "model:none" : name, get(a, "--model"), &code);
+    }
+    if (code == 0 && ptst__text_add(a->c, &k.messages, "[") != PTST_OK) {
+        code = failed(a);
+    }
+    if (code == 0 && system != NULL) {
+        code = !ptst_template_is_chat(k.t)
+                   ? bad_call("chat: --system needs a chat template; %s has its own text", name)
+               : chat_add(a, &k, "system", system, strlen(system)) == PTST_OK ? 0
+                                                                              : failed(a);
+    }
+    if (code == 0) {
+        code = chat_loop(a, &k);
+    }
+    ptst_text_free(a->c, &k.messages);
+    ptst_template_free(a->c, k.t);
+    unload(a, &k.l);
+    return code;
+}
+
+/* ================================================================= bench train and generate ==== */
+
+static double peak_memory_mb(void) {
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return (double)usage.ru_maxrss / 1024;
+}
+
+/* Floating-point operations that one training step needs, per token: 2 for each weight and token
+   in a product. Forward everything; backward the gradient of the activations (nothing below the
+   lowest adapter needs one) and the gradients of the trained weights; attention over the mean
+   length of causal keys. */
+static double train_flops(const ptst_config *k, double seq, double adapter, bool full) {
+    double d = k->hidden_size, q = (double)k->num_attention_heads * k->head_dim;
+    double kv = (double)k->num_key_value_heads * k->head_dim, f = k->intermediate_size;
+    double layer = d * q + 2 * d * kv + q * d + 3 * d * f;
+    double linear = k->num_hidden_layers * layer, head = d * k->vocab_size;
+    double attention = k->num_hidden_layers * 4 * q * (seq + 1) / 2 / 2;
+    double backward = full ? 2 * (linear + head) : linear + head - (d * q + 2 * d * kv);
+    double flops = 2 * (linear + head + backward + 3 * adapter);
+    return flops + 2 * attention * (1 + 2.5);
+}
+
+/* Random rows; the first `prefix` tokens are the same in all. Every position is labelled. */
+static ptst_dataset *bench_rows(args *a, const ptst_config *k, size_t rows, size_t seq,
+                                size_t prefix) {
+    ptst_dataset *d = ptst_dataset_new(a->c, NULL);
+    int32_t *tokens = (int32_t *)ptst__alloc(a->c, seq + 1, sizeof *tokens);
+    ptst_rng r = {7, 0, 0};
+    size_t i, t;
+    bool good = d != NULL && tokens != NULL;
+    for (i = 0; good && i < rows; i++) {
+        for (t = 0; t < seq + 1; t++) {
+            if (t >= prefix || i == 0) {
+                tokens[t] = (int32_t)ptst_rng_below(&r, (uint32_t)k->vocab_size);
+            }
+        }
+        good = ptst_dataset_add_tokens(a->c, d, tokens, seq + 1, prefix > 0 ? prefix : 1) == PTST_OK;
+    }
+    ptst__free(a->c, tokens);
+    if (!good) {
+        ptst_dataset_free(a->c, d);
+        return NULL;
+    }
+    return d;
+}
+
+/* Times `steps` steps after a warm-up; their seconds in times, 0 or the exit code. */
+static int bench_steps(args *a, ptst_trainer *t, int64_t steps, double *times) {
+    ptst_step step;
+    int64_t i;
+    for (i = -1; i < steps; i++) {
+        double start = ptst__seconds();
+        if (interrupted) {
+            return EXIT_INTERRUPT;
+        }
+        if (ptst_trainer_step(a->c, t, &step) != PTST_OK) {
+            return failed(a);
+        }
+        if (i >= 0) {
+            times[i] = ptst__seconds() - start;
+        }
+    }
+    return 0;
+}
+
+static int bench_train_report(args *a, const loaded *l, ptst_trainer *t, int64_t batch, int64_t seq,
+                              int64_t steps) {
+    double times[RUNS_MAX], seconds, peak, flops;
+    double adapter = l->adapter == NULL ? 0 : (double)ptst_adapter_parameters(l->adapter);
+    int code = bench_steps(a, t, steps, times);
+    if (code != 0) {
+        return code;
+    }
+    seconds = median(times, (int)steps);
+    peak = ptst__peak_gflops(a->c, 0.2);
+    flops = train_flops(ptst_model_config(l->model), (double)seq, adapter, l->adapter == NULL);
+    printf("{\"tokens_per_second\": %.2f, \"step_ms\": %.3f, \"peak_rss_mb\": %.1f, "
+           "\"flops_per_token\": %.0f, \"peak_gflops\": %.2f, \"mfu\": %.4f, \"threads\": %d, "
+           "\"simd\": \"%s\"}\n",
+           (double)(batch * seq) / seconds, 1e3 * seconds, peak_memory_mb(), flops, peak,
+           1e-9 * flops * (double)(batch * seq) / seconds / peak, ptst_thread_count(a->c),
+           ptst_simd_name(a->c));
+    return 0;
+}
+
+static int command_bench_train(args *a) {
+    int64_t batch, seq, prefix, rank, steps;
+    ptst_lora_desc lora;
+    ptst_train_desc train;
+    ptst_dataset *data = NULL;
+    ptst_trainer *t = NULL;
+    loaded l;
+    int code;
+    memset(&lora, 0, sizeof lora);
+    memset(&train, 0, sizeof train);
+    if (!get_integer(a, "--batch", 1, 4096, &batch) || !get_integer(a, "--seq", 2, 1e6, &seq) ||
+        !get_integer(a, "--prefix", 0, (double)seq - 1, &prefix) ||
+        !get_integer(a, "--rank", 1, 4096, &rank) ||
+        !get_integer(a, "--steps", 1, RUNS_MAX, &steps)) {
+        return EXIT_CALL;
+    }
+    code = load(a, &l, false);
+    if (code != 0) {
+        return code;
+    }
+    lora.rank = (int32_t)rank;
+    lora.targets = get(a, "--targets");
+    if (given(a, "--full")) {
+        code = ptst_model_unfreeze(a->c, l.model) == PTST_OK ? 0 : failed(a);
+    } else {
+        l.adapter = ptst_adapter_new(a->c, l.model, &lora);
+        code = l.adapter == NULL ? failed(a) : 0;
+    }
+    train.batch = (size_t)batch;
+    train.epochs = (uint64_t)steps + 1;
+    train.no_shuffle = true;
+    if (code == 0) {
+        data = bench_rows(a, ptst_model_config(l.model), (size_t)batch, (size_t)seq, (size_t)prefix);
+        t = data == NULL ? NULL : ptst_trainer_new(a->c, l.model, l.adapter, data, &train);
+        code = t == NULL ? failed(a) : bench_train_report(a, &l, t, batch, seq, steps);
+    }
+    ptst_trainer_free(a->c, t);
+    ptst_dataset_free(a->c, data);
+    unload(a, &l);
+    return code;
+}
+
+/* Prompt and new tokens of `batch` sequences, one step of all at a time. */
+static int bench_decode(args *a, const loaded *l, size_t prompt, size_t fresh, size_t batch) {
+    ptst_session_desc desc;
+    ptst_session *s;
+    ptst_chunk *chunks = (ptst_chunk *)ptst__calloc(a->c, batch, sizeof *chunks);
+    int32_t *tokens = (int32_t *)ptst__alloc(a->c, prompt * batch, sizeof *tokens);
+    int32_t vocab = ptst_model_config(l->model)->vocab_size;
+    ptst_rng r = {7, 0, 0};
+    double start, prefill = 0, decode = 0;
+    size_t i, step;
+    int code = 0;
+    memset(&desc, 0, sizeof desc);
+    desc.slots = batch;
+    desc.capacity = prompt + fresh;
+    desc.batch_tokens = 512;
+    s = chunks == NULL || tokens == NULL ? NULL
+                                         : ptst_session_new(a->c, l->model, l->adapter, &desc);
+    code = s == NULL ? failed(a) : 0;
+    for (i = 0; code == 0 && i < prompt * batch; i++) {
+        tokens[i] = (int32_t)ptst_rng_below(&r, (uint32_t)vocab);
+    }
+    for (step = 0; code == 0 && step < fresh; step++) {
+        for (i = 0; i < batch; i++) {
+            chunks[i].slot = (int32_t)i;
+            chunks[i].tokens = tokens + i * (step == 0 ? prompt : 1);
+            chunks[i].count = step == 0 ? prompt : 1;
+            chunks[i].logits = PTST_LOGITS_LAST;
+        }
+        start = ptst__seconds();
+        code = ptst_eval(a->c, s, chunks, batch) == PTST_OK ? 0 : failed(a);
+        *(step == 0 ? &prefill : &decode) += ptst__seconds() - start;
+        for (i = 0; code == 0 && i < batch; i++) {
+            tokens[i] = (int32_t)ptst_rng_below(&r, (uint32_t)vocab);
+        }
+        code = code == 0 && interrupted ? EXIT_INTERRUPT : code;
+    }
+    if (code == 0) {
+        printf("{\"prefill_tokens_per_second\": %.2f, \"decode_tokens_per_second\": %.2f, "
+               "\"peak_rss_mb\": %.1f, \"threads\": %d, \"simd\": \"%s\"}\n",
+               (double)(prompt * batch) / prefill,
+               fresh < 2 ? 0 : (double)((fresh - 1) * batch) / decode, peak_memory_mb(),
+               ptst_thread_count(a->c), ptst_simd_name(a->c));
+    }
+    ptst_session_free(a->c, s);
+    ptst__free(a->c, chunks);
+    ptst__free(a->c, tokens);
+    return code;
+}
+
+static int command_bench_generate(args *a) {
+    int64_t prompt, fresh, batch;
+    loaded l;
+    int code;
+    if (!get_integer(a, "--prompt", 1, 1e6, &prompt) || !get_integer(a, "--new", 1, 1e6, &fresh) ||
+        !get_integer(a, "--batch", 1, 4096, &batch)) {
+        return EXIT_CALL;
+    }
+    code = load(a, &l, false);
+    if (code == 0) {
+        code = bench_decode(a, &l, (size_t)prompt, (size_t)fresh, (size_t)batch);
+        unload(a, &l);
+    }
+    return code;
+}
 
 /* ================================================================================== demo ==== */
 
@@ -1090,6 +2165,27 @@ static const command commands[] = {
      "--tokenizer PATH --file FILE", "speed of the tokenizer"},
     {"bench gemm", command_bench_gemm, bench_gemm_options, "[options]",
      "speed of the matrix product against a register-only FMA loop"},
+    {"eval refusal", command_eval_refusal, eval_refusal_options, "--answers FILE [--list NAMES]",
+     "share of answers that do not refuse, by keyword lists"},
+    {"eval gsm8k", command_eval_gsm8k, eval_gsm8k_options, "--answers FILE --data FILE",
+     "exact match of answers to GSM8K questions"},
+    {"judge export", command_judge_export, judge_export_options, "--answers FILE --out FILE",
+     "hands answers to an outside judge"},
+    {"judge import", command_judge_import, judge_import_options,
+     "--answers FILE --judgments FILE", "reads the judge's verdicts"},
+    {"render", command_render, render_options, "--template NAME [options] QUESTION",
+     "text of a prompt, the exact bytes"},
+    {"logits", command_logits, logits_options, "--model DIR --ids 1,2,3 --out FILE",
+     "next-token logits after each of some tokens"},
+    {"merge", command_merge, merge_options, "--model DIR --adapter DIR --out DIR",
+     "folds an adapter into its model"},
+    {"info", command_info, info_options, "PATH", "what a file or folder holds and needs"},
+    {"check", command_check, check_options, "PATH...", "validates files and folders"},
+    {"chat", command_chat, chat_options, "--model DIR [options]", "talks to a model"},
+    {"bench train", command_bench_train, bench_train_options, "--model DIR [options]",
+     "speed of training"},
+    {"bench generate", command_bench_generate, bench_generate_options, "--model DIR [options]",
+     "speed of reading and writing"},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
