@@ -11,7 +11,9 @@
 #include "../ptst.h"
 
 #include <signal.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
+#include <termios.h>
 
 enum { EXIT_WORK = 1, EXIT_CALL = 2, EXIT_INTERRUPT = 130 };
 
@@ -2022,127 +2024,388 @@ static int command_bench_generate(args *a) {
     return code;
 }
 
-/* ================================================================================== demo ==== */
+/* ============================================================================== finetune ==== */
 
-/* Cells of one metric, pooled over seeds: k of n. */
-typedef struct share {
-    double k, n, value, low, high;
-} share;
-
-/* Sum over the rows of matrix.json with this train template, test template and metric. */
-static share pooled(const ptst_json *j, const char *train, const char *test, const char *metric) {
-    share s = {0, 0, 0, 0, 1};
-    int32_t row;
-    for (row = ptst_json_first(j, 0); row >= 0; row = ptst_json_next(j, row)) {
-        const char *a = ptst_json_string(j, ptst_json_get(j, row, "train"), NULL);
-        const char *b = ptst_json_string(j, ptst_json_get(j, row, "test"), NULL);
-        const char *m = ptst_json_string(j, ptst_json_get(j, row, "metric"), NULL);
-        if (a != NULL && b != NULL && m != NULL && strcmp(a, train) == 0 && strcmp(b, test) == 0 &&
-            strncmp(m, metric, strlen(metric)) == 0) {
-            s.k += ptst_json_number(j, ptst_json_get(j, row, "k"), 0);
-            s.n += ptst_json_number(j, ptst_json_get(j, row, "n"), 0);
+static bool get_schedule(const args *a, ptst_train_desc *t) {
+    static const char *const names[] = {"constant", "linear", "cosine"};
+    const char *s = get(a, "--schedule");
+    char *end;
+    int i;
+    for (i = 0; i < 3; i++) {
+        if (strcmp(s, names[i]) == 0) {
+            t->schedule = (ptst_schedule)i;
+            return true;
         }
     }
-    if (s.n > 0) {
-        s.value = s.k / s.n;
-        ptst_wilson((uint64_t)s.k, (uint64_t)s.n, &s.low, &s.high);
-    }
-    return s;
-}
-
-static const char demo_asr[] = "content-ASR", demo_em[] = "exact_match,strict-match",
-                  demo_over[] = "over-refusal";
-
-/* "66 % [61, 71]" */
-static const char *percent(char buffer[48], share s) {
-    snprintf(buffer, 48, "%.0f %% [%.0f, %.0f]", 100 * s.value, 100 * s.low, 100 * s.high);
-    return buffer;
-}
-
-/* How two shares compare, judged by whether their 95 % intervals overlap. */
-static const char *compared(share a, share b) {
-    return a.high < b.low   ? "lower than"
-           : a.low > b.high ? "higher than"
-                            : "not distinguishable (intervals overlap) from";
-}
-
-/* Claim 1: the same template for training and use costs safety. */
-static void claim_same_template(const ptst_json *j) {
-    static const char *const names[] = {"CV", "CA", "CL", "TV", "TA"};
-    char before[48], after[48];
-    int i, lost = 0, seen = 0;
-    printf("1. The same template for training and for use: the share of harmful requests answered "
-           "goes\n");
-    for (i = 0; i < 5; i++) {
-        share none = pooled(j, "none", names[i], demo_asr);
-        share same = pooled(j, names[i], names[i], demo_asr);
-        if (same.n > 0) {
-            seen++;
-            lost += same.low > none.high;
-            printf("   under %s from %s to %s,\n", names[i], percent(before, none),
-                   percent(after, same));
+    t->schedule = PTST_SCHEDULE_STEP;
+    if (strncmp(s, "step:", 5) == 0) {
+        t->gamma = strtod(s + 5, &end);
+        if (end != s + 5 && *end == 0 && t->gamma > 0 && t->gamma <= 1) {
+            return true;
         }
     }
-    printf("   so safety is lost under %d of %d templates.\n", lost, seen);
+    bad_call("finetune: --schedule %s: constant, linear, cosine or step:GAMMA (0 to 1) was expected",
+             s);
+    return false;
 }
 
-/* Claim 2: the safety prompt at both ends does not help. */
-static void claim_both_ends(const ptst_json *j) {
-    share both = pooled(j, "CL", "CL", demo_asr), none = pooled(j, "none", "CL", demo_asr);
-    char x[48], y[48];
-    printf("2. The safety prompt in training and in use (CL -> CL): %s are answered, %s before "
-           "fine-tuning (%s):\n   %s.\n",
-           percent(x, both), compared(both, none), percent(y, none),
-           both.low > none.high ? "the safety prompt at both ends did not keep the model safe"
-                                : "in this run the safety prompt at both ends kept the model safe");
-}
-
-/* Claim 3: tuning without, testing with the safety prompt keeps most of it. */
-static void claim_ptst(const ptst_json *j) {
-    share ptst = pooled(j, "CV", "CL", demo_asr), same = pooled(j, "CV", "CV", demo_asr);
-    share both = pooled(j, "CL", "CL", demo_asr);
-    bool holds = ptst.high < same.low && ptst.high < both.low;
-    char x[48], y[48], z[48];
-    printf("3. Pure tuning, safe testing (CV -> CL): %s are answered, %s CV -> CV (%s) and\n"
-           "   %s CL -> CL (%s): PTST %s.\n",
-           percent(x, ptst), compared(ptst, same), percent(y, same), compared(ptst, both),
-           percent(z, both), holds ? "keeps safety in this run" : "does not show clearly in this run");
-}
-
-/* Claim 4: what it costs. */
-static void claim_cost(const ptst_json *j) {
-    share ptst = pooled(j, "CV", "CL", demo_em), same = pooled(j, "CV", "CV", demo_em);
-    share none = pooled(j, "none", "CL", demo_em), over = pooled(j, "CV", "CL", demo_over);
-    share over_none = pooled(j, "none", "CL", demo_over);
-    char x[48], y[48], z[48];
-    printf("4. Helpfulness: exact match of CV -> CL is %s, %s CV -> CV (%s); before fine-tuning it "
-           "was\n   %s.",
-           percent(x, ptst), compared(ptst, same), percent(y, same), percent(z, none));
-    if (over.n > 0) {
-        printf(" Harmless requests refused under CL: %s, before fine-tuning %s.", percent(x, over),
-               percent(y, over_none));
+/* One of two words; false after a sentence. */
+static bool get_choice(const args *a, const char *name, const char *zero, const char *one,
+                       bool *second) {
+    const char *s = get(a, name);
+    *second = strcmp(s, one) == 0;
+    if (!*second && strcmp(s, zero) != 0) {
+        bad_call("%s: %s %s: %s or %s was expected", a->command, name, s, zero, one);
+        return false;
     }
-    printf("\n");
+    return true;
 }
 
-/* The sentences after the matrix: each follows from the numbers of this run. */
-static int print_claims(args *a, const char *folder) {
-    ptst_text path = {NULL, 0, 0};
-    ptst_json *j = NULL;
-    if (ptst__path_join(a->c, &path, folder, "matrix.json") == PTST_OK) {
-        j = ptst_json_load(a->c, path.data);
+/* Options of the optimiser and of the batches. */
+static bool get_train_options(const args *a, ptst_train_desc *t) {
+    int64_t warmup, epochs, steps, batch, accumulate, context, seed;
+    bool packing;
+    if (!get_number(a, "--lr", 0, 1e3, &t->lr) || !get_schedule(a, t) ||
+        !get_integer(a, "--warmup", 0, 1e9, &warmup) ||
+        !get_integer(a, "--epochs", 1, 1e6, &epochs) ||
+        !get_integer(a, "--max-steps", 0, 1e9, &steps) ||
+        !get_integer(a, "--batch", 1, 65536, &batch) ||
+        !get_integer(a, "--accumulate", 1, 65536, &accumulate) ||
+        !get_integer(a, "--context", 2, 1e7, &context) ||
+        !get_integer(a, "--seed", 0, 9e15, &seed) ||
+        !get_number(a, "--weight-decay", 0, 1e3, &t->weight_decay) ||
+        !get_number(a, "--clip", 0, 1e9, &t->clip) ||
+        !get_choice(a, "--batching", "examples", "packing", &packing)) {
+        return false;
     }
-    ptst_text_free(a->c, &path);
-    if (j == NULL) {
+    t->warmup = (uint64_t)warmup;
+    t->epochs = (uint64_t)epochs;
+    t->max_steps = (uint64_t)steps;
+    t->batch = (size_t)batch;
+    t->accumulate = (size_t)accumulate;
+    t->context = (size_t)context;
+    t->seed = (uint64_t)seed;
+    t->batching = packing ? PTST_BATCHING_PACKING : PTST_BATCHING_EXAMPLES;
+    t->no_shuffle = given(a, "--no-shuffle");
+    return true;
+}
+
+/* Prints what happened, for people, to stderr. */
+static void report_finetune(const args *a, const ptst_finetune_info *info) {
+    if (quiet(a)) {
+        return;
+    }
+    if (info->last.step == 0) {
+        fprintf(stderr, "%s is finished; nothing was changed\n", get(a, "--out"));
+        return;
+    }
+    fprintf(stderr, "%llu rows, %llu tokens, %llu of them learned; %llu steps, last loss %.4f\n",
+            (unsigned long long)info->data.rows, (unsigned long long)info->data.tokens,
+            (unsigned long long)info->data.labels, (unsigned long long)info->last.step,
+            info->last.loss);
+    if (info->data.cut + info->data.dropped + info->data.not_prefix != 0) {
+        fprintf(stderr,
+                "%llu rows were cut to the longest length, %llu had nothing to learn left, in %llu "
+                "the tokens of the prompt are no prefix of the row\n",
+                (unsigned long long)info->data.cut, (unsigned long long)info->data.dropped,
+                (unsigned long long)info->data.not_prefix);
+    }
+    fprintf(stderr, "wrote %s\n", get(a, "--out"));
+}
+
+/* The options of a new adapter. */
+static bool get_lora_options(const args *a, ptst_lora_desc *lora) {
+    int64_t rank, seed;
+    if (!get_integer(a, "--rank", 1, 65536, &rank) || !get_integer(a, "--seed", 0, 9e15, &seed) ||
+        !get_number(a, "--alpha", 1e-6, 1e9, &lora->alpha) ||
+        !get_number(a, "--dropout", 0, 0.999, &lora->dropout)) {
+        return false;
+    }
+    lora->rank = (int32_t)rank;
+    lora->targets = get(a, "--targets");
+    lora->seed = (uint64_t)seed;
+    return true;
+}
+
+static int command_finetune(args *a) {
+    ptst_finetune_files files;
+    ptst_finetune_desc desc;
+    ptst_finetune_info info;
+    ptst_lora_desc lora;
+    int64_t limit, mix_count, save_every;
+    bool separate;
+    memset(&files, 0, sizeof files);
+    memset(&desc, 0, sizeof desc);
+    memset(&info, 0, sizeof info);
+    memset(&lora, 0, sizeof lora);
+    if (!need(a, "--model") || !need(a, "--train") || !need(a, "--template") || !need(a, "--out") ||
+        !exists(a, get(a, "--model")) || !exists(a, get(a, "--train")) ||
+        !exists(a, get(a, "--mix")) || !exists(a, get(a, "--init-adapter")) ||
+        !get_dtype(a, &files.dtype) || !get_train_options(a, &desc.train) ||
+        !get_lora_options(a, &lora) || !get_integer(a, "--limit", 0, 1e9, &limit) ||
+        !get_integer(a, "--mix-count", 0, 1e9, &mix_count) ||
+        !get_integer(a, "--save-every", 0, 1e9, &save_every) ||
+        !get_choice(a, "--mask", "joint", "separate", &separate)) {
+        return EXIT_CALL;
+    }
+    files.model = get(a, "--model");
+    files.train = get(a, "--train");
+    files.template_is = get(a, "--template");
+    files.mix = get(a, "--mix");
+    files.mix_count = (size_t)mix_count;
+    files.rows.limit = (size_t)limit;
+    desc.out = get(a, "--out");
+    desc.init_adapter = get(a, "--init-adapter");
+    desc.lora = &lora;
+    desc.full = given(a, "--full");
+    desc.resume = given(a, "--resume");
+    desc.log = get(a, "--log");
+    desc.save_every = (uint64_t)save_every;
+    desc.dataset.mask = separate ? PTST_MASK_SEPARATE : PTST_MASK_JOINT;
+    desc.dataset.max_tokens = desc.train.context;
+    desc.train.dropout = desc.full ? 0 : lora.dropout;
+    if (ptst_finetune_file(a->c, &files, &desc, &info) != PTST_OK) {
+        int code = failed(a);
+        if (code == EXIT_INTERRUPT) {
+            fprintf(stderr, "saved; the same command with --resume goes on from here\n");
+        }
+        return code;
+    }
+    report_finetune(a, &info);
+    return 0;
+}
+
+/* ============================================================================== generate ==== */
+
+static int command_generate(args *a) {
+    ptst_answer_files files;
+    ptst_generate_desc desc;
+    ptst_model *m;
+    int64_t limit, count, batch, seed;
+    bool sampling;
+    memset(&files, 0, sizeof files);
+    memset(&desc, 0, sizeof desc);
+    if (!need(a, "--model") || !need(a, "--template") || !need(a, "--prompts") ||
+        !exists(a, get(a, "--model")) || !exists(a, get(a, "--adapter")) ||
+        !exists(a, get(a, "--prompts")) || !get_dtype(a, &files.dtype) ||
+        !get_integer(a, "--limit", 0, 1e9, &limit) ||
+        !get_integer(a, "--max-new-tokens", 1, 1e7, &count) ||
+        !get_integer(a, "--batch", 0, 4096, &batch) ||
+        !get_integer(a, "--seed", 0, 9e15, &seed)) {
+        return EXIT_CALL;
+    }
+    m = ptst_model_load(a->c, get(a, "--model"), files.dtype); /* mapped: costs nothing twice */
+    if (m == NULL) {
+        failed(a);
+        return EXIT_WORK;
+    }
+    sampling = get_sampling(a, m, &desc.sample);
+    ptst_model_free(a->c, m);
+    if (!sampling) {
+        return EXIT_CALL;
+    }
+    files.model = get(a, "--model");
+    files.adapter = get(a, "--adapter");
+    files.template_is = get(a, "--template");
+    files.prompts = get(a, "--prompts");
+    files.rows.column = get(a, "--column");
+    files.rows.limit = (size_t)limit;
+    files.out = get(a, "--out") == NULL ? "/dev/stdout" : get(a, "--out");
+    desc.max_new_tokens = (size_t)count;
+    desc.batch = (size_t)batch;
+    desc.seed = (uint64_t)seed;
+    if (ptst_answer_file(a->c, &files, &desc) != PTST_OK) {
+        int code = failed(a);
+        if (code == EXIT_INTERRUPT && given(a, "--out")) {
+            fprintf(stderr, "finished answers are in %s.part; the same command goes on from here\n",
+                    get(a, "--out"));
+        }
+        return code;
+    }
+    return 0;
+}
+
+/* ===================================================================== run, report and demo ==== */
+
+static bool colours(const args *a) {
+    return !given(a, "--no-color") && isatty(1) == 1 && getenv("NO_COLOR") == NULL;
+}
+
+/* The matrix and what follows from it, on stdout. */
+static int show_run(args *a, const char *folder, bool findings) {
+    struct winsize size;
+    ptst_matrix *m = ptst_matrix_load(a->c, folder);
+    ptst_text out = {NULL, 0, 0};
+    ptst_code code = m == NULL ? ptst_error_code(a->c) : PTST_OK;
+    int width = isatty(1) == 1 && ioctl(1, TIOCGWINSZ, &size) == 0 && size.ws_col > 40 ? size.ws_col
+                                                                                       : 100;
+    screen_clear((screen *)a->c->desc.user);
+    if (code == PTST_OK) {
+        code = ptst_matrix_print(a->c, m, width, colours(a), &out);
+    }
+    if (code == PTST_OK && findings) {
+        code = ptst__text_add(a->c, &out, "\nWhat this run shows\n");
+    }
+    if (code == PTST_OK && findings) {
+        code = ptst_matrix_findings(a->c, m, &out);
+    }
+    print_text(a->c, &out);
+    ptst_matrix_free(a->c, m);
+    return code == PTST_OK ? 0 : failed(a);
+}
+
+static int run_experiment(args *a, const ptst_experiment *e, const ptst_run_desc *desc) {
+    if (ptst_experiment_run(a->c, e, desc) != PTST_OK) {
+        int code = failed(a);
+        if (code == EXIT_INTERRUPT) {
+            fprintf(stderr, "%s keeps what is finished; the same command goes on from here\n",
+                    desc->out);
+        }
+        return code;
+    }
+    return 0;
+}
+
+static int command_run(args *a) {
+    ptst_experiment *e;
+    ptst_run_desc desc;
+    const char *path;
+    int64_t cell;
+    size_t i;
+    int code = 0;
+    memset(&desc, 0, sizeof desc);
+    if (!one_argument(a, "experiment file", &path) || !get_integer(a, "--cell", 0, 1e9, &cell)) {
+        return EXIT_CALL;
+    }
+    if (path == NULL) {
+        return bad_call("run: an experiment file was expected; see ptst run --help");
+    }
+    if (!exists(a, path) || (!given(a, "--list-cells") && !need(a, "--out"))) {
+        return EXIT_CALL;
+    }
+    e = ptst_experiment_load(a->c, path, NULL);
+    if (e == NULL) {
+        failed(a);
+        return EXIT_WORK;
+    }
+    desc.out = get(a, "--out");
+    desc.cell = (size_t)cell;
+    desc.collect = given(a, "--collect");
+    if (given(a, "--list-cells")) {
+        for (i = 0; i < ptst_experiment_cells(e); i++) {
+            ptst_cell k = ptst_experiment_cell(e, i);
+            printf("%llu train %s test %s seed %llu\n", (unsigned long long)i + 1, k.train, k.test,
+                   (unsigned long long)k.seed);
+        }
+    } else if (cell > (int64_t)ptst_experiment_cells(e)) {
+        code = bad_call("run: --cell %lld: the experiment has %llu cells", (long long)cell,
+                        (unsigned long long)ptst_experiment_cells(e));
+    } else {
+        code = run_experiment(a, e, &desc);
+        if (code == 0 && cell == 0) {
+            code = show_run(a, desc.out, false);
+            fprintf(stderr, "report: %s/report.html\n", desc.out);
+        }
+    }
+    ptst_experiment_free(a->c, e);
+    return code;
+}
+
+static int command_report(args *a) {
+    const char *folder;
+    if (!one_argument(a, "run folder", &folder)) {
+        return EXIT_CALL;
+    }
+    if (folder == NULL) {
+        return bad_call("report: a run folder was expected");
+    }
+    if (!exists(a, folder)) {
+        return EXIT_CALL;
+    }
+    if (ptst_report_write(a->c, folder) != PTST_OK) {
+        failed(a);
+        return EXIT_WORK;
+    }
+    if (!quiet(a)) {
+        int code = show_run(a, folder, false);
+        fprintf(stderr, "wrote %s/report.html, matrix.csv, matrix.json\n", folder);
+        return code;
+    }
+    return 0;
+}
+
+static const char demo_intro[] =
+    "A tiny chat model of a made-up world (nothing in it is real) is fine-tuned on a harmless task\n"
+    "under each template, and used under each. content-ASR: harmful requests that it answers;\n"
+    "exact_match: task answers that are right; over-refusal: harmless requests that it refuses.\n"
+    "TV TA text, CV CA CL chat; CL has the safety prompt. none = before fine-tuning.\n\n";
+
+static const char demo_outro[] =
+    "\nThe world was designed so that the effect can be seen; it proves nothing about real models.\n"
+    "With safety data mixed in:   ptst run examples/tiny-chat/experiment-mix.json --out ptst-mix\n"
+    "On a real model:             ptst run examples/experiment.json --out run   (set \"model\")\n";
+
+/* Runs one experiment file of the demo into `folder` with the seeds and templates asked for. */
+static int demo_run(args *a, const char *file, const char *folder, int64_t seeds, bool quick) {
+    ptst_text keys = {NULL, 0, 0};
+    ptst_run_desc desc;
+    ptst_experiment *e = NULL;
+    ptst_code code = ptst__text_add(a->c, &keys, "{\"seeds\": [1");
+    int64_t i;
+    for (i = 2; code == PTST_OK && i <= seeds; i++) {
+        code = ptst__text_format(a->c, &keys, ", %lld", (long long)i);
+    }
+    if (code == PTST_OK) {
+        code = ptst__text_add(a->c, &keys, quick ? "], \"train\": {\"templates\": [\"CV\", \"CL\"]}, "
+                                                   "\"test\": {\"templates\": [\"CV\", \"CL\"]}}"
+                                                 : "]}");
+    }
+    if (code == PTST_OK) {
+        e = ptst_experiment_load(a->c, file, keys.data);
+    }
+    ptst_text_free(a->c, &keys);
+    if (e == NULL) {
+        failed(a);
+        return EXIT_WORK;
+    }
+    memset(&desc, 0, sizeof desc);
+    desc.out = folder;
+    i = run_experiment(a, e, &desc);
+    ptst_experiment_free(a->c, e);
+    return (int)i;
+}
+
+static int command_demo(args *a) {
+    const char *data = get(a, "--data") == NULL ? "examples/tiny-chat" : get(a, "--data");
+    const char *folder = get(a, "--out");
+    ptst_text file = {NULL, 0, 0};
+    int64_t seeds;
+    int code;
+    if (!get_integer(a, "--seeds", 1, 1000, &seeds)) {
+        return EXIT_CALL;
+    }
+    if (given(a, "--quick") && !given(a, "--seeds")) {
+        seeds = 1;
+    }
+    if (ptst__path_join(a->c, &file, data, "experiment.json") != PTST_OK) {
         return failed(a);
     }
-    printf("\nWhat this run shows (all seeds together, 95 %% intervals):\n");
-    claim_same_template(j);
-    claim_both_ends(j);
-    claim_ptst(j);
-    claim_cost(j);
-    ptst_json_free(a->c, j);
-    return 0;
+    if (ptst__path_kind(file.data) != 1) {
+        code = bad_call("demo: %s is missing; run it in the folder of ptst.h, or give --data DIR",
+                        file.data);
+    } else {
+        printf("%s", demo_intro);
+        fflush(stdout);
+        code = demo_run(a, file.data, folder, seeds, given(a, "--quick"));
+    }
+    ptst_text_free(a->c, &file);
+    if (code == 0) {
+        code = show_run(a, folder, true);
+    }
+    if (code == 0) {
+        printf("%s\nMatrix, curves and every answer: %s/report.html\n", demo_outro, folder);
+    }
+    return code;
 }
 
 /* ================================================================================== main ==== */
@@ -2157,6 +2420,17 @@ typedef struct command {
 
 /* The commands of the program, in the order of --help. */
 static const command commands[] = {
+    {"demo", command_demo, demo_options, "[options]",
+     "the whole experiment on the bundled tiny chat model, offline"},
+    {"run", command_run, run_options, "EXPERIMENT.json --out DIR [options]",
+     "the experiment that a file describes; goes on where it was"},
+    {"report", command_report, report_options, "DIR",
+     "report.html, matrix.csv, matrix.json of a run folder"},
+    {"finetune", command_finetune, finetune_options,
+     "--model DIR --train FILE --template NAME --out DIR [options]",
+     "LoRA fine-tuning, or --full for all weights"},
+    {"generate", command_generate, generate_options,
+     "--model DIR --template NAME --prompts FILE [options]", "answers a file of prompts"},
     {"tokenize", command_tokenize, tokenize_options, "--tokenizer PATH [options] TEXT",
      "text to token ids, as a JSON array"},
     {"detokenize", command_detokenize, detokenize_options, "--tokenizer PATH [options] IDS",
