@@ -1,7 +1,9 @@
 /* All suites in one program, so that the implementation is compiled once (see test.h). */
 #define TEST_ALL
 #include "test_core.c"
+#include "test_data.c"
 #include "test_json.c"
+#include "test_judge.c"
 #include "test_kernels.c"
 #include "test_safetensors.c"
 #include "test_ops.c"
@@ -11,6 +13,8 @@ int main(int argc, char **argv) {
     test_filter = argc > 1 ? argv[1] : NULL;
     suite_core();
     suite_json();
+    suite_data();
+    suite_judge();
     suite_kernels();
     suite_safetensors();
     suite_ops();
