@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""Writes the Unicode tables of ptst.h's section >>unicode, from Python's unicodedata.
+"""Writes the Unicode tables of ptst.h's section >>unicode.
 
-    python3 tools/gen_unicode.py > tables.txt
+    pip install unicodedata2==16.0.0 && python3 tools/gen_unicode.py > tables.txt
+
+The package brings the Unicode version that Hugging Face tokenizers uses; Python's own unicodedata
+is usually older.
 
 Paste the output between the two "generated" lines of the section. Letters, numbers and white space
 are ranges; canonical decompositions are triples (a pair, or a single with 0), from which
 compositions follow by reading them backwards.
 """
 import sys
-import unicodedata as u
 
-EXCLUDED_STARTERS = set()
+import unicodedata2 as u
 
 
 def ranges(test):
@@ -60,7 +62,7 @@ def main():
     pairs = []
     for p in range(0x110000):
         d = u.decomposition(chr(p))
-        if d and not d.startswith("<"):
+        if d and not d.startswith("<") and not 0xAC00 <= p <= 0xD7A3:
             parts = [int(x, 16) for x in d.split()]
             pairs += [p, parts[0], parts[1] if len(parts) > 1 else 0]
     show("ptst__decompositions", pairs, "Canonical decomposition: point, first, second or 0, ...")
