@@ -7923,7 +7923,7 @@ typedef struct ptst__product {
     float *packed_a, *packed_b, *own;
     size_t m0, mc, n0, nc, k0, kc, k_step;
     size_t b_panels;                        /* to be packed: 0 if it is still the same block */
-    size_t task_rows, task_cols, row_tasks; /* what one task computes of Y */
+    size_t task_rows, task_cols, col_tasks; /* what one task computes of Y; tasks in a row of Y */
 } ptst__product;
 
 /* Floats of the packing buffers: B, A, and one panel for each thread. */
@@ -7985,8 +7985,8 @@ static void ptst__tiles_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
     const struct ptst__kernels *kernels = p->kernels;
     size_t cols = kernels->tile_cols, rows = kernels->tile_rows, m, n;
-    size_t m_first = task % p->row_tasks * p->task_rows;
-    size_t n_first = task / p->row_tasks * p->task_cols;
+    size_t m_first = task / p->col_tasks * p->task_rows;
+    size_t n_first = task % p->col_tasks * p->task_cols;
     size_t m_end = ptst__min(m_first + p->task_rows, p->mc);
     size_t n_end = ptst__min(n_first + p->task_cols, p->nc);
     ptst__tile t;
@@ -8011,14 +8011,17 @@ static void ptst__tiles_task(void *arg, size_t task, int thread) {
     }
 }
 
-/* Cuts the block of Y into tasks: enough of them that threads end at about the same time. */
-static void ptst__cut_tasks(ptst_ctx *c, ptst__product *p) {
-    size_t rows = p->kernels->tile_rows, cols = p->kernels->tile_cols, blocks, wanted;
+/* Cuts the block of Y into tasks, neighbours in a row of Y (so that a thread often keeps its rows of
+   A), and so many that threads end at about the same time. Returns their number. */
+static size_t ptst__cut_tasks(ptst_ctx *c, ptst__product *p) {
+    size_t rows = p->kernels->tile_rows, cols = p->kernels->tile_cols, blocks, row_tasks, wanted;
     blocks = ptst__ceil_div(p->mc, p->kernels->block_rows);
     p->task_rows = ptst__ceil_div(ptst__ceil_div(p->mc, blocks), rows) * rows;
-    p->row_tasks = ptst__ceil_div(p->mc, p->task_rows);
-    wanted = ptst__ceil_div(8 * (size_t)c->threads, p->row_tasks);
+    row_tasks = ptst__ceil_div(p->mc, p->task_rows);
+    wanted = ptst__ceil_div(16 * (size_t)c->threads, row_tasks);
     p->task_cols = ptst__ceil_div(ptst__ceil_div(p->nc, wanted), cols) * cols;
+    p->col_tasks = ptst__ceil_div(p->nc, p->task_cols);
+    return row_tasks * p->col_tasks;
 }
 
 /* Packs and multiplies block by block. */
@@ -8031,14 +8034,12 @@ static void ptst__gemm_large(ptst_ctx *c, ptst__product *p) {
         for (p->k0 = 0; p->k0 < p->K; p->k0 += p->kc) {
             p->kc = ptst__min(p->K - p->k0, p->k_step);
             for (p->m0 = 0; p->m0 < p->M; p->m0 += p->mc) {
-                size_t a_panels, tasks;
+                size_t a_panels;
                 p->mc = ptst__min(p->M - p->m0, rows);
                 p->b_panels = p->m0 == 0 ? ptst__ceil_div(p->nc, kernels->tile_cols) : 0;
                 a_panels = ptst__ceil_div(p->mc, kernels->tile_rows);
                 ptst__product_for(c, p->b_panels + a_panels, ptst__pack_task, p);
-                ptst__cut_tasks(c, p);
-                tasks = p->row_tasks * ptst__ceil_div(p->nc, p->task_cols);
-                ptst__product_for(c, tasks, ptst__tiles_task, p);
+                ptst__product_for(c, ptst__cut_tasks(c, p), ptst__tiles_task, p);
             }
         }
     }
