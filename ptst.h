@@ -7099,12 +7099,30 @@ static void ptst__attention_backward_task__scalar(void *arg, size_t task, int th
    arithmetic. Keys and values are read where they lie. All products are of one form, a patch. */
 
 /* C(i, j) = keep[i] C(i, j) + sum_k A(i, k) B[k * ldb + j] for i < M, j < N, k < K, where
-   A(i, k) = A[i * a_row + k * a_col] and C(i, j) = C[i * ldc + j]. keep NULL: C is not read. */
+   A(i, k) = A[i * a_row + k * a_col] and C(i, j) = C[i * ldc + j]. keep NULL: C is not read. On
+   the diagonal of a causal block work can be left out: with d = diagonal,
+       PTST__CUT_C      C(i, j) is not wanted for j < i - d,
+       PTST__CUT_LEFT   A(i, k) = 0 for k < i - d,
+       PTST__CUT_RIGHT  A(i, k) = 0 for k > i + d. */
+typedef enum ptst__cut { PTST__CUT_NONE, PTST__CUT_C, PTST__CUT_LEFT, PTST__CUT_RIGHT } ptst__cut;
+
 typedef struct ptst__patch {
     size_t M, N, K, a_row, a_col, ldb, ldc;
     const float *A, *B, *keep;
     float *C;
+    ptst__cut cut;
+    ptrdiff_t diagonal;
 } ptst__patch;
+
+/* The k (or, for CUT_C, the j) from which row i on matters, and the end of them for R rows. */
+PTST__INLINE size_t ptst__patch_begin(const ptst__patch *p, ptst__cut cut, size_t i) {
+    return p->cut == cut && (ptrdiff_t)i > p->diagonal ? (size_t)((ptrdiff_t)i - p->diagonal) : 0;
+}
+
+PTST__INLINE size_t ptst__patch_end(const ptst__patch *p, size_t i, size_t R) {
+    ptrdiff_t end = (ptrdiff_t)(i + R) + p->diagonal;
+    return p->cut != PTST__CUT_RIGHT || end >= (ptrdiff_t)p->K ? p->K : end > 0 ? (size_t)end : 0;
+}
 
 PTST__UNUSED static void ptst__multiply__scalar(const ptst__patch *p) {
     size_t i, j, k;
@@ -7165,7 +7183,8 @@ PTST__AVX2 PTST__INLINE void ptst__multiply_part__avx2(const ptst__patch *t, siz
                                                        size_t R, size_t V, size_t n) {
     const float *A = t->A + i0 * t->a_row, *B = t->B + j0;
     const __m256i mask = ptst__mask8__avx2(n);
-    size_t row = t->a_row, k;
+    size_t row = t->a_row, k = ptst__patch_begin(t, PTST__CUT_LEFT, i0);
+    size_t end = ptst__patch_end(t, i0, R);
 #define PTST__X(i) __m256 p##i = _mm256_setzero_ps(), q##i = p##i;
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
@@ -7181,7 +7200,7 @@ PTST__AVX2 PTST__INLINE void ptst__multiply_part__avx2(const ptst__patch *t, siz
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
     }
-    for (k = 0; k < t->K; k++, A += t->a_col, B += t->ldb) {
+    for (A += k * t->a_col, B += k * t->ldb; k < end; k++, A += t->a_col, B += t->ldb) {
         __m256 b0 = n < 8 ? _mm256_maskload_ps(B, mask) : _mm256_loadu_ps(B), a;
         __m256 b1 = V > 1 ? _mm256_loadu_ps(B + 8) : b0;
 #define PTST__X(i)                                                                                 \
@@ -7214,7 +7233,8 @@ PTST__AVX2 static void ptst__multiply__avx2(const ptst__patch *t) {
     size_t i, j, n;
     for (i = 0; i < t->M;) {
         size_t R = t->M - i >= 6 ? 6 : t->M - i >= 2 ? 2 : 1;
-        for (j = 0; (n = t->N - j) != 0; j += n) {
+        for (j = ptst__patch_begin(t, PTST__CUT_C, i) / 16 * 16; j < t->N; j += n) {
+            n = t->N - j;
             n = n >= 16 ? 16 : n >= 8 ? 8 : n;
             if (R == 6) {
                 if (n == 16) {
@@ -7291,7 +7311,8 @@ PTST__AVX512 PTST__INLINE void ptst__multiply_part__avx512(const ptst__patch *t,
     const float *A = t->A + i0 * t->a_row, *B = t->B + j0;
     const __mmask16 m0 = V > 1 ? (__mmask16)0xFFFF : last, m1 = V > 2 ? (__mmask16)0xFFFF : last;
     const __mmask16 m2 = V > 3 ? (__mmask16)0xFFFF : last;
-    size_t row = t->a_row, k;
+    size_t row = t->a_row, k = ptst__patch_begin(t, PTST__CUT_LEFT, i0);
+    size_t end = ptst__patch_end(t, i0, R);
 #define PTST__X(i) __m512 p##i = _mm512_setzero_ps(), q##i = p##i, r##i = p##i, s##i = p##i;
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
@@ -7308,7 +7329,7 @@ PTST__AVX512 PTST__INLINE void ptst__multiply_part__avx512(const ptst__patch *t,
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
     }
-    for (k = 0; k < t->K; k++, A += t->a_col, B += t->ldb) {
+    for (A += k * t->a_col, B += k * t->ldb; k < end; k++, A += t->a_col, B += t->ldb) {
         __m512 b0 = _mm512_maskz_loadu_ps(m0, B), a;
         __m512 b1 = V > 1 ? _mm512_maskz_loadu_ps(m1, B + 16) : b0;
         __m512 b2 = V > 2 ? _mm512_maskz_loadu_ps(m2, B + 32) : b0;
@@ -7342,34 +7363,36 @@ PTST__AVX512 PTST__INLINE void ptst__multiply_part__avx512(const ptst__patch *t,
 #undef PTST__X
 }
 
-/* All rows of V vectors from column j on. */
-PTST__AVX512 PTST__INLINE void ptst__multiply_rows__avx512(const ptst__patch *t, size_t j,
-                                                           size_t V) {
-    __mmask16 last = ptst__mask16__avx512(t->N - j - 16 * (V - 1));
-    size_t i = 0;
-    for (; t->M - i >= 6; i += 6) {
-        ptst__multiply_part__avx512(t, i, j, 6, V, last);
-    }
-    for (; t->M - i >= 2; i += 2) {
-        ptst__multiply_part__avx512(t, i, j, 2, V, last);
-    }
-    if (i < t->M) {
-        ptst__multiply_part__avx512(t, i, j, 1, V, last);
+/* R rows from row i on, all columns. */
+PTST__AVX512 PTST__INLINE void ptst__multiply_rows__avx512(const ptst__patch *t, size_t i,
+                                                           size_t R) {
+    size_t j = ptst__patch_begin(t, PTST__CUT_C, i) / 16 * 16;
+    for (; j < t->N; j += 64) {
+        size_t n = ptst__min(t->N - j, 64);
+        __mmask16 last = ptst__mask16__avx512((n - 1) % 16 + 1);
+        if (n > 48) {
+            ptst__multiply_part__avx512(t, i, j, R, 4, last);
+        } else if (n > 32) {
+            ptst__multiply_part__avx512(t, i, j, R, 3, last);
+        } else if (n > 16) {
+            ptst__multiply_part__avx512(t, i, j, R, 2, last);
+        } else {
+            ptst__multiply_part__avx512(t, i, j, R, 1, last);
+        }
     }
 }
 
 /* As __scalar, float32 sums, in strips of 6 x 64 (and 48, 32, 16). */
 PTST__AVX512 static void ptst__multiply__avx512(const ptst__patch *t) {
-    size_t j;
-    for (j = 0; t->N - j > 48; j += ptst__min(64, t->N - j)) {
-        ptst__multiply_rows__avx512(t, j, 4);
+    size_t i = 0;
+    for (; t->M - i >= 6; i += 6) {
+        ptst__multiply_rows__avx512(t, i, 6);
     }
-    if (t->N - j > 32) {
-        ptst__multiply_rows__avx512(t, j, 3);
-    } else if (t->N - j > 16) {
-        ptst__multiply_rows__avx512(t, j, 2);
-    } else if (t->N - j > 0) {
-        ptst__multiply_rows__avx512(t, j, 1);
+    for (; t->M - i >= 2; i += 2) {
+        ptst__multiply_rows__avx512(t, i, 2);
+    }
+    if (i < t->M) {
+        ptst__multiply_rows__avx512(t, i, 1);
     }
 }
 
@@ -7422,7 +7445,8 @@ PTST__AVX512 static void ptst__softmax_tile_backward__avx512(size_t J, size_t R,
 PTST__INLINE void ptst__multiply_part__neon(const ptst__patch *t, size_t i0, size_t j0, size_t R,
                                             size_t V) {
     const float *A = t->A + i0 * t->a_row, *B = t->B + j0;
-    size_t row = t->a_row, k;
+    size_t row = t->a_row, k = ptst__patch_begin(t, PTST__CUT_LEFT, i0);
+    size_t end = ptst__patch_end(t, i0, R);
 #define PTST__X(i) float32x4_t p##i = vdupq_n_f32(0), q##i = p##i, r##i = p##i, s##i = p##i;
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
@@ -7438,7 +7462,7 @@ PTST__INLINE void ptst__multiply_part__neon(const ptst__patch *t, size_t i0, siz
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
     }
-    for (k = 0; k < t->K; k++, A += t->a_col, B += t->ldb) {
+    for (A += k * t->a_col, B += k * t->ldb; k < end; k++, A += t->a_col, B += t->ldb) {
         float32x4_t b0 = vld1q_f32(B), b1 = b0, b2 = b0, b3 = b0;
         if (V > 1) {
             b1 = vld1q_f32(B + 4);
@@ -7475,7 +7499,8 @@ static void ptst__multiply__neon(const ptst__patch *t) {
     size_t whole = t->N / 4 * 4, i, j;
     ptst__patch rest = *t;
     for (i = 0; i < t->M; i += t->M - i >= 6 ? 6 : 1) {
-        for (j = 0; j < whole; j += whole - j >= 16 ? 16 : 4) {
+        j = ptst__patch_begin(t, PTST__CUT_C, i) / 16 * 16;
+        for (; j < whole; j += whole - j >= 16 ? 16 : 4) {
             if (t->M - i >= 6 && whole - j >= 16) {
                 ptst__multiply_part__neon(t, i, j, 6, 4);
             } else if (t->M - i >= 6) {
@@ -7537,67 +7562,105 @@ static void ptst__softmax_tile_backward__neon(size_t J, size_t R, float scale, f
 
 #endif
 
-/* s [J, QUERIES] = x y^T for J rows x (ld_x floats apart) and R rows y (ld_y apart). turned holds y
-   as [D, QUERIES]; if D is too long for that it is filled piece by piece. */
-static void ptst__tile_dots(const ptst__attention_job *job, const ptst__room *room, size_t J,
-                            const float *x, size_t ld_x, size_t R, const float *y, size_t ld_y,
-                            float *turned, float *s) {
-    size_t D = job->a->D, d;
+/* A tile: rows r0 ... r0 + R - 1 of head h of a span against keys j ... j + J - 1 of its block b. */
+typedef struct ptst__view {
+    const ptst_attention *a;
+    const ptst_span *s;
+    int b;
+    size_t h, r0, R, begin, end, j, J; /* begin, end: the keys that any of the rows sees */
+    size_t all_begin, all_end;         /* the keys that all of them see */
+} ptst__view;
+
+/* The view of rows from r0 on against block b, up to its first keys. */
+static ptst__view ptst__view_rows(const ptst_attention *a, const ptst_span *s, size_t h, size_t r0,
+                                  int b) {
+    ptst__view v;
+    size_t begin[2], end[2];
+    v.a = a;
+    v.s = s;
+    v.b = b;
+    v.h = h;
+    v.r0 = r0;
+    v.R = ptst__min(PTST__QUERIES, s->count - r0);
+    ptst__attention_sees(a, s, r0, begin, end);
+    v.begin = begin[b];
+    v.all_end = end[b];
+    ptst__attention_sees(a, s, r0 + v.R - 1, begin, end);
+    v.end = end[b];
+    v.all_begin = begin[b];
+    v.j = v.begin;
+    v.J = 0;
+    return v;
+}
+
+/* Goes to the next keys; false if there are none. */
+static bool ptst__view_next(ptst__view *v) {
+    v->j += v->J;
+    v->J = v->j < v->end ? ptst__min(PTST__KEYS, v->end - v->j) : 0;
+    return v->J != 0;
+}
+
+/* Row r sees keys j <= r + diagonal of the tile, as far as causality goes. */
+static ptrdiff_t ptst__view_diagonal(const ptst__view *v) {
+    return (ptrdiff_t)(v->s->keys[1] + v->r0) - (ptrdiff_t)(v->s->count + v->j);
+}
+
+/* The given cut if the diagonal of a causal block goes through the tile. */
+static ptst__cut ptst__view_cut(const ptst__view *v, ptst__cut cut) {
+    return v->b == 1 && v->j + v->J > v->all_end ? cut : PTST__CUT_NONE;
+}
+
+/* tile [J, QUERIES] = x y^T for keys (or values) x and queries (or dout) y, rows ld_y apart;
+   without what lies beyond the diagonal. turned holds y as [D, QUERIES]; if D is too long for that
+   it is filled piece by piece. */
+static void ptst__tile_dots(const ptst__attention_job *job, const ptst__room *room,
+                            const ptst__view *v, const float *x, const float *y, size_t ld_y,
+                            float *turned, float *tile) {
+    size_t D = v->a->D, d;
     ptst__patch t;
-    t.M = J;
-    t.N = ptst__min(ptst__ceil_div(R, 16) * 16, PTST__QUERIES);
-    t.a_row = ld_x;
+    t.M = v->J;
+    t.N = ptst__min(ptst__ceil_div(v->R, 16) * 16, PTST__QUERIES);
+    t.a_row = v->a->kv_ld;
     t.a_col = 1;
     t.B = turned;
     t.ldb = PTST__QUERIES;
-    t.C = s;
+    t.C = tile;
     t.ldc = PTST__QUERIES;
+    t.cut = ptst__view_cut(v, PTST__CUT_C);
+    t.diagonal = ptst__view_diagonal(v);
     for (d = 0; d < D; d += PTST__DEPTH) {
         t.K = ptst__min(PTST__DEPTH, D - d);
         t.A = x + d;
         t.keep = d == 0 ? NULL : room->ones;
         if (D > PTST__DEPTH) {
-            job->kernels->pack_cols(turned, PTST__QUERIES, y + d, PTST_F32, ld_y, R, t.K);
+            job->kernels->pack_cols(turned, PTST__QUERIES, y + d, PTST_F32, ld_y, v->R, t.K);
         }
         job->kernels->multiply(&t);
     }
 }
 
-/* Sets to value what is not seen in a tile: rows r0 + r, r < R, of span s against keys j0 + j,
-   j < J, of block b. */
-static void ptst__tile_hide(const ptst_attention *a, const ptst_span *s, int b, size_t r0, size_t R,
-                            size_t j0, size_t J, float value, float *tile) {
-    size_t total = s->keys[0] + s->keys[1] + r0, j, r;
-    for (j = j0; j < j0 + J; j++, tile += PTST__QUERIES) {
-        size_t from = 0, to = R; /* the rows that see key j */
-        if (b == 1 && j + s->count > s->keys[1] + r0) {
-            from = ptst__min(j + s->count - s->keys[1] - r0, R);
-        }
-        if (a->window != 0 && a->window < total) {
-            size_t last = (b == 0 ? j : s->keys[0] + j) + a->window + s->count;
-            to = last > total ? ptst__min(last - total, R) : 0;
+/* Sets to value what is not seen in a tile. */
+static void ptst__tile_hide(const ptst__view *v, float value, float *tile) {
+    const ptst_span *s = v->s;
+    size_t total = s->keys[0] + s->keys[1] + v->r0, window = v->a->window, j, r;
+    ptrdiff_t diagonal = v->b == 1 ? ptst__view_diagonal(v) : PTRDIFF_MAX;
+    if (v->j >= v->all_begin && v->j + v->J <= v->all_end) {
+        return;
+    }
+    for (j = 0; j < v->J; j++, tile += PTST__QUERIES) {
+        ptrdiff_t before = (ptrdiff_t)j - diagonal;
+        size_t from = before > 0 ? ptst__min((size_t)before, v->R) : 0, to = v->R;
+        if (window != 0 && window < total) { /* rows from ... to - 1 see the key */
+            size_t last = v->j + j + (v->b == 0 ? 0 : s->keys[0]) + window + s->count;
+            to = last > total ? ptst__min(last - total, v->R) : 0;
         }
         for (r = 0; r < from; r++) {
             tile[r] = value;
         }
-        for (r = to; r < R; r++) {
+        for (r = to; r < v->R; r++) {
             tile[r] = value;
         }
     }
-}
-
-/* begin and end [b]: the keys that any of the rows r0 ... r0 + R - 1 sees; all[b]: those from
-   all_begin to all_end are seen by all of them. */
-typedef struct ptst__seen {
-    size_t begin[2], end[2], all_begin[2], all_end[2];
-} ptst__seen;
-
-static ptst__seen ptst__tile_seen(const ptst_attention *a, const ptst_span *s, size_t r0,
-                                  size_t R) {
-    ptst__seen seen;
-    ptst__attention_sees(a, s, r0, seen.begin, seen.all_end);
-    ptst__attention_sees(a, s, r0 + R - 1, seen.all_begin, seen.end);
-    return seen;
 }
 
 /* Ends the softmax of R rows: out (rows ld apart) /= sum, and lse. */
@@ -7617,17 +7680,16 @@ static void ptst__tile_finish(const ptst__attention_job *job, const ptst__room *
     }
 }
 
-/* Rows r0 ... of head h of a span. */
+/* Rows from r0 on of head h of a span. */
 static void ptst__attention_tile(const ptst__attention_job *job, ptst__room *room,
                                  const ptst_span *s, size_t h, size_t r0) {
     const ptst_attention *a = job->a;
-    size_t R = ptst__min(PTST__QUERIES, s->count - r0), at = h / (a->H / a->K) * a->D, j, r;
-    size_t row = s->query + r0;
+    size_t at = h / (a->H / a->K) * a->D, row = s->query + r0, r;
     const float *q = job->q + row * a->q_ld + h * a->D;
-    ptst__seen seen = ptst__tile_seen(a, s, r0, R);
+    ptst__view v = ptst__view_rows(a, s, h, r0, 0);
     ptst__patch t;
     int b;
-    t.M = R;
+    t.M = v.R;
     t.N = a->D;
     t.A = room->s;
     t.a_row = 1;
@@ -7642,25 +7704,26 @@ static void ptst__attention_tile(const ptst__attention_job *job, ptst__room *roo
         room->ones[r] = 1;
     }
     if (a->D <= PTST__DEPTH) {
-        job->kernels->pack_cols(room->q, PTST__QUERIES, q, PTST_F32, a->q_ld, R, a->D);
+        job->kernels->pack_cols(room->q, PTST__QUERIES, q, PTST_F32, a->q_ld, v.R, a->D);
     }
     for (b = 0; b < 2; b++) {
-        for (j = seen.begin[b]; j < seen.end[b]; j += PTST__KEYS) {
-            size_t J = ptst__min(PTST__KEYS, seen.end[b] - j);
-            ptst__tile_dots(job, room, J, s->k[b] + j * a->kv_ld + at, a->kv_ld, R, q, a->q_ld,
-                            room->q, room->s);
-            if (j < seen.all_begin[b] || j + J > seen.all_end[b]) {
-                ptst__tile_hide(a, s, b, r0, R, j, J, -INFINITY, room->s);
-            }
-            job->kernels->softmax_tile(J, R, a->scale, room->s, room->max, room->sum, room->keep);
-            t.K = J;
-            t.B = s->v[b] + j * a->kv_ld + at;
+        v = ptst__view_rows(a, s, h, r0, b);
+        while (ptst__view_next(&v)) {
+            size_t key = v.j * a->kv_ld + at;
+            ptst__tile_dots(job, room, &v, s->k[b] + key, q, a->q_ld, room->q, room->s);
+            ptst__tile_hide(&v, -INFINITY, room->s);
+            job->kernels->softmax_tile(v.J, v.R, a->scale, room->s, room->max, room->sum,
+                                       room->keep);
+            t.K = v.J;
+            t.B = s->v[b] + key;
+            t.cut = ptst__view_cut(&v, PTST__CUT_RIGHT);
+            t.diagonal = ptst__view_diagonal(&v);
             job->kernels->multiply(&t);
             t.keep = room->keep;
         }
     }
-    ptst__tile_finish(job, room, R, t.C, t.ldc, job->lse == NULL ? NULL : job->lse + row * a->H + h,
-                      a->H);
+    ptst__tile_finish(job, room, v.R, t.C, t.ldc,
+                      job->lse == NULL ? NULL : job->lse + row * a->H + h, a->H);
 }
 
 /* Row i of a span and heads h ... h + n - 1 (n <= 4) that share a key head: for decoding, where a
@@ -7677,6 +7740,7 @@ static void ptst__attention_few(const ptst__attention_job *job, ptst__room *room
     t.M = n;
     t.N = a->D;
     t.A = room->s; /* [4, FEW_KEYS] */
+    t.cut = PTST__CUT_NONE;
     t.a_row = PTST__FEW_KEYS;
     t.a_col = 1;
     t.ldb = a->kv_ld;
@@ -7868,33 +7932,34 @@ static void ptst__tile_load(const ptst__attention_job *job, ptst__room *room, si
     }
 }
 
-/* Rows r0 ... of head h of a span against J keys from j on of its block b: the five products. */
+/* The five products of a tile. dq: the patch of dq, up to what depends on the keys. */
 static void ptst__tile_backward(const ptst__attention_job *job, ptst__room *room,
-                                const ptst_span *s, int b, size_t h, size_t r0, size_t R, size_t j,
-                                size_t J, bool hide, ptst__patch dq, const ptst__range_out *o) {
+                                const ptst__view *v, ptst__patch dq, const ptst__range_out *o) {
     const ptst_attention *a = job->a;
-    size_t row = s->query + r0, at = j * a->kv_ld + h / (a->H / a->K) * a->D;
-    const float *q = job->q + row * a->q_ld + h * a->D;
-    const float *dout = job->dout + (row * a->H + h) * a->D;
+    size_t row = v->s->query + v->r0, at = v->j * a->kv_ld + v->h / (a->H / a->K) * a->D;
+    const float *q = job->q + row * a->q_ld + v->h * a->D;
+    const float *dout = job->dout + (row * a->H + v->h) * a->D;
     ptst__patch t;
-    ptst__tile_dots(job, room, J, s->k[b] + at, a->kv_ld, R, q, a->q_ld, room->q, room->s);
-    ptst__tile_dots(job, room, J, s->v[b] + at, a->kv_ld, R, dout, a->H * a->D, room->dout,
-                    room->dp);
-    if (hide) {
-        ptst__tile_hide(a, s, b, r0, R, j, J, -INFINITY, room->s);
-        ptst__tile_hide(a, s, b, r0, R, j, J, 0, room->dp);
-    }
-    job->kernels->softmax_tile_backward(J, R, a->scale, room->s, room->dp, room->lse, room->delta);
-    dq.K = J;
-    dq.B = s->k[b] + at;
+    ptst__tile_dots(job, room, v, v->s->k[v->b] + at, q, a->q_ld, room->q, room->s);
+    ptst__tile_dots(job, room, v, v->s->v[v->b] + at, dout, a->H * a->D, room->dout, room->dp);
+    ptst__tile_hide(v, -INFINITY, room->s);
+    ptst__tile_hide(v, 0, room->dp);
+    job->kernels->softmax_tile_backward(v->J, v->R, a->scale, room->s, room->dp, room->lse,
+                                        room->delta);
+    dq.K = v->J;
+    dq.B = v->s->k[v->b] + at;
+    dq.cut = ptst__view_cut(v, PTST__CUT_RIGHT);
+    dq.diagonal = ptst__view_diagonal(v);
     job->kernels->multiply(&dq);
-    t.M = J;
+    t.M = v->J;
     t.N = a->D;
-    t.K = R;
+    t.K = v->R;
     t.a_row = PTST__QUERIES;
     t.a_col = 1;
     t.keep = room->ones;
     t.ldc = o->ld;
+    t.cut = ptst__view_cut(v, PTST__CUT_LEFT);
+    t.diagonal = ptst__view_diagonal(v);
     t.A = room->dp;
     t.B = q;
     t.ldb = a->q_ld;
@@ -7912,7 +7977,7 @@ static void ptst__span_backward(const ptst__attention_job *job, ptst__room *room
                                 const ptst_span *s, int b, const ptst__key_range *range, size_t h,
                                 ptst__range_out out) {
     const ptst_attention *a = job->a;
-    size_t slot = (b == 1 ? 0 : 2) + range->part, r0, r, j, R;
+    size_t slot = (b == 1 ? 0 : 2) + range->part, r0, r;
     float *dq = slot == 0 ? job->dq + h * a->D : job->plan->slots[slot] + h * a->D;
     ptst__patch t;
     t.N = a->D;
@@ -7921,30 +7986,26 @@ static void ptst__span_backward(const ptst__attention_job *job, ptst__room *room
     t.a_col = PTST__QUERIES;
     t.ldb = a->kv_ld;
     t.ldc = slot == 0 ? a->q_ld : a->H * a->D;
-    for (r0 = 0; r0 < s->count; r0 += R) {
-        ptst__seen seen;
-        size_t begin, end;
-        R = ptst__min(PTST__QUERIES, s->count - r0);
-        seen = ptst__tile_seen(a, s, r0, R);
-        begin = seen.begin[b] > range->first ? seen.begin[b] : range->first;
-        end = ptst__min(seen.end[b], range->first + range->keys);
-        t.M = R;
+    for (r0 = 0; r0 < s->count; r0 += PTST__QUERIES) {
+        ptst__view v = ptst__view_rows(a, s, h, r0, b);
+        v.begin = v.begin > range->first ? v.begin : range->first;
+        v.end = ptst__min(v.end, range->first + range->keys);
+        v.j = v.begin;
+        t.M = v.R;
         t.C = dq + (s->query + r0) * t.ldc;
         t.keep = NULL;
-        for (r = 0; r < R && begin >= end; r++) {
-            memset(t.C + r * t.ldc, 0, a->D * sizeof(float));
+        if (v.begin < v.end) {
+            ptst__tile_load(job, room, s->query + r0, h, v.R);
         }
-        if (begin < end) {
-            ptst__tile_load(job, room, s->query + r0, h, R);
-        }
-        for (j = begin; j < end; j += PTST__KEYS) {
-            size_t J = ptst__min(PTST__KEYS, end - j);
+        while (ptst__view_next(&v)) {
             ptst__range_out o = out;
-            o.dk += (j - range->first) * o.ld;
-            o.dv += (j - range->first) * o.ld;
-            ptst__tile_backward(job, room, s, b, h, r0, R, j, J,
-                                j < seen.all_begin[b] || j + J > seen.all_end[b], t, &o);
+            o.dk += (v.j - range->first) * o.ld;
+            o.dv += (v.j - range->first) * o.ld;
+            ptst__tile_backward(job, room, &v, t, &o);
             t.keep = room->ones;
+        }
+        for (r = 0; r < v.R && t.keep == NULL; r++) { /* these rows see nothing of the range */
+            memset(t.C + r * t.ldc, 0, a->D * sizeof(float));
         }
     }
 }
