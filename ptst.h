@@ -4543,8 +4543,7 @@ typedef struct ptst__tile {
     float alpha, beta;
     float *y;
     size_t ldy;
-    const float *ahead; /* a hint: ahead[k * ahead_step], k < K, is needed soon */
-    size_t ahead_step;
+    const float *ahead; /* a hint: ahead[k * b_step], k < K, is needed soon */
 } ptst__tile;
 
 struct ptst__adamw_factors;
@@ -4869,11 +4868,12 @@ PTST__UNUSED static void ptst__convert_from_f32(const ptst_ctx *c, void *dst, co
                 scalar products of rows as they lie in memory. */
 
 enum {
-    PTST__BLOCK_K = 512, /* the largest block_k; columns of B and rows of A packed at once */
+    PTST__BLOCK_K = 640, /* the largest block_k; columns of B and rows of A packed at once */
     PTST__BLOCK_N = 2048,
     PTST__BLOCK_M = 1024,
-    PTST__DOTS = 8,  /* up to so many rows (of Y or of its transpose) are made by `dots` ... */
-    PTST__SHORT = 96 /* and up to so many by tasks that pack for themselves */
+    PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
+    PTST__SHORT = 96,       /* and up to so many by tasks that pack for themselves */
+    PTST__ALONE = 64 * 1024 /* multiplications that are done before another thread wakes up */
 };
 
 /* A matrix [K, N] in memory: element (k, n) is data[n * ld + k] if transposed, data[k * ld + n]
@@ -5083,9 +5083,10 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     float edge[6 * 16];
     bool whole = t->rows == count && t->cols == 16;
     float *y = whole ? t->y : edge;
-    const float *a = t->a, *b = t->b, *ahead = t->ahead;
-    size_t ldy = whole ? t->ldy : 16, b_step = t->b_step, ahead_step = t->ahead_step;
+    const float *a = t->a, *b = t->b;
+    size_t ldy = whole ? t->ldy : 16, b_step = t->b_step, distance;
     float alpha = whole ? t->alpha : 1, beta = whole ? t->beta : 0;
+    distance = (size_t)((uintptr_t)t->ahead - (uintptr_t)b); /* saves a third pointer in the loop */
 #define PTST__X(i)                                                                                 \
     __m256 p##i = _mm256_setzero_ps(), q##i = _mm256_setzero_ps();                                 \
     if (whole && i < count) {                                                                      \
@@ -5094,7 +5095,7 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     }
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
-    for (; K > 0; K--, a += 8, b += b_step, ahead += ahead_step) {
+    for (; K > 0; K--, a += 8, b += b_step) {
         __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8), ai;
 #define PTST__X(i)                                                                                 \
     if (i < count) {                                                                               \
@@ -5104,7 +5105,7 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     }
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
-        _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+        _mm_prefetch((const char *)((uintptr_t)b + distance), _MM_HINT_T1);
     }
 #define PTST__X(i)                                                                                 \
     if (i < count) {                                                                               \
@@ -5334,7 +5335,7 @@ PTST__AVX512 PTST__INLINE void ptst__tile_rows__avx512(size_t K, const ptst__til
     __mmask16 m0 = ptst__mask16__avx512(t->cols);
     __mmask16 m1 = t->cols > 16 ? ptst__mask16__avx512(t->cols - 16) : (__mmask16)0;
     const float *a = t->a, *b = t->b, *ahead = t->ahead;
-    size_t rows = t->rows, ldy = t->ldy, b_step = t->b_step, ahead_step = t->ahead_step;
+    size_t rows = t->rows, ldy = t->ldy, b_step = t->b_step;
     float *y = t->y;
 #define PTST__X(i)                                                                                 \
     __m512 p##i = _mm512_setzero_ps(), q##i = _mm512_setzero_ps();                                 \
@@ -5344,7 +5345,7 @@ PTST__AVX512 PTST__INLINE void ptst__tile_rows__avx512(size_t K, const ptst__til
     }
     PTST__ROWS_14(PTST__X)
 #undef PTST__X
-    for (; K > 0; K--, a += 16, b += b_step, ahead += ahead_step) {
+    for (; K > 0; K--, a += 16, b += b_step, ahead += b_step) {
         __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16), ai;
 #define PTST__X(i)                                                                                 \
     if (i < count) {                                                                               \
@@ -5654,7 +5655,7 @@ typedef struct ptst__product {
     float *packed_a, *packed_b, *own;
     size_t m0, mc, n0, nc, k0, kc, k_step;
     size_t b_panels;                        /* to be packed: 0 if it is still the same block */
-    size_t task_rows, task_cols, row_tasks; /* what one task computes of Y */
+    size_t task_rows, task_cols, col_tasks; /* what one task computes of Y; tasks in a row of Y */
 } ptst__product;
 
 /* Floats of the packing buffers: B, A, and one panel for each thread. */
@@ -5673,6 +5674,18 @@ static void ptst__pack_panel(const struct ptst__kernels *kernels, float *dst, si
         kernels->pack_cols(dst, width, src, B.dtype, B.ld, cols, kc);
     } else {
         kernels->pack_rows(dst, width, src, B.dtype, B.ld, cols, kc);
+    }
+}
+
+/* Runs tasks of a product on all threads, or on this one if it is very small. */
+static void ptst__product_for(ptst_ctx *c, size_t tasks, ptst__task run, ptst__product *p) {
+    size_t i;
+    if (p->M * p->N > PTST__ALONE || p->M * p->N * p->K > PTST__ALONE) {
+        ptst__parallel_for(c, tasks, run, p);
+        return;
+    }
+    for (i = 0; i < tasks; i++) {
+        run(p, i, 0);
     }
 }
 
@@ -5704,8 +5717,8 @@ static void ptst__tiles_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
     const struct ptst__kernels *kernels = p->kernels;
     size_t cols = kernels->tile_cols, rows = kernels->tile_rows, m, n;
-    size_t m_first = task % p->row_tasks * p->task_rows;
-    size_t n_first = task / p->row_tasks * p->task_cols;
+    size_t m_first = task / p->col_tasks * p->task_rows;
+    size_t n_first = task % p->col_tasks * p->task_cols;
     size_t m_end = ptst__min(m_first + p->task_rows, p->mc);
     size_t n_end = ptst__min(n_first + p->task_cols, p->nc);
     ptst__tile t;
@@ -5714,10 +5727,9 @@ static void ptst__tiles_task(void *arg, size_t task, int thread) {
     t.alpha = p->alpha;
     t.beta = p->k0 == 0 ? p->beta : 1;
     t.ldy = p->ldy;
-    t.ahead_step = 16;
     for (n = n_first; n < n_end; n += cols) {
-        const float *next = p->packed_b + (n + cols) * p->kc;
-        const float *end = n + cols < n_end ? next + cols * p->kc : next;
+        const float *next = p->packed_b + (n + cols) * p->kc; /* 16 floats are a cache line */
+        const float *end = n + cols < n_end ? next + cols : next;
         t.b = p->packed_b + n * p->kc;
         t.cols = ptst__min(cols, n_end - n);
         for (m = m_first; m < m_end; m += rows) {
@@ -5725,20 +5737,23 @@ static void ptst__tiles_task(void *arg, size_t task, int thread) {
             t.rows = ptst__min(rows, m_end - m);
             t.y = p->Y + (p->m0 + m) * p->ldy + p->n0 + n;
             t.ahead = next < end ? next : t.a;
-            next += 16 * p->kc;
+            next += 16;
             kernels->tile(p->kc, &t);
         }
     }
 }
 
-/* Cuts the block of Y into tasks: enough of them that threads end at about the same time. */
-static void ptst__cut_tasks(ptst_ctx *c, ptst__product *p) {
-    size_t rows = p->kernels->tile_rows, cols = p->kernels->tile_cols, blocks, wanted;
+/* Cuts the block of Y into tasks, neighbours in a row of Y (so that a thread often keeps its rows of
+   A), and so many that threads end at about the same time. Returns their number. */
+static size_t ptst__cut_tasks(ptst_ctx *c, ptst__product *p) {
+    size_t rows = p->kernels->tile_rows, cols = p->kernels->tile_cols, blocks, row_tasks, wanted;
     blocks = ptst__ceil_div(p->mc, p->kernels->block_rows);
     p->task_rows = ptst__ceil_div(ptst__ceil_div(p->mc, blocks), rows) * rows;
-    p->row_tasks = ptst__ceil_div(p->mc, p->task_rows);
-    wanted = ptst__ceil_div(8 * (size_t)c->threads, p->row_tasks);
+    row_tasks = ptst__ceil_div(p->mc, p->task_rows);
+    wanted = ptst__ceil_div(16 * (size_t)c->threads, row_tasks);
     p->task_cols = ptst__ceil_div(ptst__ceil_div(p->nc, wanted), cols) * cols;
+    p->col_tasks = ptst__ceil_div(p->nc, p->task_cols);
+    return row_tasks * p->col_tasks;
 }
 
 /* Packs and multiplies block by block. */
@@ -5751,14 +5766,12 @@ static void ptst__gemm_large(ptst_ctx *c, ptst__product *p) {
         for (p->k0 = 0; p->k0 < p->K; p->k0 += p->kc) {
             p->kc = ptst__min(p->K - p->k0, p->k_step);
             for (p->m0 = 0; p->m0 < p->M; p->m0 += p->mc) {
-                size_t a_panels, tasks;
+                size_t a_panels;
                 p->mc = ptst__min(p->M - p->m0, rows);
                 p->b_panels = p->m0 == 0 ? ptst__ceil_div(p->nc, kernels->tile_cols) : 0;
                 a_panels = ptst__ceil_div(p->mc, kernels->tile_rows);
-                ptst__parallel_for(c, p->b_panels + a_panels, ptst__pack_task, p);
-                ptst__cut_tasks(c, p);
-                tasks = p->row_tasks * ptst__ceil_div(p->nc, p->task_cols);
-                ptst__parallel_for(c, tasks, ptst__tiles_task, p);
+                ptst__product_for(c, p->b_panels + a_panels, ptst__pack_task, p);
+                ptst__product_for(c, ptst__cut_tasks(c, p), ptst__tiles_task, p);
             }
         }
     }
@@ -5791,7 +5804,7 @@ static void ptst__short_task(void *arg, size_t task, int thread) {
     t.alpha = p->alpha;
     t.ldy = p->ldy;
     direct = p->B.dtype == PTST_F32 && !p->B.transposed && t.cols == cols && p->M <= 2 * rows;
-    t.b_step = t.ahead_step = direct ? p->B.ld : cols;
+    t.b_step = direct ? p->B.ld : cols;
     for (k = 0; k < p->kc; k += kc) {
         kc = ptst__min(p->k_step, p->kc - k);
         if (direct) {
@@ -5817,8 +5830,8 @@ static void ptst__gemm_short(ptst_ctx *c, ptst__product *p) {
     size_t room = (size_t)(p->own - p->packed_a) / (panels * p->kernels->a_width * p->k_step);
     for (p->k0 = 0; p->k0 < p->K; p->k0 += p->kc) {
         p->kc = ptst__min(p->K - p->k0, room * p->k_step);
-        ptst__parallel_for(c, panels * ptst__ceil_div(p->kc, p->k_step), ptst__short_pack_task, p);
-        ptst__parallel_for(c, ptst__ceil_div(p->N, p->kernels->tile_cols), ptst__short_task, p);
+        ptst__product_for(c, panels * ptst__ceil_div(p->kc, p->k_step), ptst__short_pack_task, p);
+        ptst__product_for(c, ptst__ceil_div(p->N, p->kernels->tile_cols), ptst__short_task, p);
     }
 }
 
@@ -5848,7 +5861,7 @@ static void ptst__gemm_turned(ptst_ctx *c, ptst__product *p) {
     q.Y = p->packed_b;
     q.ldy = p->M;
     ptst__gemm_short(c, &q);
-    ptst__parallel_for(c, ptst__ceil_div(p->M, 64), ptst__turn_task, p);
+    ptst__product_for(c, ptst__ceil_div(p->M, 64), ptst__turn_task, p);
 }
 
 /* ---- products of scalar products ---- */
@@ -5912,9 +5925,9 @@ static void ptst__gemm_dots(ptst_ctx *c, ptst__product *p) {
     p->task_rows = turned ? 0 : p->M;
     p->task_cols = 32;
     if (turned) {
-        ptst__parallel_for(c, ptst__ceil_div(p->K, 64), ptst__dots_copy_task, p);
+        ptst__product_for(c, ptst__ceil_div(p->K, 64), ptst__dots_copy_task, p);
     }
-    ptst__parallel_for(c, ptst__ceil_div(turned ? p->M : p->N, 32), ptst__dots_task, p);
+    ptst__product_for(c, ptst__ceil_div(turned ? p->M : p->N, 32), ptst__dots_task, p);
 }
 
 /* ---- the choice ---- */
@@ -5937,7 +5950,7 @@ static void ptst__gemm_run(ptst_ctx *c, ptst__product *p) {
         return;
     }
     if (p->K == 0 || p->alpha == 0) {
-        ptst__parallel_for(c, p->M, ptst__scale_task, p);
+        ptst__product_for(c, p->M, ptst__scale_task, p);
         return;
     }
     p->k_step = ptst__ceil_div(p->K, ptst__ceil_div(p->K, p->kernels->block_k));
@@ -8548,7 +8561,7 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     14,
     16,
     32,
-    512,
+    640,
     168,
     ptst__pack_rows__avx512,
     ptst__pack_cols__avx512,
@@ -8679,7 +8692,2324 @@ PTST_API void ptst_close(ptst_ctx *c) {
 }
 
 /* >>model =========================================================================================
-   Not written yet. */
+   Transformers of the Llama family: config.json, weights bound by name, the forward pass (shared
+   by training and by sessions with cached keys and values), the backward pass, and the low-rank
+   side branches of linear layers that >>lora fills. Relies on >>safetensors and >>kernels.
+   Afterwards every weight has the shape that the configuration asks for, a pass or a session has
+   all memory it will ever need, and no name is looked up again. Tested by tests/test_model.c.
+
+   One layer, x [N, C] (N tokens of all sequences end to end, C = hidden_size):
+
+       n = rmsnorm(x)                                                       (1)
+       q = n Wq^T + bq, k = n Wk^T + bk, v = n Wv^T + bv                    (2)
+       q, k = rope(q), rope(k)                                              (3)
+       a = attention(q, k, v), each sequence for itself                     (4)
+       x2 = x + a Wo^T + bo                                                 (5)
+       n2 = rmsnorm(x2)                                                     (6)
+       g = n2 Wgate^T, u = n2 Wup^T, s = silu(g) u                          (7)
+       out = x2 + s Wdown^T                                                 (8)
+
+   Steps (5) to (8) look at each token alone; in the last layer they are done only for the tokens
+   whose logits are wanted. */
+
+/* ---- configuration ---- */
+
+typedef enum ptst__window_rule {
+    PTST__NO_WINDOW,
+    PTST__ALL_LAYERS,
+    PTST__UPPER_LAYERS
+} ptst__window_rule;
+
+/* What a model_type means, and its defaults where config.json is silent. */
+typedef struct ptst__family {
+    const char *model_type, *architecture;
+    int32_t kv_heads; /* if the key is absent; 0 = as many as heads */
+    int32_t positions;
+    bool bias_flags; /* attention_bias and mlp_bias are read */
+    bool qkv_bias;   /* always has biases on q, k, v */
+    ptst__window_rule window;
+    int32_t window_size; /* if the key is absent */
+} ptst__family;
+
+static const ptst__family ptst__families[] = {
+    {"llama", "LlamaForCausalLM", 0, 2048, true, false, PTST__NO_WINDOW, 0},
+    {"mistral", "MistralForCausalLM", 8, 131072, false, false, PTST__ALL_LAYERS, 4096},
+    {"qwen2", "Qwen2ForCausalLM", 32, 32768, false, true, PTST__UPPER_LAYERS, 4096},
+};
+
+enum { PTST__FAMILIES = (int)(sizeof ptst__families / sizeof ptst__families[0]) };
+
+static const ptst__family *ptst__family_find(const char *model_type) {
+    int i;
+    for (i = 0; i < PTST__FAMILIES; i++) {
+        if (strcmp(ptst__families[i].model_type, model_type) == 0) {
+            return &ptst__families[i];
+        }
+    }
+    return NULL;
+}
+
+/* Copies a name that fits with its NUL into `size` bytes; false (and nothing) if it does not. */
+static bool ptst__config_name(char *to, size_t size, const char *name) {
+    size_t n = name == NULL ? size : strlen(name) + 1;
+    if (n > size) {
+        return false;
+    }
+    memcpy(to, name, n);
+    return true;
+}
+
+/* Whole numbers of the configuration: key, place in ptst_config, bounds, default (0 = none). The
+   bounds keep every product of two of them far below 2^63. */
+typedef struct ptst__config_whole {
+    const char *key;
+    size_t place;
+    int32_t min, max;
+} ptst__config_whole;
+
+static const ptst__config_whole ptst__config_wholes[] = {
+    {"vocab_size", offsetof(ptst_config, vocab_size), 1, 1 << 24},
+    {"hidden_size", offsetof(ptst_config, hidden_size), 1, 1 << 18},
+    {"intermediate_size", offsetof(ptst_config, intermediate_size), 1, 1 << 20},
+    {"num_hidden_layers", offsetof(ptst_config, num_hidden_layers), 1, PTST_LAYERS_MAX},
+    {"num_attention_heads", offsetof(ptst_config, num_attention_heads), 1, 1 << 12},
+    {"num_key_value_heads", offsetof(ptst_config, num_key_value_heads), 1, 1 << 12},
+    {"head_dim", offsetof(ptst_config, head_dim), 2, 1 << 12},
+    {"max_position_embeddings", offsetof(ptst_config, max_position_embeddings), 1, 1 << 28},
+};
+
+enum { PTST__CONFIG_WHOLES = (int)(sizeof ptst__config_wholes / sizeof ptst__config_wholes[0]) };
+
+/* Reads one JSON object; the first failure stays in code and makes the rest harmless. */
+typedef struct ptst__config_reader {
+    ptst_ctx *c;
+    const ptst_json *json;
+    const char *path; /* for errors */
+    ptst_code code;
+} ptst__config_reader;
+
+static void ptst__config_fail(ptst__config_reader *r, ptst_code code, const char *key,
+                              const char *expected) {
+    if (r->code == PTST_OK) {
+        r->code = ptst__fail(r->c, code, "%s: %s: %s", r->path, key, expected);
+    }
+}
+
+/* Value of a key, -1 if it is absent or null. */
+static int32_t ptst__config_get(const ptst__config_reader *r, int32_t object, const char *key) {
+    int32_t node = ptst_json_get(r->json, object, key);
+    return ptst_json_kind(r->json, node) == PTST_JSON_NULL ? -1 : node;
+}
+
+/* A whole number (1 or 1.0) from min to max; fallback if the node is -1. */
+static int32_t ptst__config_whole_at(ptst__config_reader *r, int32_t node, const char *key,
+                                     int32_t min, int32_t max, int32_t fallback) {
+    double value = ptst_json_number(r->json, node, -HUGE_VAL);
+    char expected[96];
+    if (node < 0) {
+        return fallback;
+    }
+    if (!(value >= min && value <= max) || value != floor(value)) {
+        snprintf(expected, sizeof expected, "expected a whole number from %ld to %ld", (long)min,
+                 (long)max);
+        ptst__config_fail(r, PTST_ERR_FORMAT, key, expected);
+        return fallback;
+    }
+    return (int32_t)value;
+}
+
+static int32_t ptst__config_int(ptst__config_reader *r, int32_t object, const char *key,
+                                int32_t min, int32_t max, int32_t fallback) {
+    return ptst__config_whole_at(r, ptst__config_get(r, object, key), key, min, max, fallback);
+}
+
+/* A number with min <= value <= max. */
+static double ptst__config_number(ptst__config_reader *r, int32_t object, const char *key,
+                                  double min, double max, double fallback) {
+    int32_t node = ptst__config_get(r, object, key);
+    double value = ptst_json_number(r->json, node, -HUGE_VAL);
+    char expected[96];
+    if (node < 0) {
+        return fallback;
+    }
+    if (!(value >= min && value <= max)) {
+        snprintf(expected, sizeof expected, "expected a number from %g to %g", min, max);
+        ptst__config_fail(r, PTST_ERR_FORMAT, key, expected);
+        return fallback;
+    }
+    return value;
+}
+
+static bool ptst__config_flag(ptst__config_reader *r, int32_t object, const char *key,
+                              bool fallback) {
+    int32_t node = ptst__config_get(r, object, key);
+    ptst_json_type kind = ptst_json_kind(r->json, node);
+    if (node >= 0 && kind != PTST_JSON_TRUE && kind != PTST_JSON_FALSE) {
+        ptst__config_fail(r, PTST_ERR_FORMAT, key, "expected true or false");
+    }
+    return ptst_json_bool(r->json, node, fallback);
+}
+
+/* Token ids: a number or a list of numbers. Leaves *count alone if the key is absent. */
+static void ptst__config_ids(ptst__config_reader *r, const char *key, int32_t *ids, size_t *count) {
+    int32_t node = ptst__config_get(r, 0, key), k;
+    if (node < 0) {
+        return;
+    }
+    *count = 0;
+    if (ptst_json_kind(r->json, node) != PTST_JSON_ARRAY) {
+        ids[(*count)++] = ptst__config_whole_at(r, node, key, 0, INT32_MAX, 0);
+        return;
+    }
+    if (ptst_json_size(r->json, node) > PTST_EOS_MAX) {
+        ptst__config_fail(r, PTST_ERR_LIMIT, key, "expected at most 16 ids");
+        return;
+    }
+    for (k = ptst_json_first(r->json, node); k >= 0; k = ptst_json_next(r->json, k)) {
+        ids[(*count)++] = ptst__config_whole_at(r, k, key, 0, INT32_MAX, 0);
+    }
+}
+
+/* rope_parameters (transformers 5) or rope_scaling and rope_theta (before): how positions turn the
+   queries and keys. */
+static void ptst__config_rope(ptst__config_reader *r, ptst_config *g) {
+    int32_t rope = ptst__config_get(r, 0, "rope_scaling"), node;
+    const char *type;
+    double theta = ptst__config_number(r, 0, "rope_theta", 1e-3, 1e15, 10000);
+    bool object;
+    rope = rope < 0 || ptst_json_size(r->json, rope) == 0
+               ? ptst__config_get(r, 0, "rope_parameters")
+               : rope;
+    object = ptst_json_kind(r->json, rope) == PTST_JSON_OBJECT;
+    if (rope >= 0 && !object) {
+        ptst__config_fail(r, PTST_ERR_FORMAT, "rope_scaling", "expected an object or null");
+    }
+    if (object && (ptst__config_get(r, rope, "full_attention") >= 0 ||
+                   ptst__config_get(r, rope, "sliding_attention") >= 0)) {
+        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "rope_parameters",
+                          "different ones for different layers are not supported");
+    }
+    g->rope_theta = ptst__config_number(r, rope, "rope_theta", 1e-3, 1e15, theta);
+    node = ptst__config_get(r, rope, "rope_type");
+    node = node < 0 ? ptst__config_get(r, rope, "type") : node;
+    type = node < 0 ? "default" : ptst_json_string(r->json, node, NULL);
+    if (!ptst__config_name(g->rope_type, sizeof g->rope_type, type)) {
+        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "rope_type",
+                          "expected \"default\", \"linear\" or \"llama3\"");
+    }
+    g->rope_factor = ptst__config_number(r, rope, "factor", 1e-6, 1e6, 0);
+    g->rope_low_freq_factor = ptst__config_number(r, rope, "low_freq_factor", 1e-6, 1e6, 0);
+    g->rope_high_freq_factor = ptst__config_number(r, rope, "high_freq_factor", 1e-6, 1e6, 0);
+    g->original_max_position_embeddings =
+        ptst__config_int(r, rope, "original_max_position_embeddings", 1, 1 << 28, 0);
+    g->original_max_position_embeddings = ptst__config_int(
+        r, 0, "original_max_position_embeddings", 1, 1 << 28, g->original_max_position_embeddings);
+    if (ptst__config_number(r, rope, "partial_rotary_factor", 0, 1, 1) != 1 ||
+        ptst__config_number(r, 0, "partial_rotary_factor", 0, 1, 1) != 1) {
+        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "partial_rotary_factor", "only 1 is supported");
+    }
+}
+
+/* Which layers see only sliding_window keys. */
+static void ptst__config_window(ptst__config_reader *r, const ptst__family *family,
+                                ptst_config *g) {
+    int32_t types = ptst__config_get(r, 0, "layer_types"), first, k, i = 0;
+    int32_t window = ptst_json_get(r->json, 0, "sliding_window") < 0 ? family->window_size : 0;
+    if (family->window == PTST__NO_WINDOW) {
+        return;
+    }
+    g->sliding_window = ptst__config_int(r, 0, "sliding_window", 1, INT32_MAX, window);
+    if (family->window == PTST__ALL_LAYERS) {
+        return;
+    }
+    first = ptst__config_int(r, 0, "max_window_layers", 0, INT32_MAX, 28);
+    if (!ptst__config_flag(r, 0, "use_sliding_window", false)) {
+        g->sliding_window = 0;
+    }
+    for (i = 0; i < g->num_hidden_layers && types < 0; i++) {
+        g->sliding_layers[i] = g->sliding_window != 0 && i >= first;
+    }
+    if (types < 0) {
+        return;
+    }
+    if (ptst_json_kind(r->json, types) != PTST_JSON_ARRAY ||
+        ptst_json_size(r->json, types) != (size_t)g->num_hidden_layers) {
+        ptst__config_fail(r, PTST_ERR_FORMAT, "layer_types",
+                          "expected a list with one name for each layer");
+        return;
+    }
+    for (k = ptst_json_first(r->json, types), i = 0; k >= 0; k = ptst_json_next(r->json, k), i++) {
+        const char *name = ptst_json_string(r->json, k, NULL);
+        bool sliding = name != NULL && strcmp(name, "sliding_attention") == 0;
+        if (!sliding && (name == NULL || strcmp(name, "full_attention") != 0)) {
+            ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "layer_types",
+                              "expected \"full_attention\" or \"sliding_attention\"");
+        }
+        g->sliding_layers[i] = sliding && g->sliding_window != 0;
+    }
+}
+
+/* Things that would change the result and are not done here. */
+static void ptst__config_refuse(ptst__config_reader *r) {
+    int32_t node = ptst__config_get(r, 0, "hidden_act");
+    const char *act = node < 0 ? "silu" : ptst_json_string(r->json, node, NULL);
+    if (ptst__config_get(r, 0, "quantization_config") >= 0) {
+        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "quantization_config",
+                          "quantised files are not supported, take the original model");
+    }
+    if (act == NULL || (strcmp(act, "silu") != 0 && strcmp(act, "swish") != 0)) {
+        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "hidden_act", "only \"silu\" is supported");
+    }
+}
+
+static const ptst__family *ptst__config_family(ptst__config_reader *r, ptst_config *g) {
+    const char *type = ptst_json_string(r->json, ptst_json_get(r->json, 0, "model_type"), NULL);
+    const ptst__family *family = type == NULL ? NULL : ptst__family_find(type);
+    char expected[256];
+    size_t used;
+    int i;
+    if (family != NULL && ptst__config_name(g->model_type, sizeof g->model_type, type)) {
+        return family;
+    }
+    used = (size_t)snprintf(expected, sizeof expected, "%s%.40s%s is not supported, expected",
+                            type == NULL ? "" : "\"", type == NULL ? "absent" : type,
+                            type == NULL ? "" : "\"");
+    for (i = 0; i < PTST__FAMILIES && used < sizeof expected; i++) {
+        used += (size_t)snprintf(expected + used, sizeof expected - used, "%s \"%s\"",
+                                 i == 0                    ? ""
+                                 : i == PTST__FAMILIES - 1 ? " or"
+                                                           : ",",
+                                 ptst__families[i].model_type);
+    }
+    ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "model_type", expected);
+    return NULL;
+}
+
+/* Fills in defaults and checks that the numbers fit together. where names the origin in errors. */
+static ptst_code ptst__config_resolve(ptst_ctx *c, ptst_config *g, const char *where) {
+    const ptst__family *family;
+    const char *problem = NULL;
+    int i;
+    if (g->model_type[0] == 0) {
+        (void)ptst__config_name(g->model_type, sizeof g->model_type, "llama");
+    }
+    family = ptst__family_find(g->model_type);
+    if (family == NULL) {
+        return ptst__fail(c, PTST_ERR_UNSUPPORTED, "%s: model_type: not supported", where);
+    }
+    g->num_key_value_heads =
+        g->num_key_value_heads == 0 ? g->num_attention_heads : g->num_key_value_heads;
+    if (g->head_dim == 0 && g->num_attention_heads > 0) {
+        g->head_dim = g->hidden_size / g->num_attention_heads;
+        problem = g->hidden_size % g->num_attention_heads != 0
+                      ? "hidden_size: is no multiple of num_attention_heads"
+                      : NULL;
+    }
+    if (g->max_position_embeddings == 0) {
+        g->max_position_embeddings = family->positions;
+    }
+    for (i = 0; i < PTST__CONFIG_WHOLES; i++) {
+        const ptst__config_whole *w = &ptst__config_wholes[i];
+        int32_t value;
+        memcpy(&value, (const char *)g + w->place, sizeof value);
+        if (value < w->min || value > w->max) {
+            return ptst__fail(c, PTST_ERR_FORMAT,
+                              "%s: %s: is %ld, expected a whole number from %ld to %ld", where,
+                              w->key, (long)value, (long)w->min, (long)w->max);
+        }
+    }
+    g->rms_norm_eps = g->rms_norm_eps == 0 ? 1e-6 : g->rms_norm_eps;
+    g->initializer_range = g->initializer_range == 0 ? 0.02 : g->initializer_range;
+    g->rope_theta = g->rope_theta == 0 ? 10000 : g->rope_theta;
+    if (g->rope_type[0] == 0) {
+        (void)ptst__config_name(g->rope_type, sizeof g->rope_type, "default");
+    }
+    if (g->original_max_position_embeddings == 0) {
+        g->original_max_position_embeddings = g->max_position_embeddings;
+    }
+    for (i = 0; i < g->num_hidden_layers && family->window == PTST__ALL_LAYERS; i++) {
+        g->sliding_layers[i] = g->sliding_window != 0;
+    }
+    problem = problem != NULL ? problem
+              : g->num_attention_heads % g->num_key_value_heads != 0
+                  ? "num_key_value_heads: does not divide num_attention_heads"
+              : g->head_dim % 2 != 0  ? "head_dim: is odd"
+              : g->sliding_window < 0 ? "sliding_window: is negative"
+                                      : NULL;
+    return problem == NULL ? PTST_OK : ptst__fail(c, PTST_ERR_FORMAT, "%s: %s", where, problem);
+}
+
+/* The rope type and what it needs. */
+static ptst_code ptst__config_check_rope(ptst_ctx *c, const ptst_config *g, const char *where) {
+    bool linear = strcmp(g->rope_type, "linear") == 0, llama3 = strcmp(g->rope_type, "llama3") == 0;
+    if (!linear && !llama3 && strcmp(g->rope_type, "default") != 0) {
+        return ptst__fail(c, PTST_ERR_UNSUPPORTED,
+                          "%s: rope_type: \"%s\" is not supported, expected \"default\", "
+                          "\"linear\" or \"llama3\"",
+                          where, g->rope_type);
+    }
+    if ((linear || llama3) && !(g->rope_factor > 0)) {
+        return ptst__fail(c, PTST_ERR_FORMAT, "%s: factor: is missing for rope type %s", where,
+                          g->rope_type);
+    }
+    if (llama3 &&
+        !(g->rope_low_freq_factor > 0 && g->rope_high_freq_factor > g->rope_low_freq_factor)) {
+        return ptst__fail(c, PTST_ERR_FORMAT,
+                          "%s: low_freq_factor, high_freq_factor: are needed for rope type llama3, "
+                          "the second larger than the first",
+                          where);
+    }
+    return PTST_OK;
+}
+
+static ptst_code ptst__config_parse(ptst_ctx *c, const ptst_json *j, const char *path,
+                                    ptst_config *g) {
+    ptst__config_reader r;
+    const ptst__family *family;
+    int32_t node;
+    int i;
+    memset(g, 0, sizeof *g);
+    r.c = c;
+    r.json = j;
+    r.path = path;
+    r.code = PTST_OK;
+    if (ptst_json_kind(j, 0) != PTST_JSON_OBJECT) {
+        return ptst__fail(c, PTST_ERR_FORMAT, "%s: expected an object", path);
+    }
+    family = ptst__config_family(&r, g);
+    if (family == NULL) {
+        return r.code;
+    }
+    for (i = 0; i < PTST__CONFIG_WHOLES; i++) {
+        const ptst__config_whole *w = &ptst__config_wholes[i];
+        int32_t value = ptst__config_int(&r, 0, w->key, w->min, w->max, 0);
+        memcpy((char *)g + w->place, &value, sizeof value);
+    }
+    node = ptst_json_get(j, 0, "num_key_value_heads");
+    g->num_key_value_heads = node < 0 ? family->kv_heads : g->num_key_value_heads;
+    g->rms_norm_eps = ptst__config_number(&r, 0, "rms_norm_eps", 1e-30, 1, 1e-6);
+    g->initializer_range = ptst__config_number(&r, 0, "initializer_range", 0, 1, 0.02);
+    g->tie_word_embeddings = ptst__config_flag(&r, 0, "tie_word_embeddings", false);
+    if (family->bias_flags) {
+        g->attention_bias = ptst__config_flag(&r, 0, "attention_bias", false);
+        g->mlp_bias = ptst__config_flag(&r, 0, "mlp_bias", false);
+    }
+    ptst__config_rope(&r, g);
+    ptst__config_window(&r, family, g);
+    ptst__config_refuse(&r);
+    g->bos_token_id = ptst__config_int(&r, 0, "bos_token_id", -1, INT32_MAX, -1);
+    g->pad_token_id = ptst__config_int(&r, 0, "pad_token_id", -1, INT32_MAX, -1);
+    ptst__config_ids(&r, "eos_token_id", g->eos_token_id, &g->eos_count);
+    if (r.code == PTST_OK) {
+        r.code = ptst__config_resolve(c, g, path);
+    }
+    return r.code == PTST_OK ? ptst__config_check_rope(c, g, path) : r.code;
+}
+
+/* generation_config.json; absent keys keep what config.json says. */
+static ptst_code ptst__generation_parse(ptst_ctx *c, const ptst_json *j, const char *path,
+                                        ptst_generation_config *g) {
+    ptst__config_reader r;
+    r.c = c;
+    r.json = j;
+    r.path = path;
+    r.code = PTST_OK;
+    if (ptst_json_kind(j, 0) != PTST_JSON_OBJECT) {
+        return ptst__fail(c, PTST_ERR_FORMAT, "%s: expected an object", path);
+    }
+    ptst__config_ids(&r, "eos_token_id", g->eos_token_id, &g->eos_count);
+    g->bos_token_id = ptst__config_int(&r, 0, "bos_token_id", -1, INT32_MAX, g->bos_token_id);
+    g->pad_token_id = ptst__config_int(&r, 0, "pad_token_id", -1, INT32_MAX, g->pad_token_id);
+    g->do_sample = ptst__config_flag(&r, 0, "do_sample", false);
+    g->temperature = ptst__config_number(&r, 0, "temperature", 0, 1e6, 0);
+    g->top_p = ptst__config_number(&r, 0, "top_p", 0, 1, 0);
+    g->repetition_penalty = ptst__config_number(&r, 0, "repetition_penalty", 1e-6, 1e6, 0);
+    g->top_k = ptst__config_int(&r, 0, "top_k", 0, INT32_MAX, 0);
+    g->max_new_tokens = ptst__config_int(&r, 0, "max_new_tokens", 0, INT32_MAX, 0);
+    return r.code;
+}
+
+/* ---- weights ---- */
+
+/* The linear layers of a transformer layer, in the order in which they are used. */
+enum { PTST__Q, PTST__K, PTST__V, PTST__O, PTST__GATE, PTST__UP, PTST__DOWN, PTST__LINEARS };
+
+static const char *const ptst__linear_names[PTST__LINEARS] = {
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj",    "mlp.up_proj",      "mlp.down_proj"};
+
+/* A tensor of the model: a matrix [rows, cols], or a vector [cols] (rows = 1), which is always F32
+   in memory. */
+typedef struct ptst__weight {
+    const char *name;
+    const void *data;
+    size_t rows, cols;
+    ptst_dtype dtype;      /* of data */
+    ptst_dtype file_dtype; /* of the file it came from, F32 if there was none */
+    bool vector;
+} ptst__weight;
+
+typedef struct ptst__linear {
+    ptst__weight *w; /* [out, in] */
+    ptst__weight *b; /* [out] or NULL */
+} ptst__linear;
+
+typedef struct ptst__layer {
+    ptst__weight *norms[2]; /* before attention, before the MLP */
+    ptst__linear linears[PTST__LINEARS];
+    size_t window; /* keys that a query sees, 0 = all */
+} ptst__layer;
+
+/* C hidden, F intermediate, V vocabulary, L layers, H query heads on K key heads of D. */
+struct ptst_model {
+    ptst_config config;
+    ptst_generation_config generation;
+    ptst__arena arena;     /* names, layers, table of weights */
+    ptst_tensors *tensors; /* the mapped files, NULL if every weight lies in block */
+    void *block;           /* weights that are not mapped */
+    ptst__weight *weights; /* each tensor once */
+    size_t weights_count;
+    ptst__layer *layers;
+    ptst__weight *embedding; /* [V, C] */
+    ptst__weight *norm;      /* after the last layer */
+    ptst__weight *head;      /* [V, C]; the embedding if tied */
+    float *frequencies;      /* [D / 2] angle of rotation per position */
+    size_t C, F, V, L, H, K, D;
+    bool trainable;
+};
+
+static ptst__matrix ptst__weight_matrix(const ptst__weight *w, bool transposed) {
+    ptst__matrix B;
+    B.data = w->data;
+    B.ld = w->cols;
+    B.dtype = w->dtype;
+    B.transposed = transposed;
+    return B;
+}
+
+static size_t ptst__weight_count(const ptst__weight *w) { return w->rows * w->cols; }
+
+/* Input and output size of a linear layer. */
+static void ptst__linear_shape(const ptst_model *m, int kind, size_t *in, size_t *out) {
+    size_t q = m->H * m->D, kv = m->K * m->D;
+    *in = kind == PTST__O ? q : kind == PTST__DOWN ? m->F : m->C;
+    *out = kind == PTST__Q                          ? q
+           : kind == PTST__K || kind == PTST__V     ? kv
+           : kind == PTST__GATE || kind == PTST__UP ? m->F
+                                                    : m->C;
+}
+
+static bool ptst__linear_has_bias(const ptst_config *g, int kind) {
+    const ptst__family *family = ptst__family_find(g->model_type);
+    if (kind >= PTST__GATE) {
+        return g->mlp_bias && family->bias_flags;
+    }
+    return (g->attention_bias && family->bias_flags) || (family->qkv_bias && kind < PTST__O);
+}
+
+/* The next entry of the table; layer < 0: a name without layer. rows 0 makes a vector. NULL if
+   memory ran out. */
+static ptst__weight *ptst__weight_add(ptst_ctx *c, ptst_model *m, int layer, const char *module,
+                                      const char *kind, size_t rows, size_t cols) {
+    ptst__weight *w = &m->weights[m->weights_count];
+    char name[128];
+    int n = layer < 0 ? snprintf(name, sizeof name, "%s.%s", module, kind)
+                      : snprintf(name, sizeof name, "model.layers.%d.%s.%s", layer, module, kind);
+    w->name = ptst__arena_copy(c, &m->arena, name, (size_t)n);
+    w->vector = rows == 0;
+    w->rows = rows == 0 ? 1 : rows;
+    w->cols = cols;
+    w->dtype = w->file_dtype = PTST_F32;
+    m->weights_count += w->name != NULL;
+    return w->name == NULL ? NULL : w;
+}
+
+static ptst_code ptst__model_add_layer(ptst_ctx *c, ptst_model *m, int l) {
+    static const char *const norms[2] = {"input_layernorm", "post_attention_layernorm"};
+    ptst__layer *y = &m->layers[l];
+    size_t in, out;
+    int k;
+    y->window = m->config.sliding_layers[l] ? (size_t)m->config.sliding_window : 0;
+    for (k = 0; k < 2; k++) {
+        y->norms[k] = ptst__weight_add(c, m, l, norms[k], "weight", 0, m->C);
+        if (y->norms[k] == NULL) {
+            return PTST_ERR_MEMORY;
+        }
+    }
+    for (k = 0; k < PTST__LINEARS; k++) {
+        bool biased = ptst__linear_has_bias(&m->config, k);
+        ptst__linear *n = &y->linears[k];
+        ptst__linear_shape(m, k, &in, &out);
+        n->w = ptst__weight_add(c, m, l, ptst__linear_names[k], "weight", out, in);
+        n->b = biased ? ptst__weight_add(c, m, l, ptst__linear_names[k], "bias", 0, out) : NULL;
+        if (n->w == NULL || (biased && n->b == NULL)) {
+            return PTST_ERR_MEMORY;
+        }
+    }
+    return PTST_OK;
+}
+
+/* Angle of rotation per position of each pair of elements: theta^(-2i / D), stretched by the rope
+   type. In float where transformers uses float, so that long positions turn alike. */
+static void ptst__model_frequencies(ptst_model *m) {
+    const ptst_config *g = &m->config;
+    const double pi = 3.14159265358979323846;
+    double old = g->original_max_position_embeddings, smooth, wave;
+    size_t i;
+    for (i = 0; i < m->D / 2; i++) {
+        float exponent = (float)(2 * i) / (float)m->D;
+        float f = 1.0f / (float)pow(g->rope_theta, (double)exponent);
+        if (strcmp(g->rope_type, "linear") == 0) {
+            f = f / (float)g->rope_factor;
+        } else if (strcmp(g->rope_type, "llama3") == 0) {
+            wave = 2 * pi / (double)f;
+            smooth = (old / wave - g->rope_low_freq_factor) /
+                     (g->rope_high_freq_factor - g->rope_low_freq_factor);
+            smooth = smooth < 0 ? 0 : smooth > 1 ? 1 : smooth;
+            f = (float)((1 - smooth) * ((double)f / g->rope_factor) + smooth * (double)f);
+        }
+        m->frequencies[i] = f;
+    }
+}
+
+/* The table of all weights, without data. */
+static ptst_code ptst__model_layout(ptst_ctx *c, ptst_model *m) {
+    const ptst_config *g = &m->config;
+    ptst_code code = PTST_OK;
+    size_t l;
+    m->C = (size_t)g->hidden_size;
+    m->F = (size_t)g->intermediate_size;
+    m->V = (size_t)g->vocab_size;
+    m->L = (size_t)g->num_hidden_layers;
+    m->H = (size_t)g->num_attention_heads;
+    m->K = (size_t)g->num_key_value_heads;
+    m->D = (size_t)g->head_dim;
+    m->layers = (ptst__layer *)ptst__arena_alloc(c, &m->arena, m->L, sizeof *m->layers);
+    m->weights = (ptst__weight *)ptst__arena_alloc(c, &m->arena, 3 + m->L * (2 + 2 * PTST__LINEARS),
+                                                   sizeof *m->weights);
+    m->frequencies = (float *)ptst__arena_alloc(c, &m->arena, m->D / 2, sizeof *m->frequencies);
+    if (m->layers == NULL || m->weights == NULL || m->frequencies == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    ptst__model_frequencies(m);
+    m->embedding = ptst__weight_add(c, m, -1, "model.embed_tokens", "weight", m->V, m->C);
+    for (l = 0; l < m->L && code == PTST_OK && m->embedding != NULL; l++) {
+        code = ptst__model_add_layer(c, m, (int)l);
+    }
+    if (code != PTST_OK || m->embedding == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    m->norm = ptst__weight_add(c, m, -1, "model.norm", "weight", 0, m->C);
+    m->head = g->tie_word_embeddings || m->norm == NULL
+                  ? m->embedding
+                  : ptst__weight_add(c, m, -1, "lm_head", "weight", m->V, m->C);
+    return m->norm == NULL || m->head == NULL ? PTST_ERR_MEMORY : PTST_OK;
+}
+
+/* One allocation for the weights that will not be mapped: fits[i] says which. dtype: of matrices,
+   PTST_DTYPE_FILE = each as in the file. Sets dtype and data of these weights. */
+static ptst_code ptst__model_block(ptst_ctx *c, ptst_model *m, ptst_dtype dtype, bool all) {
+    size_t i, bytes, total = 0;
+    char *p;
+    int round;
+    for (round = 0, p = NULL; round < 2; round++) {
+        for (i = 0; i < m->weights_count; i++) {
+            ptst__weight *w = &m->weights[i];
+            ptst_dtype wanted = w->vector                  ? PTST_F32
+                                : dtype == PTST_DTYPE_FILE ? w->file_dtype
+                                                           : dtype;
+            if (!all && !w->vector && wanted == w->file_dtype) {
+                continue;
+            }
+            if (round == 1) {
+                w->dtype = wanted;
+                w->data = p;
+                p += (ptst__weight_count(w) * ptst__dtype_size(wanted) + 63) / 64 * 64;
+                continue;
+            }
+            if (!ptst__mul(w->rows, w->cols, &bytes) ||
+                !ptst__mul(bytes, ptst__dtype_size(wanted), &bytes) ||
+                !ptst__add(bytes, 63, &bytes) || !ptst__add(total, bytes / 64 * 64, &total)) {
+                return ptst__fail_memory(c, SIZE_MAX);
+            }
+        }
+        if (round == 0) {
+            m->block = p = (char *)ptst__alloc(c, total, 1);
+            if (p == NULL) {
+                return PTST_ERR_MEMORY;
+            }
+        }
+    }
+    return PTST_OK;
+}
+
+typedef struct ptst__convert_job {
+    const ptst_ctx *c;
+    const ptst__weight *w;
+    const void *from;
+    ptst_dtype dtype; /* of from */
+} ptst__convert_job;
+
+enum { PTST__CONVERT = 4096 }; /* elements of a task */
+
+static void ptst__convert_task(void *arg, size_t task, int thread) {
+    const ptst__convert_job *j = (const ptst__convert_job *)arg;
+    size_t i = task * PTST__CONVERT, n = ptst__min(PTST__CONVERT, ptst__weight_count(j->w) - i);
+    char *to = (char *)(uintptr_t)j->w->data + i * ptst__dtype_size(j->w->dtype);
+    const void *from = (const char *)j->from + i * ptst__dtype_size(j->dtype);
+    float middle[PTST__CONVERT];
+    (void)thread;
+    if (j->dtype == j->w->dtype) {
+        memcpy(to, from, n * ptst__dtype_size(j->dtype));
+    } else if (j->w->dtype == PTST_F32) {
+        ptst__convert_to_f32(j->c, (float *)(void *)to, from, j->dtype, n);
+    } else {
+        ptst__convert_to_f32(j->c, middle, from, j->dtype, n);
+        ptst__convert_from_f32(j->c, to, middle, j->w->dtype, n);
+    }
+}
+
+/* Fills a weight of the block from data of another type. */
+static void ptst__weight_convert(ptst_ctx *c, const ptst__weight *w, const void *from,
+                                 ptst_dtype dtype) {
+    ptst__convert_job j;
+    j.c = c;
+    j.w = w;
+    j.from = from;
+    j.dtype = dtype;
+    ptst__parallel_for(c, ptst__ceil_div(ptst__weight_count(w), PTST__CONVERT), ptst__convert_task,
+                       &j);
+}
+
+/* ---- binding the tensors of a file ---- */
+
+/* Finds the tensor of a weight and checks type and shape. */
+static ptst_code ptst__weight_bind(ptst_ctx *c, const ptst_model *m, ptst__weight *w,
+                                   const char *folder) {
+    const ptst_tensor *t = ptst_tensors_find(m->tensors, w->name);
+    if (t == NULL) {
+        return ptst__fail(c, PTST_ERR_MISMATCH, "%s: tensor %s is missing", folder, w->name);
+    }
+    if (t->dtype == PTST_DTYPE_FILE) {
+        return ptst__fail(c, PTST_ERR_UNSUPPORTED, "%s: tensor %s is %s, expected F32, F16 or BF16",
+                          folder, w->name, t->dtype_name);
+    }
+    if (w->vector && (t->rank != 1 || t->shape[0] != w->cols)) {
+        return ptst__fail(c, PTST_ERR_MISMATCH,
+                          "%s: tensor %s has rank %d and first size %llu, expected [%llu]", folder,
+                          w->name, t->rank, t->rank == 0 ? 0ull : (unsigned long long)t->shape[0],
+                          (unsigned long long)w->cols);
+    }
+    if (!w->vector && (t->rank != 2 || t->shape[0] != w->rows || t->shape[1] != w->cols)) {
+        return ptst__fail(c, PTST_ERR_MISMATCH,
+                          "%s: tensor %s has rank %d and shape [%llu, %llu], expected [%llu, %llu]",
+                          folder, w->name, t->rank,
+                          t->rank == 0 ? 0ull : (unsigned long long)t->shape[0],
+                          t->rank < 2 ? 0ull : (unsigned long long)t->shape[1],
+                          (unsigned long long)w->rows, (unsigned long long)w->cols);
+    }
+    w->data = t->data;
+    w->dtype = w->file_dtype = t->dtype;
+    return PTST_OK;
+}
+
+/* Rotation buffers that old checkpoints carry along. */
+static bool ptst__tensor_is_old_buffer(const char *name) {
+    const char *end = strstr(name, ".self_attn.rotary_emb.inv_freq");
+    return end != NULL && strcmp(end, ".self_attn.rotary_emb.inv_freq") == 0;
+}
+
+/* A tied model that comes with a head of its own: tied if both are equal, otherwise the head
+   counts. As transformers does it. */
+static ptst_code ptst__model_bind_head(ptst_ctx *c, ptst_model *m, const char *folder) {
+    ptst__weight *w = &m->weights[m->weights_count];
+    const ptst_tensor *t = ptst_tensors_find(m->tensors, "lm_head.weight");
+    const ptst_tensor *e = ptst_tensors_find(m->tensors, m->embedding->name);
+    if (!m->config.tie_word_embeddings || t == NULL || e == NULL ||
+        (t->dtype == e->dtype && t->bytes == e->bytes &&
+         (t->bytes == 0 || memcmp(t->data, e->data, t->bytes) == 0))) {
+        return PTST_OK;
+    }
+    ptst__log(c, PTST_LOG_WARNING,
+              "%s: tie_word_embeddings is true, but lm_head.weight differs from the embedding and "
+              "is used",
+              folder);
+    m->config.tie_word_embeddings = false;
+    w = ptst__weight_add(c, m, -1, "lm_head", "weight", m->V, m->C);
+    m->head = w;
+    return w == NULL ? PTST_ERR_MEMORY : PTST_OK;
+}
+
+/* Every tensor of the file must be a weight. */
+static ptst_code ptst__model_superfluous(ptst_ctx *c, ptst_model *m, const char *folder) {
+    ptst__map names = {NULL, 0, 0};
+    const ptst_tensor *t;
+    ptst_code code = ptst__map_reserve(c, &names, m->weights_count);
+    size_t i, found = 0;
+    const char *first = "";
+    for (i = 0; i < m->weights_count && code == PTST_OK; i++) {
+        const char *name = m->weights[i].name;
+        code = ptst__map_put(c, &names, name, strlen(name), 1);
+    }
+    for (i = 0; code == PTST_OK && (t = ptst_tensors_at(m->tensors, i)) != NULL; i++) {
+        bool head = m->config.tie_word_embeddings && strcmp(t->name, "lm_head.weight") == 0;
+        if (!head && ptst__map_get(&names, t->name, strlen(t->name), 0) == 0 &&
+            !ptst__tensor_is_old_buffer(t->name)) {
+            first = found == 0 ? t->name : first;
+            found++;
+        }
+    }
+    ptst__map_free(c, &names);
+    if (code == PTST_OK && found != 0) {
+        code = ptst__fail(c, PTST_ERR_MISMATCH,
+                          "%s: %llu tensors belong to no weight of a %s model, the first is %.200s",
+                          folder, (unsigned long long)found, m->config.model_type, first);
+    }
+    return code;
+}
+
+static ptst_code ptst__model_bind(ptst_ctx *c, ptst_model *m, const char *folder,
+                                  ptst_dtype dtype) {
+    ptst_code code = ptst__model_bind_head(c, m, folder);
+    size_t i;
+    for (i = 0; i < m->weights_count && code == PTST_OK; i++) {
+        code = ptst__weight_bind(c, m, &m->weights[i], folder);
+    }
+    if (code == PTST_OK) {
+        code = ptst__model_superfluous(c, m, folder);
+    }
+    if (code == PTST_OK) {
+        code = ptst__model_block(c, m, dtype, false);
+    }
+    for (i = 0; i < m->weights_count && code == PTST_OK; i++) {
+        const ptst__weight *w = &m->weights[i];
+        const ptst_tensor *t = ptst_tensors_find(m->tensors, w->name);
+        if (w->data != t->data) {
+            ptst__weight_convert(c, w, t->data, t->dtype);
+        }
+    }
+    return code;
+}
+
+static ptst_code ptst__model_read_config(ptst_ctx *c, ptst_model *m, const char *folder) {
+    ptst_text path = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    ptst_generation_config *n = &m->generation;
+    ptst_code code = ptst__path_join(c, &path, folder, "config.json");
+    if (code == PTST_OK) {
+        j = ptst_json_load(c, path.data);
+        code = j == NULL ? ptst_error_code(c) : ptst__config_parse(c, j, path.data, &m->config);
+    }
+    ptst_json_free(c, j);
+    memcpy(n->eos_token_id, m->config.eos_token_id, sizeof n->eos_token_id);
+    n->eos_count = m->config.eos_count;
+    n->bos_token_id = m->config.bos_token_id;
+    n->pad_token_id = m->config.pad_token_id;
+    if (code == PTST_OK) {
+        code = ptst__path_join(c, &path, folder, "generation_config.json");
+    }
+    if (code == PTST_OK && ptst__path_kind(path.data) != 0) {
+        j = ptst_json_load(c, path.data);
+        code = j == NULL ? ptst_error_code(c) : ptst__generation_parse(c, j, path.data, n);
+        ptst_json_free(c, j);
+    }
+    ptst_text_free(c, &path);
+    return code;
+}
+
+/* ---- public part: models ---- */
+
+PTST_API void ptst_model_free(ptst_ctx *c, ptst_model *m) {
+    if (m == NULL) {
+        return;
+    }
+    ptst_tensors_close(c, m->tensors);
+    ptst__free(c, m->block);
+    ptst__arena_free(c, &m->arena);
+    ptst__free(c, m);
+}
+
+PTST_API ptst_model *ptst_model_load(ptst_ctx *c, const char *folder, ptst_dtype dtype) {
+    ptst_model *m;
+    ptst_code code;
+    if (dtype == PTST_I8 || dtype == PTST_I4 || (unsigned)dtype > (unsigned)PTST_I4) {
+        ptst__fail(c, PTST_ERR_UNSUPPORTED,
+                   "weights as int8 or int4 are not supported yet, take f32, bf16 or f16");
+        return NULL;
+    }
+    m = (ptst_model *)ptst__calloc(c, 1, sizeof *m);
+    if (m == NULL) {
+        return NULL;
+    }
+    code = ptst__model_read_config(c, m, folder);
+    if (code == PTST_OK) {
+        code = ptst__model_layout(c, m);
+    }
+    if (code == PTST_OK) {
+        m->tensors = ptst_tensors_open(c, folder);
+        code = m->tensors == NULL ? ptst_error_code(c) : ptst__model_bind(c, m, folder, dtype);
+    }
+    if (code != PTST_OK) {
+        ptst_model_free(c, m);
+        return NULL;
+    }
+    return m;
+}
+
+/* What torch.nn.init leaves behind: tensor i draws from stream i. */
+static void ptst__weight_init(ptst__weight *w, double range, uint64_t seed, uint64_t stream) {
+    float *p = (float *)(uintptr_t)w->data;
+    size_t i, n = ptst__weight_count(w), size = strlen(w->name);
+    bool bias = size > 5 && strcmp(w->name + size - 5, ".bias") == 0;
+    ptst_rng r;
+    r.seed = seed;
+    r.stream = stream;
+    r.counter = 0;
+    for (i = 0; i < n; i++) {
+        p[i] = bias ? 0 : w->vector ? 1 : (float)range * ptst_rng_normal(&r);
+    }
+}
+
+PTST_API ptst_model *ptst_model_new(ptst_ctx *c, const ptst_config *config, uint64_t seed) {
+    ptst_model *m = (ptst_model *)ptst__calloc(c, 1, sizeof *m);
+    ptst_code code;
+    size_t i;
+    if (m == NULL) {
+        return NULL;
+    }
+    m->config = *config;
+    code = ptst__config_resolve(c, &m->config, "config");
+    code = code != PTST_OK ? code : ptst__config_check_rope(c, &m->config, "config");
+    code = code != PTST_OK ? code : ptst__model_layout(c, m);
+    code = code != PTST_OK ? code : ptst__model_block(c, m, PTST_F32, true);
+    if (code != PTST_OK) {
+        ptst_model_free(c, m);
+        return NULL;
+    }
+    memcpy(m->generation.eos_token_id, config->eos_token_id, sizeof config->eos_token_id);
+    m->generation.eos_count = config->eos_count;
+    m->generation.bos_token_id = config->bos_token_id;
+    m->generation.pad_token_id = config->pad_token_id;
+    for (i = 0; i < m->weights_count; i++) {
+        ptst__weight_init(&m->weights[i], m->config.initializer_range, seed, i);
+    }
+    m->trainable = true;
+    return m;
+}
+
+PTST_API ptst_code ptst_model_unfreeze(ptst_ctx *c, ptst_model *m) {
+    void *old_block = m->block;
+    ptst__weight *old;
+    ptst_code code;
+    size_t i;
+    if (m->trainable) {
+        return PTST_OK;
+    }
+    old = (ptst__weight *)ptst__alloc(c, m->weights_count, sizeof *old);
+    if (old == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    memcpy(old, m->weights, m->weights_count * sizeof *old);
+    code = ptst__model_block(c, m, PTST_F32, true);
+    if (code != PTST_OK) {
+        m->block = old_block;
+        ptst__free(c, old);
+        return code;
+    }
+    for (i = 0; i < m->weights_count; i++) {
+        ptst__weight_convert(c, &m->weights[i], old[i].data, old[i].dtype);
+    }
+    ptst__free(c, old);
+    ptst__free(c, old_block);
+    ptst_tensors_close(c, m->tensors);
+    m->tensors = NULL;
+    m->trainable = true;
+    return PTST_OK;
+}
+
+PTST_API bool ptst_model_trainable(const ptst_model *m) { return m->trainable; }
+
+PTST_API const ptst_config *ptst_model_config(const ptst_model *m) { return &m->config; }
+
+PTST_API const ptst_generation_config *ptst_model_generation(const ptst_model *m) {
+    return &m->generation;
+}
+
+PTST_API uint64_t ptst_model_parameters(const ptst_model *m) {
+    uint64_t n = 0;
+    size_t i;
+    for (i = 0; i < m->weights_count; i++) {
+        n += ptst__weight_count(&m->weights[i]);
+    }
+    return n;
+}
+
+PTST_API uint64_t ptst_model_bytes(const ptst_model *m) {
+    uint64_t n = 0;
+    size_t i;
+    for (i = 0; i < m->weights_count; i++) {
+        n += ptst__weight_count(&m->weights[i]) * ptst__dtype_size(m->weights[i].dtype);
+    }
+    return n;
+}
+
+/* ---- adapters: what the passes need of them; >>lora makes them ---- */
+
+/* The side branch of one linear layer; rank 0 = none. */
+typedef struct ptst__branch {
+    size_t rank, in, out;
+    float scale;
+    float *A; /* [rank, in] */
+    float *B; /* [out, rank] */
+} ptst__branch;
+
+struct ptst_adapter {
+    ptst__arena arena;
+    ptst_lora_desc desc;    /* with defaults filled in; targets lies in the arena */
+    size_t L;               /* layers of its model */
+    ptst__branch *branches; /* [L, PTST__LINEARS] */
+    float *values;          /* all A and B, one after the other */
+    size_t values_count;
+};
+
+static const ptst__branch *ptst__branch_of(const ptst_adapter *a, size_t layer, int kind) {
+    const ptst__branch *b = a == NULL ? NULL : &a->branches[layer * PTST__LINEARS + (size_t)kind];
+    return b == NULL || b->rank == 0 ? NULL : b;
+}
+
+static size_t ptst__adapter_rank(const ptst_adapter *a) {
+    size_t i, rank = 0;
+    for (i = 0; a != NULL && i < a->L * PTST__LINEARS; i++) {
+        rank = a->branches[i].rank > rank ? a->branches[i].rank : rank;
+    }
+    return rank;
+}
+
+/* The adapter must have been made for a model of this shape. */
+static ptst_code ptst__adapter_fits(ptst_ctx *c, const ptst_model *m, const ptst_adapter *a) {
+    size_t l, in, out;
+    int k;
+    if (a != NULL && a->L != m->L) {
+        return ptst__fail(c, PTST_ERR_MISMATCH,
+                          "the adapter was made for %llu layers, the model has %llu",
+                          (unsigned long long)a->L, (unsigned long long)m->L);
+    }
+    for (l = 0; a != NULL && l < a->L; l++) {
+        for (k = 0; k < PTST__LINEARS; k++) {
+            const ptst__branch *b = ptst__branch_of(a, l, k);
+            ptst__linear_shape(m, k, &in, &out);
+            if (b != NULL && (b->in != in || b->out != out)) {
+                return ptst__fail(
+                    c, PTST_ERR_MISMATCH,
+                    "the adapter's %s is for [%llu, %llu], the model has [%llu, %llu]",
+                    ptst__linear_names[k], (unsigned long long)b->out, (unsigned long long)b->in,
+                    (unsigned long long)out, (unsigned long long)in);
+            }
+        }
+    }
+    return PTST_OK;
+}
+
+/* ---- memory plan: sizes first, then addresses, by the same code ---- */
+
+typedef struct ptst__memory {
+    char *base; /* NULL while only sizes are wanted */
+    size_t used;
+    bool failed; /* does not fit into an address space */
+} ptst__memory;
+
+/* a * b elements of a size, aligned to 64 bytes; NULL while only sizes are wanted. */
+static void *ptst__memory_take(ptst__memory *p, size_t a, size_t b, size_t size) {
+    size_t bytes, at = p->used;
+    if (!ptst__mul(a, b, &bytes) || !ptst__mul(bytes, size, &bytes) ||
+        !ptst__add(bytes, 63, &bytes) || !ptst__add(p->used, bytes / 64 * 64, &p->used)) {
+        p->failed = true;
+        return NULL;
+    }
+    return p->base == NULL ? NULL : p->base + at;
+}
+
+static float *ptst__memory_floats(ptst__memory *p, size_t a, size_t b) {
+    return (float *)ptst__memory_take(p, a, b, sizeof(float));
+}
+
+/* ---- small operations on rows ---- */
+
+typedef struct ptst__rows_job {
+    const ptst_ctx *c;
+    size_t rows, cols;
+    const float *src;
+    float *dst;
+    const int32_t *index;
+    const ptst__weight *table;
+} ptst__rows_job;
+
+enum { PTST__ROWS = 16, PTST__COLUMNS = 256 }; /* rows, or columns, of a task */
+
+static void ptst__gather_task(void *arg, size_t task, int thread) {
+    const ptst__rows_job *j = (const ptst__rows_job *)arg;
+    size_t i = task * PTST__ROWS, end = ptst__min(i + PTST__ROWS, j->rows);
+    (void)thread;
+    for (; i < end; i++) {
+        size_t from = j->index == NULL ? i : (size_t)j->index[i];
+        memcpy(j->dst + i * j->cols, j->src + from * j->cols, j->cols * sizeof(float));
+    }
+}
+
+/* dst [rows, cols]: row i is row index[i] of src (row i if index is NULL). */
+static void ptst__gather(ptst_ctx *c, size_t rows, size_t cols, const float *src,
+                         const int32_t *index, float *dst) {
+    ptst__rows_job j;
+    memset(&j, 0, sizeof j);
+    j.rows = rows;
+    j.cols = cols;
+    j.src = src;
+    j.dst = dst;
+    j.index = index;
+    ptst__parallel_for(c, ptst__ceil_div(rows, PTST__ROWS), ptst__gather_task, &j);
+}
+
+/* dst [all, cols] = 0 but for row index[i], which is row i of src [rows, cols]. */
+static void ptst__scatter(size_t all, size_t rows, size_t cols, const float *src,
+                          const int32_t *index, float *dst) {
+    size_t i;
+    memset(dst, 0, all * cols * sizeof(float));
+    for (i = 0; i < rows; i++) {
+        memcpy(dst + (size_t)index[i] * cols, src + i * cols, cols * sizeof(float));
+    }
+}
+
+static void ptst__bias_task(void *arg, size_t task, int thread) {
+    const ptst__rows_job *j = (const ptst__rows_job *)arg;
+    size_t i = task * PTST__ROWS, end = ptst__min(i + PTST__ROWS, j->rows);
+    (void)thread;
+    for (; i < end; i++) {
+        j->c->kernels->axpy(j->cols, 1, j->src, j->dst + i * j->cols);
+    }
+}
+
+/* Each row of dst [rows, cols] += bias [cols]. */
+static void ptst__bias_add(ptst_ctx *c, size_t rows, size_t cols, const float *bias, float *dst) {
+    ptst__rows_job j;
+    memset(&j, 0, sizeof j);
+    j.c = c;
+    j.rows = rows;
+    j.cols = cols;
+    j.src = bias;
+    j.dst = dst;
+    ptst__parallel_for(c, ptst__ceil_div(rows, PTST__ROWS), ptst__bias_task, &j);
+}
+
+static void ptst__bias_backward_task(void *arg, size_t task, int thread) {
+    const ptst__rows_job *j = (const ptst__rows_job *)arg;
+    size_t at = task * PTST__COLUMNS, n = ptst__min(PTST__COLUMNS, j->cols - at), i;
+    (void)thread;
+    for (i = 0; i < j->rows; i++) {
+        size_t to = j->index == NULL ? 0 : (size_t)j->index[i];
+        j->c->kernels->axpy(n, 1, j->src + i * j->cols + at, j->dst + to * j->cols + at);
+    }
+}
+
+/* Row index[i] (row 0 if index is NULL) of dst += row i of src [rows, cols], in the order of i:
+   the gradient of a bias, and of an embedding. Tasks share no column. */
+static void ptst__add_rows(ptst_ctx *c, size_t rows, size_t cols, const float *src,
+                           const int32_t *index, float *dst) {
+    ptst__rows_job j;
+    memset(&j, 0, sizeof j);
+    j.c = c;
+    j.rows = rows;
+    j.cols = cols;
+    j.src = src;
+    j.dst = dst;
+    j.index = index;
+    ptst__parallel_for(c, ptst__ceil_div(cols, PTST__COLUMNS), ptst__bias_backward_task, &j);
+}
+
+static void ptst__embed_task(void *arg, size_t task, int thread) {
+    const ptst__rows_job *j = (const ptst__rows_job *)arg;
+    size_t i = task * PTST__ROWS, end = ptst__min(i + PTST__ROWS, j->rows);
+    (void)thread;
+    for (; i < end; i++) {
+        ptst__convert_to_f32(
+            j->c, j->dst + i * j->cols,
+            ptst__element(j->table->data, j->table->dtype, (size_t)j->index[i] * j->cols),
+            j->table->dtype, j->cols);
+    }
+}
+
+/* x [rows, C] = rows `tokens` of the embedding. */
+static void ptst__embed(ptst_ctx *c, const ptst__weight *embedding, size_t rows,
+                        const int32_t *tokens, float *x) {
+    ptst__rows_job j;
+    memset(&j, 0, sizeof j);
+    j.c = c;
+    j.rows = rows;
+    j.cols = embedding->cols;
+    j.dst = x;
+    j.index = tokens;
+    j.table = embedding;
+    ptst__parallel_for(c, ptst__ceil_div(rows, PTST__ROWS), ptst__embed_task, &j);
+}
+
+/* ---- dropout: y = mask x / (1 - p), where bit i of the mask is a function of (seed, stream, i)
+   alone, so that the backward pass makes it again. 16 random bits per element: p is rounded to a
+   multiple of 2^-16. ---- */
+
+typedef struct ptst__dropout {
+    uint64_t seed, stream;
+    uint32_t limit; /* an element stays if its 16 bits are not below: p * 65536 */
+} ptst__dropout;
+
+typedef struct ptst__dropout_job {
+    const ptst__dropout *d;
+    size_t n;
+    const float *x;
+    float *y;
+    bool add;
+} ptst__dropout_job;
+
+enum { PTST__DROPOUT = 4096 }; /* elements of a task, a multiple of 8 */
+
+static void ptst__dropout_task(void *arg, size_t task, int thread) {
+    const ptst__dropout_job *j = (const ptst__dropout_job *)arg;
+    size_t i = task * PTST__DROPOUT, end = ptst__min(i + PTST__DROPOUT, j->n), k;
+    float scale = 65536.0f / (float)(65536 - j->d->limit);
+    (void)thread;
+    for (; i < end; i += 8) {
+        uint32_t words[4];
+        ptst__rng_block(j->d->seed, j->d->stream, i / 8, words);
+        for (k = 0; k < 8 && i + k < end; k++) {
+            uint32_t bits = words[k / 2] >> (k % 2 * 16) & 0xFFFFu;
+            float kept = bits < j->d->limit ? 0 : scale * j->x[i + k];
+            j->y[i + k] = j->add ? j->y[i + k] + kept : kept;
+        }
+    }
+}
+
+/* y = (or +=) the n elements of x that stay, enlarged. y may be x unless add. */
+static void ptst__dropout_apply(ptst_ctx *c, const ptst__dropout *d, size_t n, const float *x,
+                                float *y, bool add) {
+    ptst__dropout_job j;
+    j.d = d;
+    j.n = n;
+    j.x = x;
+    j.y = y;
+    j.add = add;
+    ptst__parallel_for(c, ptst__ceil_div(n, PTST__DROPOUT), ptst__dropout_task, &j);
+}
+
+/* ---- forward ---- */
+
+/* What one layer leaves behind, N rows before the attention, M after it (M = N but in the last
+   layer). A pass keeps it for the backward steps of the layers that have any; all other layers
+   share one. */
+typedef struct ptst__saved {
+    float *x;                  /* [N, C] input of the layer */
+    float *rstd[2];            /* [N], [M] of the norms; NULL if there is no backward */
+    float *q, *k, *v;          /* [N, H D], [N, K D], [N, K D]; q and k after rope */
+    float *a;                  /* [N, H D] output of the attention */
+    float *lse;                /* [N, H]; NULL if there is no backward */
+    float *x2;                 /* [M, C] */
+    float *gate, *up;          /* [M, F] */
+    float *low[PTST__LINEARS]; /* [N or M, rank] drop(x) A^T of the adapters */
+} ptst__saved;
+
+/* Rows of keys that a span sees, in units of rows from the base of the keys of a layer. */
+typedef struct ptst__span_rows {
+    size_t at[2];
+} ptst__span_rows;
+
+/* Rows of tokens on their way through the model. */
+typedef struct ptst__flow {
+    const ptst_model *m;
+    const ptst_adapter *a;
+    size_t rows_max, picks_max, spans_max, positions;
+    size_t rows;
+    const int32_t *tokens; /* [rows] */
+    int32_t *position;     /* [rows] */
+    ptst_span *spans;
+    ptst__span_rows *span_rows;
+    size_t spans_count;
+    int32_t *picks; /* rows that are wanted after the last layer */
+    size_t picks_count;
+    float *cosines, *sines; /* [positions, D / 2] */
+    ptst__saved *saved;     /* [L] */
+    float *n;               /* [N, C] output of a norm */
+    float *s;               /* [M, F] */
+    float *picked;          /* [picks, H D] output of the last attention */
+    float *out;             /* [picks, C] output of the last layer */
+    float *normed;          /* [picks, C] */
+    float *out_rstd;        /* [picks] */
+    float *dropped;         /* [N, in] input of an adapter; NULL without dropout */
+    float *cache;           /* keys and values of a session: [L, 2, cache_rows, K D] or NULL */
+    size_t cache_rows;
+    ptst__dropout dropout; /* limit 0 = none */
+} ptst__flow;
+
+static size_t ptst__flow_rows_after(const ptst__flow *f, size_t layer) {
+    return layer + 1 == f->m->L ? f->picks_count : f->rows;
+}
+
+/* Memory of a layer; backward: it is kept. N, M: rows before and after its attention. */
+static void ptst__saved_plan(ptst__flow *f, ptst__memory *p, ptst__saved *s, size_t layer,
+                             bool backward) {
+    const ptst_model *m = f->m;
+    size_t N = f->rows_max, M = layer + 1 == m->L ? f->picks_max : N;
+    int k;
+    memset(s, 0, sizeof *s);
+    s->x = ptst__memory_floats(p, N, m->C);
+    s->q = ptst__memory_floats(p, N, m->H * m->D);
+    s->k = ptst__memory_floats(p, N, m->K * m->D);
+    s->v = ptst__memory_floats(p, N, m->K * m->D);
+    s->a = ptst__memory_floats(p, N, m->H * m->D);
+    s->x2 = ptst__memory_floats(p, M, m->C);
+    s->gate = ptst__memory_floats(p, M, m->F);
+    s->up = ptst__memory_floats(p, M, m->F);
+    for (k = 0; k < PTST__LINEARS && backward; k++) {
+        const ptst__branch *b = ptst__branch_of(f->a, layer, k);
+        s->low[k] = ptst__memory_floats(p, k < PTST__O ? N : M, b == NULL ? 0 : b->rank);
+    }
+    if (!backward) { /* one after the other */
+        float *low = ptst__memory_floats(p, N, ptst__adapter_rank(f->a));
+        for (k = 0; k < PTST__LINEARS; k++) {
+            s->low[k] = low;
+        }
+        return;
+    }
+    s->rstd[0] = ptst__memory_floats(p, N, 1);
+    s->rstd[1] = ptst__memory_floats(p, M, 1);
+    s->lse = ptst__memory_floats(p, N, m->H);
+}
+
+/* Memory of a flow. Layers from `kept` on keep what they leave behind. */
+static void ptst__flow_plan(ptst__flow *f, ptst__memory *p, size_t kept, bool dropout) {
+    const ptst_model *m = f->m;
+    size_t l, widest = m->H * m->D > m->F ? m->H * m->D : m->F;
+    ptst__saved shared, own;
+    memset(&shared, 0, sizeof shared);
+    f->saved = (ptst__saved *)ptst__memory_take(p, m->L, 1, sizeof *f->saved);
+    if (kept > 0) { /* the last layer has no more rows than the others */
+        ptst__saved_plan(f, p, &shared, m->L, false);
+    }
+    for (l = 0; l < m->L; l++) {
+        if (l >= kept) {
+            ptst__saved_plan(f, p, &own, l, true);
+        }
+        if (f->saved != NULL) {
+            f->saved[l] = l < kept ? shared : own;
+        }
+    }
+    f->position = (int32_t *)ptst__memory_take(p, f->rows_max, 1, sizeof *f->position);
+    f->spans = (ptst_span *)ptst__memory_take(p, f->spans_max, 1, sizeof *f->spans);
+    f->span_rows = (ptst__span_rows *)ptst__memory_take(p, f->spans_max, 1, sizeof *f->span_rows);
+    f->picks = (int32_t *)ptst__memory_take(p, f->picks_max, 1, sizeof *f->picks);
+    f->cosines = ptst__memory_floats(p, f->positions, m->D / 2);
+    f->sines = ptst__memory_floats(p, f->positions, m->D / 2);
+    f->n = ptst__memory_floats(p, f->rows_max, m->C);
+    f->s = ptst__memory_floats(p, f->rows_max, m->F);
+    f->picked = ptst__memory_floats(p, f->picks_max, m->H * m->D);
+    f->out = ptst__memory_floats(p, f->picks_max, m->C);
+    f->normed = ptst__memory_floats(p, f->picks_max, m->C);
+    f->out_rstd = ptst__memory_floats(p, f->picks_max, 1);
+    widest = m->C > widest ? m->C : widest;
+    f->dropped = dropout ? ptst__memory_floats(p, f->rows_max, widest) : NULL;
+}
+
+typedef struct ptst__rotation_job {
+    const ptst__flow *f;
+} ptst__rotation_job;
+
+static void ptst__rotation_task(void *arg, size_t position, int thread) {
+    const ptst__flow *f = ((const ptst__rotation_job *)arg)->f;
+    size_t half = f->m->D / 2, i;
+    (void)thread;
+    for (i = 0; i < half; i++) { /* the angle is rounded to float as in transformers */
+        double angle = (double)((float)position * f->m->frequencies[i]);
+        f->cosines[position * half + i] = (float)cos(angle);
+        f->sines[position * half + i] = (float)sin(angle);
+    }
+}
+
+/* Fills the tables of a flow whose memory is there. */
+static void ptst__flow_init(ptst_ctx *c, ptst__flow *f) {
+    ptst__rotation_job j;
+    j.f = f;
+    ptst__parallel_for(c, f->positions, ptst__rotation_task, &j);
+}
+
+/* The keys of a layer: in the cache, or the rows of this flow. */
+static void ptst__flow_keys(const ptst__flow *f, size_t layer, float **k, float **v) {
+    size_t size = f->cache_rows * f->m->K * f->m->D;
+    *k = f->cache == NULL ? f->saved[layer].k : f->cache + 2 * layer * size;
+    *v = f->cache == NULL ? f->saved[layer].v : f->cache + (2 * layer + 1) * size;
+}
+
+/* Points the spans to the keys and values of a layer; with a cache the new rows are copied
+   there. */
+static void ptst__flow_spans(ptst__flow *f, size_t layer) {
+    size_t i, b, width = f->m->K * f->m->D;
+    float *k, *v;
+    ptst__flow_keys(f, layer, &k, &v);
+    for (i = 0; i < f->spans_count; i++) {
+        ptst_span *s = &f->spans[i];
+        for (b = 0; b < 2; b++) {
+            s->k[b] = k + f->span_rows[i].at[b] * width;
+            s->v[b] = v + f->span_rows[i].at[b] * width;
+            s->dk[b] = s->dv[b] = NULL;
+        }
+        if (f->cache != NULL) {
+            size_t to = (f->span_rows[i].at[1] + s->keys[1] - s->count) * width;
+            size_t n = s->count * width * sizeof(float);
+            memcpy(k + to, f->saved[layer].k + s->query * width, n);
+            memcpy(v + to, f->saved[layer].v + s->query * width, n);
+        }
+    }
+}
+
+static ptst_attention ptst__flow_attention(const ptst__flow *f, size_t layer) {
+    ptst_attention a;
+    a.H = f->m->H;
+    a.K = f->m->K;
+    a.D = f->m->D;
+    a.scale = (float)(1 / sqrt((double)f->m->D));
+    a.window = f->m->layers[layer].window;
+    a.q_ld = f->m->H * f->m->D;
+    a.kv_ld = f->m->K * f->m->D;
+    a.spans = f->spans;
+    a.spans_count = f->spans_count;
+    return a;
+}
+
+/* The dropout of one side branch: each has a stream of its own. */
+static ptst__dropout ptst__flow_dropout(const ptst__flow *f, size_t layer, int kind) {
+    ptst__dropout d = f->dropout;
+    d.stream = (d.stream * f->m->L + layer) * PTST__LINEARS + (uint64_t)kind;
+    return d;
+}
+
+/* The input of a side branch: x, or what dropout leaves of it. */
+static const float *ptst__branch_input(ptst_ctx *c, const ptst__flow *f, size_t layer, int kind,
+                                       size_t rows, size_t in, const float *x) {
+    ptst__dropout d = ptst__flow_dropout(f, layer, kind);
+    if (f->dropout.limit == 0) {
+        return x;
+    }
+    ptst__dropout_apply(c, &d, rows * in, x, f->dropped, false);
+    return f->dropped;
+}
+
+/* y [rows, out] = x [rows, in] W^T + b + scale drop(x) A^T B^T; with add, that is added to y. */
+static void ptst__linear_forward(ptst_ctx *c, ptst__flow *f, size_t layer, int kind, size_t rows,
+                                 const float *x, float *y, bool add) {
+    const ptst__linear *n = &f->m->layers[layer].linears[kind];
+    const ptst__branch *b = ptst__branch_of(f->a, layer, kind);
+    size_t in = n->w->cols, out = n->w->rows;
+    float *low = f->saved[layer].low[kind];
+    if (rows == 0) {
+        return;
+    }
+    ptst__gemm(c, rows, out, in, 1, x, in, false, ptst__weight_matrix(n->w, true), add ? 1 : 0, y,
+               out);
+    if (n->b != NULL) {
+        ptst__bias_add(c, rows, out, (const float *)n->b->data, y);
+    }
+    if (b != NULL) {
+        x = ptst__branch_input(c, f, layer, kind, rows, in, x);
+        ptst__gemm(c, rows, b->rank, in, 1, x, in, false, ptst__matrix_f32(b->A, in, true), 0, low,
+                   b->rank);
+        ptst__gemm(c, rows, out, b->rank, b->scale, low, b->rank, false,
+                   ptst__matrix_f32(b->B, b->rank, true), 1, y, out);
+    }
+}
+
+/* Steps (1) to (4). */
+static void ptst__layer_attention(ptst_ctx *c, ptst__flow *f, size_t l) {
+    const ptst_model *m = f->m;
+    const ptst__layer *y = &m->layers[l];
+    ptst__saved *s = &f->saved[l];
+    size_t N = f->rows;
+    ptst_attention a = ptst__flow_attention(f, l);
+    ptst_rmsnorm_forward(c, N, m->C, (float)m->config.rms_norm_eps, s->x,
+                         (const float *)y->norms[0]->data, f->n, s->rstd[0]);
+    ptst__linear_forward(c, f, l, PTST__Q, N, f->n, s->q, false);
+    ptst__linear_forward(c, f, l, PTST__K, N, f->n, s->k, false);
+    ptst__linear_forward(c, f, l, PTST__V, N, f->n, s->v, false);
+    ptst_rope(c, N, m->H, m->D, m->D, s->q, m->H * m->D, f->cosines, f->sines, f->position, false);
+    ptst_rope(c, N, m->K, m->D, m->D, s->k, m->K * m->D, f->cosines, f->sines, f->position, false);
+    ptst__flow_spans(f, l);
+    ptst_attention_forward(c, &a, s->q, s->a, s->lse);
+}
+
+/* Steps (5) to (8) for rows [M]; x2 holds the rows of x, a those of the attention. */
+static void ptst__layer_mlp(ptst_ctx *c, ptst__flow *f, size_t l, size_t M, const float *a,
+                            float *out) {
+    const ptst_model *m = f->m;
+    const ptst__layer *y = &m->layers[l];
+    ptst__saved *s = &f->saved[l];
+    if (M == 0) {
+        return;
+    }
+    ptst__linear_forward(c, f, l, PTST__O, M, a, s->x2, true);
+    ptst_rmsnorm_forward(c, M, m->C, (float)m->config.rms_norm_eps, s->x2,
+                         (const float *)y->norms[1]->data, f->n, s->rstd[1]);
+    ptst__linear_forward(c, f, l, PTST__GATE, M, f->n, s->gate, false);
+    ptst__linear_forward(c, f, l, PTST__UP, M, f->n, s->up, false);
+    ptst_swiglu_forward(c, M * m->F, s->gate, s->up, f->s);
+    ptst__gather(c, M, m->C, s->x2, NULL, out);
+    ptst__linear_forward(c, f, l, PTST__DOWN, M, f->s, out, true);
+}
+
+/* All layers and the last norm: f->normed [picks, C] for the rows in f->picks. */
+static void ptst__flow_forward(ptst_ctx *c, ptst__flow *f) {
+    const ptst_model *m = f->m;
+    size_t l;
+    ptst__embed(c, m->embedding, f->rows, f->tokens, f->saved[0].x);
+    for (l = 0; l < m->L; l++) {
+        ptst__saved *s = &f->saved[l];
+        bool last = l + 1 == m->L;
+        ptst__layer_attention(c, f, l);
+        ptst__gather(c, ptst__flow_rows_after(f, l), m->C, s->x, last ? f->picks : NULL, s->x2);
+        if (last) {
+            ptst__gather(c, f->picks_count, m->H * m->D, s->a, f->picks, f->picked);
+        }
+        ptst__layer_mlp(c, f, l, ptst__flow_rows_after(f, l), last ? f->picked : s->a,
+                        last ? f->out : f->saved[l + 1].x);
+    }
+    ptst_rmsnorm_forward(c, f->picks_count, m->C, (float)m->config.rms_norm_eps, f->out,
+                         (const float *)m->norm->data, f->normed, f->out_rstd);
+}
+
+/* logits [rows, V] of rows of f->normed from `first` on. */
+static void ptst__flow_head(ptst_ctx *c, const ptst__flow *f, size_t first, size_t rows,
+                            float *logits) {
+    const ptst_model *m = f->m;
+    ptst__gemm(c, rows, m->V, m->C, 1, f->normed + first * m->C, m->C, false,
+               ptst__weight_matrix(m->head, true), 0, logits, m->V);
+}
+
+/* ---- sessions ---- */
+
+typedef struct ptst__slot {
+    size_t length;  /* tokens of its own */
+    size_t pending; /* length after the chunks looked at so far */
+    int32_t prefix; /* slot that comes before it, or -1 */
+    size_t users;   /* slots that build on it */
+} ptst__slot;
+
+struct ptst_session {
+    ptst_session_desc desc; /* with defaults filled in */
+    ptst__flow flow;
+    ptst__slot *slots;
+    int32_t *tokens; /* [batch_tokens] */
+    float *logits;   /* [logit_rows, V] */
+    size_t logits_count;
+};
+
+static ptst_session_desc ptst__session_defaults(const ptst_model *m,
+                                                const ptst_session_desc *desc) {
+    ptst_session_desc d;
+    size_t most = (size_t)m->config.max_position_embeddings;
+    memset(&d, 0, sizeof d);
+    if (desc != NULL) {
+        d = *desc;
+    }
+    d.slots = d.slots == 0 ? 1 : d.slots;
+    d.capacity = d.capacity == 0 ? ptst__min(most, 4096) : d.capacity;
+    d.batch_tokens = d.batch_tokens == 0 ? 256 : d.batch_tokens;
+    d.logit_rows = d.logit_rows == 0 ? d.slots : d.logit_rows;
+    return d;
+}
+
+/* Everything that a session needs, itself first. s is overwritten by itself. */
+static void ptst__session_plan(ptst_session *s, ptst__memory *p, const ptst_model *m,
+                               const ptst_adapter *a, const ptst_session_desc *d) {
+    ptst__flow *f = &s->flow;
+    size_t rows = 0;
+    memset(s, 0, sizeof *s);
+    s->desc = *d;
+    f->m = m;
+    f->a = a;
+    f->rows_max = f->spans_max = d->batch_tokens;
+    f->picks_max = ptst__min(d->batch_tokens, d->logit_rows);
+    p->failed = p->failed || !ptst__mul(d->capacity, 2, &f->positions) ||
+                !ptst__mul(d->slots, d->capacity, &rows) || f->positions > INT32_MAX ||
+                d->slots > INT32_MAX;
+    f->cache_rows = rows;
+    ptst__flow_plan(f, p, m->L, false);
+    f->cache = ptst__memory_floats(p, 2 * m->L * m->K * m->D, rows);
+    s->slots = (ptst__slot *)ptst__memory_take(p, d->slots, 1, sizeof *s->slots);
+    s->tokens = (int32_t *)ptst__memory_take(p, d->batch_tokens, 1, sizeof *s->tokens);
+    s->logits = ptst__memory_floats(p, d->logit_rows, m->V);
+}
+
+PTST_API size_t ptst_session_bytes(const ptst_model *m, const ptst_adapter *a,
+                                   const ptst_session_desc *desc) {
+    ptst_session_desc d = ptst__session_defaults(m, desc);
+    ptst_session s;
+    ptst__memory p;
+    memset(&p, 0, sizeof p);
+    (void)ptst__memory_take(&p, 1, 1, sizeof s);
+    ptst__session_plan(&s, &p, m, a, &d);
+    return p.failed ? 0 : p.used;
+}
+
+PTST_API ptst_session *ptst_session_new(ptst_ctx *c, const ptst_model *m, const ptst_adapter *a,
+                                        const ptst_session_desc *desc) {
+    ptst_session_desc d = ptst__session_defaults(m, desc);
+    size_t i, bytes = ptst_session_bytes(m, a, desc);
+    ptst_session *s;
+    ptst__memory p;
+    if (ptst__adapter_fits(c, m, a) != PTST_OK) {
+        return NULL;
+    }
+    if (bytes == 0) {
+        ptst__fail_memory(c, SIZE_MAX);
+        return NULL;
+    }
+    memset(&p, 0, sizeof p);
+    p.base = (char *)ptst__alloc(c, bytes, 1);
+    if (p.base == NULL) {
+        return NULL;
+    }
+    s = (ptst_session *)ptst__memory_take(&p, 1, 1, sizeof *s);
+    ptst__session_plan(s, &p, m, a, &d);
+    ptst__flow_init(c, &s->flow);
+    for (i = 0; i < d.slots; i++) {
+        memset(&s->slots[i], 0, sizeof s->slots[i]);
+        s->slots[i].prefix = -1;
+    }
+    return s;
+}
+
+PTST_API void ptst_session_free(ptst_ctx *c, ptst_session *s) { ptst__free(c, s); }
+
+static ptst__slot *ptst__session_slot(ptst_ctx *c, const ptst_session *s, int32_t slot) {
+    if (slot < 0 || (size_t)slot >= s->desc.slots) {
+        ptst__fail(c, PTST_ERR_ARGUMENT, "slot %ld: the session has %llu slots", (long)slot,
+                   (unsigned long long)s->desc.slots);
+        return NULL;
+    }
+    return &s->slots[slot];
+}
+
+/* A slot that may change: it exists, and no other builds on it. */
+static ptst__slot *ptst__session_own(ptst_ctx *c, const ptst_session *s, int32_t slot) {
+    ptst__slot *t = ptst__session_slot(c, s, slot);
+    if (t != NULL && t->users != 0) {
+        ptst__fail(c, PTST_ERR_ARGUMENT,
+                   "slot %ld: is the prefix of %llu other slots and cannot change", (long)slot,
+                   (unsigned long long)t->users);
+        return NULL;
+    }
+    return t;
+}
+
+PTST_API ptst_code ptst_session_reset(ptst_ctx *c, ptst_session *s, int32_t slot, int32_t prefix) {
+    ptst__slot *t = ptst__session_own(c, s, slot), *head = NULL;
+    if (t == NULL) {
+        return PTST_ERR_ARGUMENT;
+    }
+    if (prefix >= 0) {
+        head = ptst__session_slot(c, s, prefix);
+        if (head == NULL) {
+            return PTST_ERR_ARGUMENT;
+        }
+        if (prefix == slot || head->prefix >= 0) {
+            return ptst__fail(c, PTST_ERR_ARGUMENT,
+                              "slot %ld: cannot be the prefix of slot %ld, it has a prefix itself",
+                              (long)prefix, (long)slot);
+        }
+    }
+    if (t->prefix >= 0) {
+        s->slots[t->prefix].users--;
+    }
+    t->length = 0;
+    t->prefix = head == NULL ? -1 : prefix;
+    if (head != NULL) {
+        head->users++;
+    }
+    return PTST_OK;
+}
+
+PTST_API ptst_code ptst_session_rewind(ptst_ctx *c, ptst_session *s, int32_t slot, size_t length) {
+    ptst__slot *t = ptst__session_own(c, s, slot);
+    if (t == NULL) {
+        return PTST_ERR_ARGUMENT;
+    }
+    if (length > t->length) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "slot %ld: holds %llu tokens, fewer than %llu",
+                          (long)slot, (unsigned long long)t->length, (unsigned long long)length);
+    }
+    t->length = length;
+    return PTST_OK;
+}
+
+PTST_API size_t ptst_session_length(const ptst_session *s, int32_t slot) {
+    return slot < 0 || (size_t)slot >= s->desc.slots ? 0 : s->slots[slot].length;
+}
+
+/* Finds every reason to refuse before anything is computed. */
+static ptst_code ptst__eval_check(ptst_ctx *c, ptst_session *s, const ptst_chunk *chunks,
+                                  size_t count) {
+    size_t i, k, rows = 0;
+    for (i = 0; i < count; i++) {
+        ptst__slot *t = ptst__session_own(c, s, chunks[i].slot);
+        if (t == NULL) {
+            return PTST_ERR_ARGUMENT;
+        }
+        t->pending = t->length;
+    }
+    for (i = 0; i < count; i++) {
+        const ptst_chunk *h = &chunks[i];
+        ptst__slot *t = &s->slots[h->slot];
+        for (k = 0; k < h->count; k++) {
+            if (h->tokens[k] < 0 || (size_t)h->tokens[k] >= s->flow.m->V) {
+                return ptst__fail(
+                    c, PTST_ERR_ARGUMENT, "slot %ld: token %ld is not in the vocabulary of %llu",
+                    (long)h->slot, (long)h->tokens[k], (unsigned long long)s->flow.m->V);
+            }
+        }
+        if (h->count > s->desc.capacity - t->pending) {
+            return ptst__fail(c, PTST_ERR_LIMIT,
+                              "slot %ld: %llu more tokens do not fit into its capacity of %llu",
+                              (long)h->slot, (unsigned long long)h->count,
+                              (unsigned long long)s->desc.capacity);
+        }
+        t->pending += h->count;
+        rows += h->logits == PTST_LOGITS_ALL                     ? h->count
+                : h->logits == PTST_LOGITS_LAST && h->count != 0 ? 1
+                                                                 : 0;
+        if (rows > s->desc.logit_rows) {
+            return ptst__fail(c, PTST_ERR_LIMIT,
+                              "more rows of logits are wanted than the session's logit_rows, %llu",
+                              (unsigned long long)s->desc.logit_rows);
+        }
+    }
+    return PTST_OK;
+}
+
+/* Puts tokens first, first + 1, ... of a chunk into the flow, as many as fit. Returns how many. */
+static size_t ptst__eval_pack(ptst_session *s, const ptst_chunk *h, size_t first) {
+    ptst__flow *f = &s->flow;
+    ptst__slot *t = &s->slots[h->slot];
+    size_t n = ptst__min(h->count - first, f->rows_max - f->rows), i, head, wanted;
+    ptst_span *span = &f->spans[f->spans_count];
+    ptst__span_rows *at = &f->span_rows[f->spans_count];
+    wanted = h->logits == PTST_LOGITS_ALL                                      ? n
+             : h->logits == PTST_LOGITS_LAST && first + n == h->count && n > 0 ? 1
+                                                                               : 0;
+    if (wanted > f->picks_max - f->picks_count) { /* the rest in the next piece */
+        n = h->logits == PTST_LOGITS_ALL ? f->picks_max - f->picks_count : n - 1;
+        wanted = h->logits == PTST_LOGITS_ALL ? n : 0;
+    }
+    if (n == 0) {
+        return 0;
+    }
+    head = t->prefix < 0 ? 0 : s->slots[t->prefix].length;
+    memset(span, 0, sizeof *span);
+    span->query = f->rows;
+    span->count = n;
+    span->keys[0] = head;
+    span->keys[1] = t->length + n;
+    at->at[0] = t->prefix < 0 ? 0 : (size_t)t->prefix * s->desc.capacity;
+    at->at[1] = (size_t)h->slot * s->desc.capacity;
+    for (i = 0; i < n; i++) {
+        s->tokens[f->rows + i] = h->tokens[first + i];
+        f->position[f->rows + i] = (int32_t)(head + t->length + i);
+        if (i + wanted >= n) {
+            f->picks[f->picks_count++] = (int32_t)(f->rows + i);
+        }
+    }
+    f->rows += n;
+    f->spans_count++;
+    t->length += n;
+    return n;
+}
+
+PTST_API ptst_code ptst_eval(ptst_ctx *c, ptst_session *s, const ptst_chunk *chunks, size_t count) {
+    ptst__flow *f = &s->flow;
+    size_t i = 0, done = 0;
+    ptst_code code = ptst__eval_check(c, s, chunks, count);
+    if (code != PTST_OK) {
+        return code;
+    }
+    s->logits_count = 0;
+    f->tokens = s->tokens;
+    while (i < count) {
+        f->rows = f->spans_count = f->picks_count = 0;
+        for (; i < count; i++, done = 0) {
+            done += ptst__eval_pack(s, &chunks[i], done);
+            if (done < chunks[i].count) {
+                break;
+            }
+        }
+        if (f->rows != 0) {
+            ptst__flow_forward(c, f);
+            ptst__flow_head(c, f, 0, f->picks_count, s->logits + s->logits_count * f->m->V);
+            s->logits_count += f->picks_count;
+        }
+    }
+    return PTST_OK;
+}
+
+PTST_API float *ptst_logits(ptst_session *s, size_t row) {
+    return row < s->logits_count ? s->logits + row * s->flow.m->V : NULL;
+}
+
+/* ---- backward ----
+   The steps of a layer in reverse; d before a name is the gradient of the loss by it. dx holds the
+   gradient by the output of a layer and becomes that by its input:
+
+       ds = dout Wdown                                                      (8)
+       dg, du = swiglu backward of ds                                       (7)
+       dn2 = dg Wgate + du Wup                                              (7)
+       dx2 = dout + rmsnorm backward of dn2                                 (6)
+       da = dx2 Wo                                                          (5)
+       dq, dk, dv = attention backward of da                                (4)
+       dq, dk turned back by rope                                           (3)
+       dn = dq Wq + dk Wk + dv Wv                                           (2)
+       dx = dx2 + rmsnorm backward of dn                                    (1)
+
+   Saved: x, rstd, q, k, v, a, lse, x2, g, u. Recomputed: n, n2, s. A frozen weight gets no
+   gradient, and nothing below the lowest layer that learns is differentiated. */
+
+/* Something that learns: value and gradient. */
+typedef struct ptst__param {
+    const char *name; /* PEFT's or Hugging Face's name of the tensor */
+    float *value, *grad;
+    size_t rows, cols; /* shape; a vector has rows 1 */
+    size_t count;      /* rows * cols */
+    bool decay;        /* subject to weight decay: matrices, not norms and biases */
+} ptst__param;
+
+typedef struct ptst__branch_grad {
+    float *A, *B;
+} ptst__branch_grad;
+
+enum { PTST__HEAD_ROWS = 64 }; /* labelled rows of which logits exist at a time */
+
+/* A piece of a batch: tokens begin .. begin + count - 1 are one sequence, or continue the one of
+   segment `prefix` (an earlier segment without a prefix, -1 = none), which several may share. */
+typedef struct ptst_segment {
+    size_t begin, count;
+    int32_t prefix;
+} ptst_segment;
+
+/* Tokens of several sequences end to end; the segments cover them in order. labels[i] is the token
+   to be predicted at position i, -1 = none. */
+typedef struct ptst_batch {
+    const int32_t *tokens, *labels;
+    size_t count;
+    const ptst_segment *segments;
+    size_t segments_count;
+} ptst_batch;
+
+/* Forward and backward passes over batches, with all their memory. */
+typedef struct ptst__pass {
+    ptst__flow flow;
+    size_t segments_max;
+    size_t lowest; /* layer below which nothing learns; L if nothing learns at all */
+    bool full;     /* the weights of the model learn */
+    float *grads;  /* all gradients, one after the other */
+    size_t grads_count;
+    float **weight_grads;            /* [weights_count], NULL unless full */
+    ptst__branch_grad *branch_grads; /* [L, PTST__LINEARS], NULL if full */
+    ptst__param *params;
+    char *names; /* of adapter tensors */
+    size_t params_count;
+    int32_t *labels;  /* [picks] */
+    double *losses;   /* [PTST__HEAD_ROWS] */
+    float *logits;    /* [PTST__HEAD_ROWS, V] */
+    float *dnormed;   /* [picks, C] */
+    float *dx;        /* [N, C] */
+    float *dpicked;   /* [picks, C] dx of the rows that the last layer works on */
+    float *da;        /* [N, H D] */
+    float *dpicked_a; /* [picks, H D] */
+    float *dq, *dk, *dv;
+    float *dn;      /* [N, C] */
+    float *ds, *du; /* [N, F] */
+    float *dlow;    /* [N, rank] */
+    void *scratch;  /* of the attention */
+} ptst__pass;
+
+enum { PTST__NAME = 112 }; /* bytes for the name of an adapter tensor */
+
+/* Gradient of a weight of the model, NULL if it is frozen. */
+static float *ptst__pass_grad(const ptst__pass *p, const ptst__weight *w) {
+    return p->full && w != NULL ? p->weight_grads[w - p->flow.m->weights] : NULL;
+}
+
+static bool ptst__pass_learns(const ptst__pass *p, size_t layer, int first, int last) {
+    int k;
+    for (k = first; k <= last; k++) {
+        if (p->full || ptst__branch_of(p->flow.a, layer, k) != NULL) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* The side branch backward: low = drop(x) A^T was saved.
+       dlow = scale dy B, dB += scale dy^T low, dA += dlow^T drop(x), dx += drop(dlow A) */
+static void ptst__branch_backward(ptst_ctx *c, ptst__pass *p, size_t l, int kind, size_t rows,
+                                  const float *x, const float *dy, float *dx) {
+    ptst__flow *f = &p->flow;
+    const ptst__branch *b = ptst__branch_of(f->a, l, kind);
+    const ptst__branch_grad *g = &p->branch_grads[l * PTST__LINEARS + (size_t)kind];
+    const float *low = f->saved[l].low[kind];
+    size_t in = b->in, out = b->out, r = b->rank;
+    ptst__dropout d = ptst__flow_dropout(f, l, kind);
+    x = ptst__branch_input(c, f, l, kind, rows, in, x);
+    ptst__gemm(c, out, r, rows, b->scale, dy, out, true, ptst__matrix_f32(low, r, false), 1, g->B,
+               r);
+    ptst__gemm(c, rows, r, out, b->scale, dy, out, false, ptst__matrix_f32(b->B, r, false), 0,
+               p->dlow, r);
+    ptst__gemm(c, r, in, rows, 1, p->dlow, r, true, ptst__matrix_f32(x, in, false), 1, g->A, in);
+    if (dx != NULL && f->dropout.limit == 0) {
+        ptst__gemm(c, rows, in, r, 1, p->dlow, r, false, ptst__matrix_f32(b->A, in, false), 1, dx,
+                   in);
+    } else if (dx != NULL) {
+        ptst__gemm(c, rows, in, r, 1, p->dlow, r, false, ptst__matrix_f32(b->A, in, false), 0,
+                   f->dropped, in);
+        ptst__dropout_apply(c, &d, rows * in, f->dropped, dx, true);
+    }
+}
+
+/* dx [rows, in] (NULL = not wanted) = (add: +=) gradient by the input of a linear layer, from dy
+   [rows, out]; adds to the gradients of what learns in it. x: its input, read only for these. */
+static void ptst__linear_backward(ptst_ctx *c, ptst__pass *p, size_t l, int kind, size_t rows,
+                                  const float *x, const float *dy, float *dx, bool add) {
+    const ptst__linear *n = &p->flow.m->layers[l].linears[kind];
+    size_t in = n->w->cols, out = n->w->rows;
+    float *dw = ptst__pass_grad(p, n->w), *db = ptst__pass_grad(p, n->b);
+    if (dx != NULL) {
+        ptst__gemm(c, rows, in, out, 1, dy, out, false, ptst__weight_matrix(n->w, false),
+                   add ? 1 : 0, dx, in);
+    }
+    if (dw != NULL) {
+        ptst__gemm(c, out, in, rows, 1, dy, out, true, ptst__matrix_f32(x, in, false), 1, dw, in);
+    }
+    if (db != NULL) {
+        ptst__add_rows(c, rows, out, dy, NULL, db);
+    }
+    if (ptst__branch_of(p->flow.a, l, kind) != NULL) {
+        ptst__branch_backward(c, p, l, kind, rows, x, dy, dx);
+    }
+}
+
+/* Steps (8) to (5) backward for M rows: dx from dout to dx2, and da unless it is NULL. a: the
+   rows of the attention's output. */
+static void ptst__mlp_backward(ptst_ctx *c, ptst__pass *p, size_t l, size_t M, const float *a,
+                               float *dx, float *da) {
+    ptst__flow *f = &p->flow;
+    const ptst_model *m = f->m;
+    const ptst__layer *y = &m->layers[l];
+    const ptst__saved *s = &f->saved[l];
+    const float *norm = (const float *)y->norms[1]->data;
+    if (ptst__pass_learns(p, l, PTST__DOWN, PTST__DOWN)) {
+        ptst_swiglu_forward(c, M * m->F, s->gate, s->up, f->s);
+    }
+    ptst__linear_backward(c, p, l, PTST__DOWN, M, f->s, dx, p->ds, false);
+    ptst_swiglu_backward(c, M * m->F, s->gate, s->up, p->ds, p->ds, p->du);
+    if (ptst__pass_learns(p, l, PTST__GATE, PTST__UP)) {
+        ptst_rmsnorm_forward(c, M, m->C, (float)m->config.rms_norm_eps, s->x2, norm, f->n, NULL);
+    }
+    ptst__linear_backward(c, p, l, PTST__GATE, M, f->n, p->ds, p->dn, false);
+    ptst__linear_backward(c, p, l, PTST__UP, M, f->n, p->du, p->dn, true);
+    ptst_rmsnorm_backward(c, M, m->C, s->x2, norm, s->rstd[1], p->dn, dx,
+                          ptst__pass_grad(p, y->norms[1]));
+    ptst__linear_backward(c, p, l, PTST__O, M, a, dx, da, false);
+}
+
+/* Gradients by keys and values of the spans: the rows of dk and dv. */
+static void ptst__pass_spans(ptst__pass *p) {
+    ptst__flow *f = &p->flow;
+    size_t i, b, width = f->m->K * f->m->D;
+    for (i = 0; i < f->spans_count; i++) {
+        for (b = 0; b < 2; b++) {
+            f->spans[i].dk[b] = p->dk + f->span_rows[i].at[b] * width;
+            f->spans[i].dv[b] = p->dv + f->span_rows[i].at[b] * width;
+        }
+    }
+}
+
+/* Steps (4) to (1) backward: from p->da and dx2 in p->dx to dx. below: whether dx is wanted. */
+static void ptst__attention_layer_backward(ptst_ctx *c, ptst__pass *p, size_t l, bool below) {
+    ptst__flow *f = &p->flow;
+    const ptst_model *m = f->m;
+    const ptst__layer *y = &m->layers[l];
+    const ptst__saved *s = &f->saved[l];
+    const float *norm = (const float *)y->norms[0]->data;
+    ptst_attention a = ptst__flow_attention(f, l);
+    size_t N = f->rows, q = m->H * m->D, kv = m->K * m->D;
+    float *dn = below ? p->dn : NULL;
+    ptst__flow_spans(f, l);
+    ptst__pass_spans(p);
+    memset(p->dk, 0, N * kv * sizeof(float));
+    memset(p->dv, 0, N * kv * sizeof(float));
+    ptst_attention_backward(c, &a, s->q, s->a, s->lse, p->da, p->dq, p->scratch);
+    ptst_rope(c, N, m->H, m->D, m->D, p->dq, q, f->cosines, f->sines, f->position, true);
+    ptst_rope(c, N, m->K, m->D, m->D, p->dk, kv, f->cosines, f->sines, f->position, true);
+    if (ptst__pass_learns(p, l, PTST__Q, PTST__V)) {
+        ptst_rmsnorm_forward(c, N, m->C, (float)m->config.rms_norm_eps, s->x, norm, f->n, NULL);
+    }
+    ptst__linear_backward(c, p, l, PTST__Q, N, f->n, p->dq, dn, false);
+    ptst__linear_backward(c, p, l, PTST__K, N, f->n, p->dk, dn, true);
+    ptst__linear_backward(c, p, l, PTST__V, N, f->n, p->dv, dn, true);
+    if (below) {
+        ptst_rmsnorm_backward(c, N, m->C, s->x, norm, s->rstd[0], dn, p->dx,
+                              ptst__pass_grad(p, y->norms[0]));
+    }
+}
+
+/* From dnormed [picks, C] to all gradients. */
+static void ptst__pass_backward(ptst_ctx *c, ptst__pass *p) {
+    ptst__flow *f = &p->flow;
+    const ptst_model *m = f->m;
+    size_t l, picks = f->picks_count;
+    memset(p->dpicked, 0, picks * m->C * sizeof(float));
+    ptst_rmsnorm_backward(c, picks, m->C, f->out, (const float *)m->norm->data, f->out_rstd,
+                          p->dnormed, p->dpicked, ptst__pass_grad(p, m->norm));
+    for (l = m->L; l-- > p->lowest;) {
+        bool last = l + 1 == m->L, below = l > p->lowest || p->full;
+        bool inner = below || ptst__pass_learns(p, l, PTST__Q, PTST__V);
+        float *dx = last ? p->dpicked : p->dx, *da = last ? p->dpicked_a : p->da;
+        ptst__mlp_backward(c, p, l, ptst__flow_rows_after(f, l), last ? f->picked : f->saved[l].a,
+                           dx, inner ? da : NULL);
+        if (!inner) {
+            break;
+        }
+        if (last) {
+            ptst__scatter(f->rows, picks, m->C, p->dpicked, f->picks, p->dx);
+            ptst__scatter(f->rows, picks, m->H * m->D, p->dpicked_a, f->picks, p->da);
+        }
+        ptst__attention_layer_backward(c, p, l, below);
+    }
+    if (p->full) {
+        ptst__add_rows(c, f->rows, m->C, p->dx, f->tokens, ptst__pass_grad(p, m->embedding));
+    }
+}
+
+/* Logits and cross-entropy of the picked rows, a few at a time; with backward also dnormed, and
+   the gradient of the head. Returns the sum of the losses. */
+static double ptst__pass_head(ptst_ctx *c, ptst__pass *p, bool backward) {
+    ptst__flow *f = &p->flow;
+    const ptst_model *m = f->m;
+    float *dhead = ptst__pass_grad(p, m->head);
+    size_t first, i;
+    double sum = 0;
+    for (first = 0; first < f->picks_count; first += PTST__HEAD_ROWS) {
+        size_t rows = ptst__min(PTST__HEAD_ROWS, f->picks_count - first);
+        const float *x = f->normed + first * m->C;
+        ptst__flow_head(c, f, first, rows, p->logits);
+        ptst_cross_entropy(c, rows, m->V, p->logits, p->labels + first, p->losses,
+                           backward ? 1.0f : 0.0f);
+        for (i = 0; i < rows; i++) {
+            sum += p->losses[i];
+        }
+        if (!backward) {
+            continue;
+        }
+        ptst__gemm(c, rows, m->C, m->V, 1, p->logits, m->V, false,
+                   ptst__weight_matrix(m->head, false), 0, p->dnormed + first * m->C, m->C);
+        if (dhead != NULL) {
+            ptst__gemm(c, m->V, m->C, rows, 1, p->logits, m->V, true,
+                       ptst__matrix_f32(x, m->C, false), 1, dhead, m->C);
+        }
+    }
+    return sum;
+}
+
+/* ---- passes: memory ---- */
+
+/* Counts (list NULL) or makes the list of what learns, and counts the gradients. */
+static void ptst__pass_params_plan(ptst__pass *p, ptst__memory *plan) {
+    const ptst_model *m = p->flow.m;
+    const ptst_adapter *a = p->flow.a;
+    size_t i, n = p->full ? m->weights_count : a == NULL ? 0 : 2 * m->L * PTST__LINEARS;
+    p->params = (ptst__param *)ptst__memory_take(plan, n, 1, sizeof *p->params);
+    p->names = (char *)ptst__memory_take(plan, p->full ? 0 : n, PTST__NAME, 1);
+    p->weight_grads = (float **)ptst__memory_take(plan, p->full ? m->weights_count : 0, 1,
+                                                  sizeof *p->weight_grads);
+    p->branch_grads = (ptst__branch_grad *)ptst__memory_take(
+        plan, p->full ? 0 : m->L, PTST__LINEARS, sizeof *p->branch_grads);
+    p->grads_count = a != NULL ? a->values_count : 0;
+    for (i = 0; p->full && i < m->weights_count; i++) {
+        if (!ptst__add(p->grads_count, ptst__weight_count(&m->weights[i]), &p->grads_count)) {
+            plan->failed = true;
+        }
+    }
+    p->grads = ptst__memory_floats(plan, p->grads_count, 1);
+}
+
+static void ptst__pass_param(ptst__pass *p, const char *name, float *value, float *grad,
+                             size_t rows, size_t cols, bool decay) {
+    ptst__param *q = &p->params[p->params_count++];
+    q->name = name;
+    q->value = value;
+    q->grad = grad;
+    q->rows = rows;
+    q->cols = cols;
+    q->count = rows * cols;
+    q->decay = decay;
+}
+
+/* Name of an adapter tensor as PEFT writes it; which is 'A' or 'B'. buffer: PTST__NAME bytes. */
+static void ptst__branch_name(char *buffer, size_t layer, int kind, char which) {
+    snprintf(buffer, PTST__NAME, "base_model.model.model.layers.%lu.%s.lora_%c.weight",
+             (unsigned long)layer, ptst__linear_names[kind], which);
+}
+
+/* Fills the list of what learns. The gradient of a value lies where the value lies in the
+   adapter. */
+static void ptst__pass_params_fill(ptst__pass *p) {
+    const ptst_model *m = p->flow.m;
+    const ptst_adapter *a = p->flow.a;
+    size_t i, at = 0;
+    p->params_count = 0;
+    for (i = 0; p->full && i < m->weights_count; i++) {
+        const ptst__weight *w = &m->weights[i];
+        p->weight_grads[i] = p->grads + at;
+        ptst__pass_param(p, w->name, (float *)(uintptr_t)w->data, p->grads + at, w->rows, w->cols,
+                         !w->vector);
+        at += ptst__weight_count(w);
+    }
+    for (i = 0; a != NULL && i < m->L * PTST__LINEARS; i++) {
+        const ptst__branch *b = &a->branches[i];
+        ptst__branch_grad *g = &p->branch_grads[i];
+        int half;
+        if (b->rank == 0) {
+            continue;
+        }
+        g->A = p->grads + (b->A - a->values);
+        g->B = p->grads + (b->B - a->values);
+        for (half = 0; half < 2; half++) {
+            char *name = p->names + p->params_count * PTST__NAME;
+            ptst__branch_name(name, i / PTST__LINEARS, (int)(i % PTST__LINEARS),
+                              half == 0 ? 'A' : 'B');
+            ptst__pass_param(p, name, half == 0 ? b->A : b->B, half == 0 ? g->A : g->B,
+                             half == 0 ? b->rank : b->out, half == 0 ? b->in : b->rank, true);
+        }
+    }
+}
+
+/* Everything that a pass needs. Returns the plan's verdict through plan->failed. */
+static void ptst__pass_plan(ptst__pass *p, ptst__memory *plan) {
+    ptst__flow *f = &p->flow;
+    const ptst_model *m = f->m;
+    size_t N = f->rows_max, M = f->picks_max, rank = ptst__adapter_rank(f->a);
+    size_t chunk = ptst__min(M, PTST__HEAD_ROWS), q = m->H * m->D, kv = m->K * m->D;
+    ptst__flow_plan(f, plan, p->lowest, f->a != NULL);
+    ptst__pass_params_plan(p, plan);
+    p->labels = (int32_t *)ptst__memory_take(plan, M, 1, sizeof *p->labels);
+    p->losses = (double *)ptst__memory_take(plan, chunk, 1, sizeof *p->losses);
+    p->logits = ptst__memory_floats(plan, chunk, m->V);
+    if (p->lowest == m->L) {
+        return;
+    }
+    p->dnormed = ptst__memory_floats(plan, M, m->C);
+    p->dpicked = ptst__memory_floats(plan, M, m->C);
+    p->dpicked_a = ptst__memory_floats(plan, M, q);
+    p->dx = ptst__memory_floats(plan, N, m->C);
+    p->dn = ptst__memory_floats(plan, N, m->C);
+    p->da = ptst__memory_floats(plan, N, q);
+    p->dq = ptst__memory_floats(plan, N, q);
+    p->dk = ptst__memory_floats(plan, N, kv);
+    p->dv = ptst__memory_floats(plan, N, kv);
+    p->ds = ptst__memory_floats(plan, N, m->F);
+    p->du = ptst__memory_floats(plan, N, m->F);
+    p->dlow = ptst__memory_floats(plan, N, rank);
+    if (plan->failed) { /* then the next product could wrap around */
+        return;
+    }
+    p->scratch =
+        ptst__memory_take(plan, ptst__attention_scratch(m->H, m->D, N, N, f->spans_max), 1, 1);
+}
+
+/* What learns: the adapter, or all weights of a trainable model, or nothing. */
+static void ptst__pass_setup(ptst__pass *p, const ptst_model *m, const ptst_adapter *a,
+                             size_t max_tokens, size_t max_labels, size_t max_segments) {
+    size_t l;
+    memset(p, 0, sizeof *p);
+    p->flow.m = m;
+    p->flow.a = a;
+    p->flow.rows_max = p->flow.positions = max_tokens;
+    p->flow.picks_max = ptst__min(max_tokens, max_labels);
+    p->flow.spans_max = max_segments;
+    p->full = a == NULL && m->trainable;
+    p->lowest = p->full ? 0 : m->L;
+    for (l = m->L; l-- > 0 && a != NULL;) {
+        p->lowest = ptst__pass_learns(p, l, 0, PTST__LINEARS - 1) ? l : p->lowest;
+    }
+}
+
+/* Bytes of a pass, 0 if that does not fit into memory at all. */
+PTST__UNUSED static size_t ptst__pass_bytes(const ptst_model *m, const ptst_adapter *a,
+                                            size_t max_tokens, size_t max_labels,
+                                            size_t max_segments) {
+    ptst__pass p;
+    ptst__memory plan;
+    memset(&plan, 0, sizeof plan);
+    (void)ptst__memory_take(&plan, 1, 1, sizeof p);
+    ptst__pass_setup(&p, m, a, max_tokens, max_labels, max_segments);
+    ptst__pass_plan(&p, &plan);
+    return plan.failed || max_tokens > INT32_MAX ? 0 : plan.used;
+}
+
+/* A pass for batches of at most these sizes, which trains a, or all weights of m if a is NULL and
+   m is trainable; otherwise it only goes forward. Gradients are 0 at first. */
+PTST__UNUSED static ptst__pass *ptst__pass_new(ptst_ctx *c, const ptst_model *m,
+                                               const ptst_adapter *a, size_t max_tokens,
+                                               size_t max_labels, size_t max_segments) {
+    size_t bytes = ptst__pass_bytes(m, a, max_tokens, max_labels, max_segments);
+    ptst__pass *p;
+    ptst__memory plan;
+    if (ptst__adapter_fits(c, m, a) != PTST_OK) {
+        return NULL;
+    }
+    if (bytes == 0) {
+        ptst__fail_memory(c, SIZE_MAX);
+        return NULL;
+    }
+    memset(&plan, 0, sizeof plan);
+    plan.base = (char *)ptst__alloc(c, bytes, 1);
+    if (plan.base == NULL) {
+        return NULL;
+    }
+    p = (ptst__pass *)ptst__memory_take(&plan, 1, 1, sizeof *p);
+    ptst__pass_setup(p, m, a, max_tokens, max_labels, max_segments);
+    ptst__pass_plan(p, &plan);
+    ptst__pass_params_fill(p);
+    memset(p->grads, 0, p->grads_count * sizeof *p->grads);
+    ptst__flow_init(c, &p->flow);
+    return p;
+}
+
+PTST__UNUSED static void ptst__pass_free(ptst_ctx *c, ptst__pass *p) { ptst__free(c, p); }
+
+/* What learns, in a fixed order; returns the number. */
+PTST__UNUSED static size_t ptst__pass_params(const ptst__pass *p, const ptst__param **list) {
+    *list = p->params;
+    return p->params_count;
+}
+
+/* All gradients become 0. */
+PTST__UNUSED static void ptst__pass_zero(ptst__pass *p) {
+    memset(p->grads, 0, p->grads_count * sizeof *p->grads);
+}
+
+/* ---- passes: running ---- */
+
+/* Checks the segments of a batch and makes spans and positions of them. */
+static ptst_code ptst__pass_segments(ptst_ctx *c, ptst__pass *p, const ptst_batch *b) {
+    ptst__flow *f = &p->flow;
+    size_t i, k, next = 0;
+    for (i = 0; i < b->segments_count; i++) {
+        const ptst_segment *g = &b->segments[i], *head = NULL;
+        if (g->begin != next || g->count > b->count - next ||
+            g->prefix >= (int32_t)ptst__min(i, INT32_MAX) || g->prefix < -1 ||
+            (g->prefix >= 0 && b->segments[g->prefix].prefix >= 0)) {
+            return ptst__fail(c, PTST_ERR_ARGUMENT,
+                              "segment %llu: must follow the one before, lie in the batch, and "
+                              "have as prefix an earlier segment without one, or -1",
+                              (unsigned long long)i);
+        }
+        next += g->count;
+        head = g->prefix < 0 ? NULL : &b->segments[g->prefix];
+        memset(&f->spans[i], 0, sizeof f->spans[i]);
+        f->spans[i].query = g->begin;
+        f->spans[i].count = f->spans[i].keys[1] = g->count;
+        f->spans[i].keys[0] = head == NULL ? 0 : head->count;
+        f->span_rows[i].at[0] = head == NULL ? 0 : head->begin;
+        f->span_rows[i].at[1] = g->begin;
+        for (k = 0; k < g->count; k++) {
+            f->position[g->begin + k] = (int32_t)((head == NULL ? 0 : head->count) + k);
+        }
+    }
+    if (next != b->count) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "the segments cover %llu of %llu tokens",
+                          (unsigned long long)next, (unsigned long long)b->count);
+    }
+    f->spans_count = b->segments_count;
+    return PTST_OK;
+}
+
+/* Checks tokens and labels and picks the rows with labels. */
+static ptst_code ptst__pass_tokens(ptst_ctx *c, ptst__pass *p, const ptst_batch *b) {
+    ptst__flow *f = &p->flow;
+    size_t i, V = f->m->V;
+    f->picks_count = 0;
+    for (i = 0; i < b->count; i++) {
+        bool labelled = b->labels[i] >= 0;
+        if (b->tokens[i] < 0 || (size_t)b->tokens[i] >= V ||
+            (labelled && (size_t)b->labels[i] >= V)) {
+            return ptst__fail(c, PTST_ERR_ARGUMENT,
+                              "position %llu: token %ld or label %ld is not in the vocabulary of "
+                              "%llu",
+                              (unsigned long long)i, (long)b->tokens[i], (long)b->labels[i],
+                              (unsigned long long)V);
+        }
+        if (labelled && f->picks_count == f->picks_max) {
+            return ptst__fail(c, PTST_ERR_ARGUMENT, "the batch has more than %llu labels",
+                              (unsigned long long)f->picks_max);
+        }
+        if (labelled) {
+            p->labels[f->picks_count] = b->labels[i];
+            f->picks[f->picks_count++] = (int32_t)i;
+        }
+    }
+    return PTST_OK;
+}
+
+/* Runs a batch: *loss_sum = sum of -log p(label) over its labels, *labels their number (either may
+   be NULL). backward adds the gradients of that sum. dropout (0 <= p < 1) on the inputs of the
+   adapter with masks that depend on seed, stream and place in the batch. Allocates nothing. */
+PTST__UNUSED static ptst_code ptst__pass_run(ptst_ctx *c, ptst__pass *p, const ptst_batch *b,
+                                             bool backward, double dropout, uint64_t dropout_seed,
+                                             uint64_t dropout_stream, double *loss_sum,
+                                             size_t *labels) {
+    ptst__flow *f = &p->flow;
+    ptst_code code;
+    double sum = 0;
+    if (b->count > f->rows_max || b->segments_count > f->spans_max) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT,
+                          "a batch of %llu tokens in %llu segments: the pass takes at most %llu in "
+                          "%llu",
+                          (unsigned long long)b->count, (unsigned long long)b->segments_count,
+                          (unsigned long long)f->rows_max, (unsigned long long)f->spans_max);
+    }
+    if (!(dropout >= 0 && dropout < 1) || (backward && p->lowest == f->m->L)) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "%s",
+                          backward && p->lowest == f->m->L
+                              ? "nothing learns: there is no adapter and the model is not trainable"
+                              : "dropout must be at least 0 and less than 1");
+    }
+    code = ptst__pass_segments(c, p, b);
+    code = code != PTST_OK ? code : ptst__pass_tokens(c, p, b);
+    if (code != PTST_OK) {
+        return code;
+    }
+    f->rows = b->count;
+    f->tokens = b->tokens;
+    f->dropout.seed = dropout_seed;
+    f->dropout.stream = dropout_stream;
+    f->dropout.limit =
+        f->a == NULL ? 0 : (uint32_t)ptst__min((size_t)(dropout * 65536 + 0.5), 65535);
+    if (f->picks_count != 0) {
+        ptst__flow_forward(c, f);
+        sum = ptst__pass_head(c, p, backward);
+        if (backward) {
+            ptst__pass_backward(c, p);
+        }
+    }
+    if (loss_sum != NULL) {
+        *loss_sum = sum;
+    }
+    if (labels != NULL) {
+        *labels = f->picks_count;
+    }
+    return PTST_OK;
+}
 
 /* >>lora ==========================================================================================
    Not written yet. */

@@ -5,6 +5,7 @@
 #include "test_json.c"
 #include "test_judge.c"
 #include "test_kernels.c"
+#include "test_model.c"
 #include "test_safetensors.c"
 #include "test_ops.c"
 #include "test_template.c"
@@ -18,6 +19,7 @@ int main(int argc, char **argv) {
     suite_kernels();
     suite_safetensors();
     suite_ops();
+    suite_model();
     suite_template();
     return test_summary();
 }
