@@ -9313,17 +9313,26 @@ static void ptst__attention_row_backward__scalar(const ptst_attention *a, const 
 enum {
     PTST__QUERIES = 48,    /* 3 vectors of 16, 6 of 8 */
     PTST__KEYS = 48,       /* 8 strips of 6 */
-    PTST__DEPTH = 256,     /* floats of a head that are turned at once */
+    PTST__GROUP = 4,       /* tiles of queries that meet a tile of keys while it is in the cache */
+    PTST__DEPTH = 512,     /* floats of a head, over the tiles of a group, that have room */
     PTST__FEW_QUERIES = 3, /* spans of so few go another way */
     PTST__FEW_KEYS = 64
 };
 
+/* The state of a tile of queries. */
+typedef struct ptst__rows {
+    float max[PTST__QUERIES], sum[PTST__QUERIES], keep[PTST__QUERIES]; /* forward */
+    float lse[PTST__QUERIES], delta[PTST__QUERIES];                    /* backward */
+} ptst__rows;
+
 /* Scratch of one thread. */
 typedef struct ptst__room {
-    float q[PTST__DEPTH * PTST__QUERIES], dout[PTST__DEPTH * PTST__QUERIES]; /* turned */
+    float q_turned[PTST__DEPTH * PTST__QUERIES], dout_turned[PTST__DEPTH * PTST__QUERIES];
+    float q[PTST__DEPTH * PTST__QUERIES], dout[PTST__DEPTH * PTST__QUERIES];
+    float keys[PTST__DEPTH * PTST__KEYS]; /* or values */
     float s[PTST__KEYS * PTST__QUERIES], dp[PTST__KEYS * PTST__QUERIES];
-    float max[PTST__QUERIES], sum[PTST__QUERIES], keep[PTST__QUERIES]; /* of the softmax */
-    float lse[PTST__QUERIES], delta[PTST__QUERIES], ones[PTST__QUERIES];
+    ptst__rows rows[PTST__GROUP];
+    float ones[PTST__QUERIES];
 } ptst__room;
 
 typedef struct ptst__attention_job {
@@ -9333,7 +9342,7 @@ typedef struct ptst__attention_job {
     const float *q, *out_in, *dout, *lse_in;
     float *out, *lse, *dq;
     const struct ptst__attention_plan *plan;
-    size_t tiles; /* of the longest span */
+    size_t tiles; /* of queries in the longest span */
 } ptst__attention_job;
 
 /* Task: one span and head. */
@@ -9380,12 +9389,30 @@ static void ptst__attention_backward_task__scalar(void *arg, size_t task, int th
    arithmetic. Keys and values are read where they lie. All products are of one form, a patch. */
 
 /* C(i, j) = keep[i] C(i, j) + sum_k A(i, k) B[k * ldb + j] for i < M, j < N, k < K, where
-   A(i, k) = A[i * a_row + k * a_col] and C(i, j) = C[i * ldc + j]. keep NULL: C is not read. */
+   A(i, k) = A[i * a_row + k * a_col] and C(i, j) = C[i * ldc + j]. keep NULL: C is not read. On
+   the diagonal of a causal block work can be left out: with d = diagonal,
+       PTST__CUT_C      C(i, j) is not wanted for j < i - d,
+       PTST__CUT_LEFT   A(i, k) = 0 for k < i - d,
+       PTST__CUT_RIGHT  A(i, k) = 0 for k > i + d. */
+typedef enum ptst__cut { PTST__CUT_NONE, PTST__CUT_C, PTST__CUT_LEFT, PTST__CUT_RIGHT } ptst__cut;
+
 typedef struct ptst__patch {
     size_t M, N, K, a_row, a_col, ldb, ldc;
     const float *A, *B, *keep;
     float *C;
+    ptst__cut cut;
+    ptrdiff_t diagonal;
 } ptst__patch;
+
+/* The k (or, for CUT_C, the j) from which row i on matters, and the end of them for R rows. */
+PTST__INLINE size_t ptst__patch_begin(const ptst__patch *p, ptst__cut cut, size_t i) {
+    return p->cut == cut && (ptrdiff_t)i > p->diagonal ? (size_t)((ptrdiff_t)i - p->diagonal) : 0;
+}
+
+PTST__INLINE size_t ptst__patch_end(const ptst__patch *p, size_t i, size_t R) {
+    ptrdiff_t end = (ptrdiff_t)(i + R) + p->diagonal;
+    return p->cut != PTST__CUT_RIGHT || end >= (ptrdiff_t)p->K ? p->K : end > 0 ? (size_t)end : 0;
+}
 
 PTST__UNUSED static void ptst__multiply__scalar(const ptst__patch *p) {
     size_t i, j, k;
@@ -9446,7 +9473,8 @@ PTST__AVX2 PTST__INLINE void ptst__multiply_part__avx2(const ptst__patch *t, siz
                                                        size_t R, size_t V, size_t n) {
     const float *A = t->A + i0 * t->a_row, *B = t->B + j0;
     const __m256i mask = ptst__mask8__avx2(n);
-    size_t row = t->a_row, k;
+    size_t row = t->a_row, k = ptst__patch_begin(t, PTST__CUT_LEFT, i0);
+    size_t end = ptst__patch_end(t, i0, R);
 #define PTST__X(i) __m256 p##i = _mm256_setzero_ps(), q##i = p##i;
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
@@ -9462,7 +9490,7 @@ PTST__AVX2 PTST__INLINE void ptst__multiply_part__avx2(const ptst__patch *t, siz
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
     }
-    for (k = 0; k < t->K; k++, A += t->a_col, B += t->ldb) {
+    for (A += k * t->a_col, B += k * t->ldb; k < end; k++, A += t->a_col, B += t->ldb) {
         __m256 b0 = n < 8 ? _mm256_maskload_ps(B, mask) : _mm256_loadu_ps(B), a;
         __m256 b1 = V > 1 ? _mm256_loadu_ps(B + 8) : b0;
 #define PTST__X(i)                                                                                 \
@@ -9495,7 +9523,8 @@ PTST__AVX2 static void ptst__multiply__avx2(const ptst__patch *t) {
     size_t i, j, n;
     for (i = 0; i < t->M;) {
         size_t R = t->M - i >= 6 ? 6 : t->M - i >= 2 ? 2 : 1;
-        for (j = 0; (n = t->N - j) != 0; j += n) {
+        for (j = ptst__patch_begin(t, PTST__CUT_C, i) / 16 * 16; j < t->N; j += n) {
+            n = t->N - j;
             n = n >= 16 ? 16 : n >= 8 ? 8 : n;
             if (R == 6) {
                 if (n == 16) {
@@ -9572,7 +9601,8 @@ PTST__AVX512 PTST__INLINE void ptst__multiply_part__avx512(const ptst__patch *t,
     const float *A = t->A + i0 * t->a_row, *B = t->B + j0;
     const __mmask16 m0 = V > 1 ? (__mmask16)0xFFFF : last, m1 = V > 2 ? (__mmask16)0xFFFF : last;
     const __mmask16 m2 = V > 3 ? (__mmask16)0xFFFF : last;
-    size_t row = t->a_row, k;
+    size_t row = t->a_row, k = ptst__patch_begin(t, PTST__CUT_LEFT, i0);
+    size_t end = ptst__patch_end(t, i0, R);
 #define PTST__X(i) __m512 p##i = _mm512_setzero_ps(), q##i = p##i, r##i = p##i, s##i = p##i;
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
@@ -9589,7 +9619,7 @@ PTST__AVX512 PTST__INLINE void ptst__multiply_part__avx512(const ptst__patch *t,
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
     }
-    for (k = 0; k < t->K; k++, A += t->a_col, B += t->ldb) {
+    for (A += k * t->a_col, B += k * t->ldb; k < end; k++, A += t->a_col, B += t->ldb) {
         __m512 b0 = _mm512_maskz_loadu_ps(m0, B), a;
         __m512 b1 = V > 1 ? _mm512_maskz_loadu_ps(m1, B + 16) : b0;
         __m512 b2 = V > 2 ? _mm512_maskz_loadu_ps(m2, B + 32) : b0;
@@ -9623,34 +9653,36 @@ PTST__AVX512 PTST__INLINE void ptst__multiply_part__avx512(const ptst__patch *t,
 #undef PTST__X
 }
 
-/* All rows of V vectors from column j on. */
-PTST__AVX512 PTST__INLINE void ptst__multiply_rows__avx512(const ptst__patch *t, size_t j,
-                                                           size_t V) {
-    __mmask16 last = ptst__mask16__avx512(t->N - j - 16 * (V - 1));
-    size_t i = 0;
-    for (; t->M - i >= 6; i += 6) {
-        ptst__multiply_part__avx512(t, i, j, 6, V, last);
-    }
-    for (; t->M - i >= 2; i += 2) {
-        ptst__multiply_part__avx512(t, i, j, 2, V, last);
-    }
-    if (i < t->M) {
-        ptst__multiply_part__avx512(t, i, j, 1, V, last);
+/* R rows from row i on, all columns. */
+PTST__AVX512 PTST__INLINE void ptst__multiply_rows__avx512(const ptst__patch *t, size_t i,
+                                                           size_t R) {
+    size_t j = ptst__patch_begin(t, PTST__CUT_C, i) / 16 * 16;
+    for (; j < t->N; j += 64) {
+        size_t n = ptst__min(t->N - j, 64);
+        __mmask16 last = ptst__mask16__avx512((n - 1) % 16 + 1);
+        if (n > 48) {
+            ptst__multiply_part__avx512(t, i, j, R, 4, last);
+        } else if (n > 32) {
+            ptst__multiply_part__avx512(t, i, j, R, 3, last);
+        } else if (n > 16) {
+            ptst__multiply_part__avx512(t, i, j, R, 2, last);
+        } else {
+            ptst__multiply_part__avx512(t, i, j, R, 1, last);
+        }
     }
 }
 
 /* As __scalar, float32 sums, in strips of 6 x 64 (and 48, 32, 16). */
 PTST__AVX512 static void ptst__multiply__avx512(const ptst__patch *t) {
-    size_t j;
-    for (j = 0; t->N - j > 48; j += ptst__min(64, t->N - j)) {
-        ptst__multiply_rows__avx512(t, j, 4);
+    size_t i = 0;
+    for (; t->M - i >= 6; i += 6) {
+        ptst__multiply_rows__avx512(t, i, 6);
     }
-    if (t->N - j > 32) {
-        ptst__multiply_rows__avx512(t, j, 3);
-    } else if (t->N - j > 16) {
-        ptst__multiply_rows__avx512(t, j, 2);
-    } else if (t->N - j > 0) {
-        ptst__multiply_rows__avx512(t, j, 1);
+    for (; t->M - i >= 2; i += 2) {
+        ptst__multiply_rows__avx512(t, i, 2);
+    }
+    if (i < t->M) {
+        ptst__multiply_rows__avx512(t, i, 1);
     }
 }
 
@@ -9703,7 +9735,8 @@ PTST__AVX512 static void ptst__softmax_tile_backward__avx512(size_t J, size_t R,
 PTST__INLINE void ptst__multiply_part__neon(const ptst__patch *t, size_t i0, size_t j0, size_t R,
                                             size_t V) {
     const float *A = t->A + i0 * t->a_row, *B = t->B + j0;
-    size_t row = t->a_row, k;
+    size_t row = t->a_row, k = ptst__patch_begin(t, PTST__CUT_LEFT, i0);
+    size_t end = ptst__patch_end(t, i0, R);
 #define PTST__X(i) float32x4_t p##i = vdupq_n_f32(0), q##i = p##i, r##i = p##i, s##i = p##i;
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
@@ -9719,7 +9752,7 @@ PTST__INLINE void ptst__multiply_part__neon(const ptst__patch *t, size_t i0, siz
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
     }
-    for (k = 0; k < t->K; k++, A += t->a_col, B += t->ldb) {
+    for (A += k * t->a_col, B += k * t->ldb; k < end; k++, A += t->a_col, B += t->ldb) {
         float32x4_t b0 = vld1q_f32(B), b1 = b0, b2 = b0, b3 = b0;
         if (V > 1) {
             b1 = vld1q_f32(B + 4);
@@ -9756,7 +9789,8 @@ static void ptst__multiply__neon(const ptst__patch *t) {
     size_t whole = t->N / 4 * 4, i, j;
     ptst__patch rest = *t;
     for (i = 0; i < t->M; i += t->M - i >= 6 ? 6 : 1) {
-        for (j = 0; j < whole; j += whole - j >= 16 ? 16 : 4) {
+        j = ptst__patch_begin(t, PTST__CUT_C, i) / 16 * 16;
+        for (; j < whole; j += whole - j >= 16 ? 16 : 4) {
             if (t->M - i >= 6 && whole - j >= 16) {
                 ptst__multiply_part__neon(t, i, j, 6, 4);
             } else if (t->M - i >= 6) {
@@ -9818,130 +9852,229 @@ static void ptst__softmax_tile_backward__neon(size_t J, size_t R, float scale, f
 
 #endif
 
-/* s [J, QUERIES] = x y^T for J rows x (ld_x floats apart) and R rows y (ld_y apart). turned holds y
-   as [D, QUERIES]; if D is too long for that it is filled piece by piece. */
-static void ptst__tile_dots(const ptst__attention_job *job, const ptst__room *room, size_t J,
-                            const float *x, size_t ld_x, size_t R, const float *y, size_t ld_y,
-                            float *turned, float *s) {
-    size_t D = job->a->D, d;
+/* A tile: R rows from r0 on of head h of a span against J keys from j on of its block b. */
+typedef struct ptst__view {
+    const ptst_attention *a;
+    const ptst_span *s;
+    int b;
+    size_t h, r0, R, j, J;
+    size_t begin, end, all_begin, all_end; /* the keys that any of the rows sees; that all see */
+} ptst__view;
+
+/* Rows from r0 on against block b, no keys yet. */
+static ptst__view ptst__view_rows(const ptst_attention *a, const ptst_span *s, size_t h, size_t r0,
+                                  int b) {
+    ptst__view v;
+    size_t begin[2], end[2];
+    v.a = a;
+    v.s = s;
+    v.b = b;
+    v.h = h;
+    v.r0 = r0;
+    v.R = ptst__min(PTST__QUERIES, s->count - r0);
+    v.j = v.J = 0;
+    ptst__attention_sees(a, s, r0, begin, end);
+    v.begin = begin[b];
+    v.all_end = end[b];
+    ptst__attention_sees(a, s, r0 + v.R - 1, begin, end);
+    v.end = end[b];
+    v.all_begin = begin[b];
+    return v;
+}
+
+/* Goes to what is seen of keys j ... j + KEYS - 1; false if that is nothing. */
+static bool ptst__view_keys(ptst__view *v, size_t j) {
+    size_t end = ptst__min(j + PTST__KEYS, v->end);
+    v->j = j > v->begin ? j : v->begin;
+    v->J = end > v->j ? end - v->j : 0;
+    return v->J != 0;
+}
+
+/* Tiles of queries that go through the keys together. */
+static size_t ptst__view_group(const ptst_attention *a) {
+    size_t n = a->D == 0 ? 1 : ptst__min(PTST__DEPTH / a->D, PTST__GROUP);
+    return n == 0 ? 1 : n;
+}
+
+/* Puts n rows of D floats side by side: rows that are a power of two apart would fight for the
+   same few lines of the cache. Returns where they are now and changes ld; heads that are too long
+   stay where they are. */
+static const float *ptst__tile_copy(const float *rows, size_t *ld, size_t n, size_t D, float *to) {
+    size_t r;
+    if (D > PTST__DEPTH) {
+        return rows;
+    }
+    for (r = 0; r < n; r++) {
+        memcpy(to + r * D, rows + r * *ld, D * sizeof *to);
+    }
+    *ld = D;
+    return to;
+}
+
+/* Row r sees keys j <= r + diagonal of the tile, as far as causality goes. */
+static ptrdiff_t ptst__view_diagonal(const ptst__view *v) {
+    return (ptrdiff_t)(v->s->keys[1] + v->r0) - (ptrdiff_t)(v->s->count + v->j);
+}
+
+/* The given cut if the diagonal of a causal block goes through the tile. */
+static ptst__cut ptst__view_cut(const ptst__view *v, ptst__cut cut) {
+    return v->b == 1 && v->j + v->J > v->all_end ? cut : PTST__CUT_NONE;
+}
+
+/* tile [J, QUERIES] = x y^T for keys (or values) x and queries (or dout) y, rows ld_x and ld_y
+   apart; without what lies beyond the diagonal. turned holds y as [D, QUERIES]; if D is too long
+   for that it is filled piece by piece. */
+static void ptst__tile_dots(const ptst__attention_job *job, const ptst__room *room,
+                            const ptst__view *v, const float *x, size_t ld_x, const float *y,
+                            size_t ld_y, float *turned, float *tile) {
+    size_t D = v->a->D, d;
     ptst__patch t;
-    t.M = J;
-    t.N = ptst__min(ptst__ceil_div(R, 16) * 16, PTST__QUERIES);
+    t.M = v->J;
+    t.N = ptst__min(ptst__ceil_div(v->R, 16) * 16, PTST__QUERIES);
     t.a_row = ld_x;
     t.a_col = 1;
     t.B = turned;
     t.ldb = PTST__QUERIES;
-    t.C = s;
+    t.C = tile;
     t.ldc = PTST__QUERIES;
+    t.cut = ptst__view_cut(v, PTST__CUT_C);
+    t.diagonal = ptst__view_diagonal(v);
     for (d = 0; d < D; d += PTST__DEPTH) {
         t.K = ptst__min(PTST__DEPTH, D - d);
         t.A = x + d;
         t.keep = d == 0 ? NULL : room->ones;
         if (D > PTST__DEPTH) {
-            job->kernels->pack_cols(turned, PTST__QUERIES, y + d, PTST_F32, ld_y, R, t.K);
+            job->kernels->pack_cols(turned, PTST__QUERIES, y + d, PTST_F32, ld_y, v->R, t.K);
         }
         job->kernels->multiply(&t);
     }
 }
 
-/* Sets to value what is not seen in a tile: rows r0 + r, r < R, of span s against keys j0 + j,
-   j < J, of block b. */
-static void ptst__tile_hide(const ptst_attention *a, const ptst_span *s, int b, size_t r0, size_t R,
-                            size_t j0, size_t J, float value, float *tile) {
-    size_t total = s->keys[0] + s->keys[1] + r0, j, r;
-    for (j = j0; j < j0 + J; j++, tile += PTST__QUERIES) {
-        size_t from = 0, to = R; /* the rows that see key j */
-        if (b == 1 && j + s->count > s->keys[1] + r0) {
-            from = ptst__min(j + s->count - s->keys[1] - r0, R);
-        }
-        if (a->window != 0 && a->window < total) {
-            size_t last = (b == 0 ? j : s->keys[0] + j) + a->window + s->count;
-            to = last > total ? ptst__min(last - total, R) : 0;
+/* The product of a tile [J, QUERIES] with J keys or values, for rows of D floats, up to the keys;
+   and with them. */
+static ptst__patch ptst__patch_rows(const ptst__view *v, const float *tile, float *rows,
+                                    size_t ld) {
+    ptst__patch t;
+    memset(&t, 0, sizeof t);
+    t.M = v->R;
+    t.N = v->a->D;
+    t.A = tile;
+    t.a_row = 1;
+    t.a_col = PTST__QUERIES;
+    t.C = rows;
+    t.ldc = ld;
+    return t;
+}
+
+static void ptst__multiply_rows(const ptst__attention_job *job, const ptst__view *v, ptst__patch *t,
+                                const float *keys, size_t ld) {
+    t->K = v->J;
+    t->B = keys;
+    t->ldb = ld;
+    t->cut = ptst__view_cut(v, PTST__CUT_RIGHT);
+    t->diagonal = ptst__view_diagonal(v);
+    job->kernels->multiply(t);
+}
+
+/* Sets to value what is not seen in a tile. */
+static void ptst__tile_hide(const ptst__view *v, float value, float *tile) {
+    const ptst_span *s = v->s;
+    size_t total = s->keys[0] + s->keys[1] + v->r0, window = v->a->window, j, r;
+    ptrdiff_t diagonal = v->b == 1 ? ptst__view_diagonal(v) : PTRDIFF_MAX;
+    if (v->j >= v->all_begin && v->j + v->J <= v->all_end) {
+        return;
+    }
+    for (j = 0; j < v->J; j++, tile += PTST__QUERIES) {
+        ptrdiff_t before = (ptrdiff_t)j - diagonal;
+        size_t from = before > 0 ? ptst__min((size_t)before, v->R) : 0, to = v->R;
+        if (window != 0 && window < total) { /* rows from ... to - 1 see the key */
+            size_t last = v->j + j + (v->b == 0 ? 0 : s->keys[0]) + window + s->count;
+            to = last > total ? ptst__min(last - total, v->R) : 0;
         }
         for (r = 0; r < from; r++) {
             tile[r] = value;
         }
-        for (r = to; r < R; r++) {
+        for (r = to; r < v->R; r++) {
             tile[r] = value;
         }
     }
 }
 
-/* begin and end [b]: the keys that any of the rows r0 ... r0 + R - 1 sees; all[b]: those from
-   all_begin to all_end are seen by all of them. */
-typedef struct ptst__seen {
-    size_t begin[2], end[2], all_begin[2], all_end[2];
-} ptst__seen;
-
-static ptst__seen ptst__tile_seen(const ptst_attention *a, const ptst_span *s, size_t r0,
-                                  size_t R) {
-    ptst__seen seen;
-    ptst__attention_sees(a, s, r0, seen.begin, seen.all_end);
-    ptst__attention_sees(a, s, r0 + R - 1, seen.all_begin, seen.end);
-    return seen;
-}
-
 /* Ends the softmax of R rows: out (rows ld apart) /= sum, and lse. */
-static void ptst__tile_finish(const ptst__attention_job *job, const ptst__room *room, size_t R,
+static void ptst__tile_finish(const ptst__attention_job *job, const ptst__rows *rows, size_t R,
                               float *out, size_t ld, float *lse, size_t ld_lse) {
     size_t r;
     for (r = 0; r < R; r++) {
-        if (room->max[r] == -INFINITY) { /* no key */
+        if (rows->max[r] == -INFINITY) { /* no key */
             memset(out + r * ld, 0, job->a->D * sizeof *out);
         } else {
-            job->kernels->scale(job->a->D, 1 / room->sum[r], out + r * ld);
+            job->kernels->scale(job->a->D, 1 / rows->sum[r], out + r * ld);
         }
         if (lse != NULL) {
             lse[r * ld_lse] =
-                room->max[r] == -INFINITY ? -INFINITY : room->max[r] + logf(room->sum[r]);
+                rows->max[r] == -INFINITY ? -INFINITY : rows->max[r] + logf(rows->sum[r]);
         }
     }
 }
 
-/* Rows r0 ... of head h of a span. */
-static void ptst__attention_tile(const ptst__attention_job *job, ptst__room *room,
-                                 const ptst_span *s, size_t h, size_t r0) {
-    const ptst_attention *a = job->a;
-    size_t R = ptst__min(PTST__QUERIES, s->count - r0), at = h / (a->H / a->K) * a->D, j, r;
-    size_t row = s->query + r0;
-    const float *q = job->q + row * a->q_ld + h * a->D;
-    ptst__seen seen = ptst__tile_seen(a, s, r0, R);
-    ptst__patch t;
-    int b;
-    t.M = R;
-    t.N = a->D;
-    t.A = room->s;
-    t.a_row = 1;
-    t.a_col = PTST__QUERIES;
-    t.ldb = a->kv_ld;
-    t.keep = NULL;
-    t.C = job->out + (row * a->H + h) * a->D;
-    t.ldc = a->H * a->D;
+/* Makes the state of a tile of queries ready and turns q. */
+static void ptst__tile_open(const ptst__attention_job *job, ptst__rows *rows, const ptst__view *v,
+                            const float *q, float *turned) {
+    size_t r;
     for (r = 0; r < PTST__QUERIES; r++) {
-        room->max[r] = -INFINITY;
-        room->sum[r] = 0;
-        room->ones[r] = 1;
+        rows->max[r] = -INFINITY;
+        rows->sum[r] = 0;
     }
-    if (a->D <= PTST__DEPTH) {
-        job->kernels->pack_cols(room->q, PTST__QUERIES, q, PTST_F32, a->q_ld, R, a->D);
+    if (v->a->D <= PTST__DEPTH) {
+        job->kernels->pack_cols(turned, PTST__QUERIES, q, PTST_F32, v->a->q_ld, v->R, v->a->D);
     }
+}
+
+/* A group of n tiles from row r0 on of head h of a span: its keys, tile by tile. */
+static void ptst__attention_group(const ptst__attention_job *job, ptst__room *room,
+                                  const ptst_span *s, size_t h, size_t r0, size_t n) {
+    const ptst_attention *a = job->a;
+    size_t at = h / (a->H / a->K) * a->D, ld = a->H * a->D, ld_v, j, i;
+    const float *q = job->q + (s->query + r0) * a->q_ld + h * a->D, *values;
+    float *out = job->out + (s->query + r0) * ld + h * a->D;
+    ptst__view v[PTST__GROUP];
+    ptst__patch t[PTST__GROUP];
+    int b;
     for (b = 0; b < 2; b++) {
-        for (j = seen.begin[b]; j < seen.end[b]; j += PTST__KEYS) {
-            size_t J = ptst__min(PTST__KEYS, seen.end[b] - j);
-            ptst__tile_dots(job, room, J, s->k[b] + j * a->kv_ld + at, a->kv_ld, R, q, a->q_ld,
-                            room->q, room->s);
-            if (j < seen.all_begin[b] || j + J > seen.all_end[b]) {
-                ptst__tile_hide(a, s, b, r0, R, j, J, -INFINITY, room->s);
+        for (i = 0; i < n; i++) {
+            v[i] = ptst__view_rows(a, s, h, r0 + i * PTST__QUERIES, b);
+            if (b == 0) {
+                ptst__tile_open(job, &room->rows[i], &v[i], q + i * PTST__QUERIES * a->q_ld,
+                                room->q_turned + i * PTST__QUERIES * a->D);
+                t[i] = ptst__patch_rows(&v[i], room->s, out + i * PTST__QUERIES * ld, ld);
             }
-            job->kernels->softmax_tile(J, R, a->scale, room->s, room->max, room->sum, room->keep);
-            t.K = J;
-            t.B = s->v[b] + j * a->kv_ld + at;
-            job->kernels->multiply(&t);
-            t.keep = room->keep;
+        }
+        for (j = v[0].begin; j < v[n - 1].end; j += PTST__KEYS) {
+            ld_v = a->kv_ld;
+            values = ptst__tile_copy(s->v[b] + j * ld_v + at, &ld_v,
+                                     ptst__min(PTST__KEYS, v[n - 1].end - j), a->D, room->keys);
+            for (i = 0; i < n; i++) {
+                ptst__rows *rows = &room->rows[i];
+                size_t first = i * PTST__QUERIES;
+                if (!ptst__view_keys(&v[i], j)) {
+                    continue;
+                }
+                ptst__tile_dots(job, room, &v[i], s->k[b] + v[i].j * a->kv_ld + at, a->kv_ld,
+                                q + first * a->q_ld, a->q_ld, room->q_turned + first * a->D,
+                                room->s);
+                ptst__tile_hide(&v[i], -INFINITY, room->s);
+                job->kernels->softmax_tile(v[i].J, v[i].R, a->scale, room->s, rows->max, rows->sum,
+                                           rows->keep);
+                ptst__multiply_rows(job, &v[i], &t[i], values + (v[i].j - j) * ld_v, ld_v);
+                t[i].keep = rows->keep;
+            }
         }
     }
-    ptst__tile_finish(job, room, R, t.C, t.ldc, job->lse == NULL ? NULL : job->lse + row * a->H + h,
-                      a->H);
+    for (i = 0; i < n; i++) {
+        size_t row = s->query + r0 + i * PTST__QUERIES;
+        ptst__tile_finish(job, &room->rows[i], v[i].R, t[i].C, ld,
+                          job->lse == NULL ? NULL : job->lse + row * a->H + h, a->H);
+    }
 }
 
 /* Row i of a span and heads h ... h + n - 1 (n <= 4) that share a key head: for decoding, where a
@@ -9950,6 +10083,7 @@ static void ptst__attention_few(const ptst__attention_job *job, ptst__room *room
                                 const ptst_span *s, size_t i, size_t h, size_t n) {
     const ptst_attention *a = job->a;
     size_t at = h / (a->H / a->K) * a->D, row = s->query + i, begin[2], end[2], j, z, r;
+    ptst__rows *rows = &room->rows[0];
     const float *q[4];
     const void *k[4];
     float sums[16];
@@ -9958,6 +10092,7 @@ static void ptst__attention_few(const ptst__attention_job *job, ptst__room *room
     t.M = n;
     t.N = a->D;
     t.A = room->s; /* [4, FEW_KEYS] */
+    t.cut = PTST__CUT_NONE;
     t.a_row = PTST__FEW_KEYS;
     t.a_col = 1;
     t.ldb = a->kv_ld;
@@ -9966,8 +10101,8 @@ static void ptst__attention_few(const ptst__attention_job *job, ptst__room *room
     t.ldc = a->D;
     for (r = 0; r < 4; r++) {
         q[r] = job->q + row * a->q_ld + (h + ptst__min(r, n - 1)) * a->D;
-        room->max[r] = -INFINITY;
-        room->sum[r] = 0;
+        rows->max[r] = -INFINITY;
+        rows->sum[r] = 0;
     }
     ptst__attention_sees(a, s, i, begin, end);
     for (b = 0; b < 2; b++) {
@@ -9987,23 +10122,24 @@ static void ptst__attention_few(const ptst__attention_job *job, ptst__room *room
             for (r = 0; r < n; r++) {
                 float *x = room->s + r * PTST__FEW_KEYS, max;
                 job->kernels->scale(J, a->scale, x);
-                max = fmaxf(room->max[r], job->kernels->row_max(J, x));
-                room->keep[r] = max == -INFINITY ? 1 : expf(room->max[r] - max);
-                room->sum[r] *= room->keep[r];
-                room->sum[r] += (float)job->kernels->row_exp(J, x, max == -INFINITY ? 0 : max, x);
-                room->max[r] = max;
+                max = fmaxf(rows->max[r], job->kernels->row_max(J, x));
+                rows->keep[r] = max == -INFINITY ? 1 : expf(rows->max[r] - max);
+                rows->sum[r] *= rows->keep[r];
+                rows->sum[r] += (float)job->kernels->row_exp(J, x, max == -INFINITY ? 0 : max, x);
+                rows->max[r] = max;
             }
             t.K = J;
             t.B = s->v[b] + j * a->kv_ld + at;
             job->kernels->multiply(&t);
-            t.keep = room->keep;
+            t.keep = rows->keep;
         }
     }
-    ptst__tile_finish(job, room, n, t.C, t.ldc, job->lse == NULL ? NULL : job->lse + row * a->H + h,
+    ptst__tile_finish(job, rows, n, t.C, t.ldc, job->lse == NULL ? NULL : job->lse + row * a->H + h,
                       1);
 }
 
-/* Task: a tile of a span and head; the last tiles, which see most, come first. For spans of few
+/* Task: a tile of queries of a span and head (or, if it begins a group, that; or nothing); the
+   last ones, which see most, come first. For spans of few
    queries the first head of a group does it all. */
 static void ptst__attention_task(void *arg, size_t task, int thread) {
     const ptst__attention_job *job = (const ptst__attention_job *)arg;
@@ -10012,8 +10148,10 @@ static void ptst__attention_task(void *arg, size_t task, int thread) {
     const ptst_span *s = &a->spans[task / a->H % a->spans_count];
     size_t tile = job->tiles - 1 - task / a->H / a->spans_count;
     if (s->count > PTST__FEW_QUERIES) {
-        if (tile * PTST__QUERIES < s->count) {
-            ptst__attention_tile(job, job->rooms + thread, s, h, tile * PTST__QUERIES);
+        size_t n = ptst__view_group(a), tiles = ptst__ceil_div(s->count, PTST__QUERIES);
+        if (tile < tiles && tile % n == 0) {
+            ptst__attention_group(job, job->rooms + thread, s, h, tile * PTST__QUERIES,
+                                  ptst__min(n, tiles - tile));
         }
     } else if (tile == 0 && h % group == 0) {
         for (i = 0; i < s->count; i++) {
@@ -10124,108 +10262,120 @@ static ptst__attention_plan ptst__plan_make(const ptst_attention *a, char *base)
 
 /* Where a task adds its gradients. */
 typedef struct ptst__range_out {
-    float *dk, *dv; /* of key 0 of the range and the head */
-    size_t ld;
+    float *dk, *dv; /* of key `first` of the block, and of the head */
+    size_t ld, first;
 } ptst__range_out;
 
-/* Fills the room with what the backward pass needs of rows row ... row + R - 1 of head h. */
-static void ptst__tile_load(const ptst__attention_job *job, ptst__room *room, size_t row, size_t h,
-                            size_t R) {
-    const ptst_attention *a = job->a;
-    size_t at = (row * a->H + h) * a->D, ld = a->H * a->D, r;
+/* What the backward pass needs of tile i of a group: lse, delta, and q and dout copied and
+   turned. */
+static void ptst__tile_load(const ptst__attention_job *job, ptst__room *room, size_t i,
+                            const ptst__view *v) {
+    const ptst_attention *a = v->a;
+    ptst__rows *rows = &room->rows[i];
+    size_t row = v->s->query + v->r0, at = (row * a->H + v->h) * a->D, ld = a->H * a->D, r;
+    size_t to = i * PTST__QUERIES * a->D, ld_q = a->q_ld;
+    const float *q = job->q + row * a->q_ld + v->h * a->D;
     for (r = 0; r < PTST__QUERIES; r++) {
-        bool used = r < R;
-        float lse = used ? job->lse_in[(row + r) * a->H + h] : 0;
-        room->lse[r] = lse == -INFINITY ? 0 : lse; /* such a row sees nothing */
-        room->delta[r] = used ? (float)job->kernels->dot(a->D, job->dout + at + r * ld,
+        bool used = r < v->R;
+        float lse = used ? job->lse_in[(row + r) * a->H + v->h] : 0;
+        rows->lse[r] = lse == -INFINITY ? 0 : lse; /* such a row sees nothing */
+        rows->delta[r] = used ? (float)job->kernels->dot(a->D, job->dout + at + r * ld,
                                                          job->out_in + at + r * ld)
                               : 0;
-        room->ones[r] = 1;
     }
     if (a->D <= PTST__DEPTH) {
-        job->kernels->pack_cols(room->q, PTST__QUERIES, job->q + row * a->q_ld + h * a->D, PTST_F32,
-                                a->q_ld, R, a->D);
-        job->kernels->pack_cols(room->dout, PTST__QUERIES, job->dout + at, PTST_F32, ld, R, a->D);
+        q = ptst__tile_copy(q, &ld_q, v->R, a->D, room->q + to);
+        (void)ptst__tile_copy(job->dout + at, &ld, v->R, a->D, room->dout + to);
+        job->kernels->pack_cols(room->q_turned + to, PTST__QUERIES, q, PTST_F32, a->D, v->R, a->D);
+        job->kernels->pack_cols(room->dout_turned + to, PTST__QUERIES, room->dout + to, PTST_F32,
+                                a->D, v->R, a->D);
     }
 }
 
-/* Rows r0 ... of head h of a span against J keys from j on of its block b: the five products. */
-static void ptst__tile_backward(const ptst__attention_job *job, ptst__room *room,
-                                const ptst_span *s, int b, size_t h, size_t r0, size_t R, size_t j,
-                                size_t J, bool hide, ptst__patch dq, const ptst__range_out *o) {
+/* The five products of tile i of a group; k: the keys, ld_k apart. dq: the patch of dq, up to what
+   depends on the keys. */
+static void ptst__tile_backward(const ptst__attention_job *job, ptst__room *room, size_t i,
+                                const ptst__view *v, const float *k, size_t ld_k, ptst__patch *dq,
+                                const ptst__range_out *o) {
     const ptst_attention *a = job->a;
-    size_t row = s->query + r0, at = j * a->kv_ld + h / (a->H / a->K) * a->D;
-    const float *q = job->q + row * a->q_ld + h * a->D;
-    const float *dout = job->dout + (row * a->H + h) * a->D;
+    size_t row = v->s->query + v->r0, at = v->j * a->kv_ld + v->h / (a->H / a->K) * a->D;
+    size_t to = i * PTST__QUERIES * a->D, ld_q = a->q_ld, ld_dout = a->H * a->D;
+    const float *q = job->q + row * ld_q + v->h * a->D;
+    const float *dout = job->dout + (row * a->H + v->h) * a->D;
     ptst__patch t;
-    ptst__tile_dots(job, room, J, s->k[b] + at, a->kv_ld, R, q, a->q_ld, room->q, room->s);
-    ptst__tile_dots(job, room, J, s->v[b] + at, a->kv_ld, R, dout, a->H * a->D, room->dout,
-                    room->dp);
-    if (hide) {
-        ptst__tile_hide(a, s, b, r0, R, j, J, -INFINITY, room->s);
-        ptst__tile_hide(a, s, b, r0, R, j, J, 0, room->dp);
+    if (a->D <= PTST__DEPTH) {
+        q = room->q + to;
+        dout = room->dout + to;
+        ld_q = ld_dout = a->D;
     }
-    job->kernels->softmax_tile_backward(J, R, a->scale, room->s, room->dp, room->lse, room->delta);
-    dq.K = J;
-    dq.B = s->k[b] + at;
-    job->kernels->multiply(&dq);
-    t.M = J;
+    ptst__tile_dots(job, room, v, k, ld_k, q, ld_q, room->q_turned + to, room->s);
+    ptst__tile_dots(job, room, v, v->s->v[v->b] + at, a->kv_ld, dout, ld_dout,
+                    room->dout_turned + to, room->dp);
+    ptst__tile_hide(v, -INFINITY, room->s);
+    ptst__tile_hide(v, 0, room->dp);
+    job->kernels->softmax_tile_backward(v->J, v->R, a->scale, room->s, room->dp, room->rows[i].lse,
+                                        room->rows[i].delta);
+    ptst__multiply_rows(job, v, dq, k, ld_k);
+    dq->keep = room->ones;
+    t.M = v->J;
     t.N = a->D;
-    t.K = R;
+    t.K = v->R;
     t.a_row = PTST__QUERIES;
     t.a_col = 1;
     t.keep = room->ones;
     t.ldc = o->ld;
+    t.cut = ptst__view_cut(v, PTST__CUT_LEFT);
+    t.diagonal = ptst__view_diagonal(v);
     t.A = room->dp;
     t.B = q;
-    t.ldb = a->q_ld;
-    t.C = o->dk;
+    t.ldb = ld_q;
+    t.C = o->dk + (v->j - o->first) * o->ld;
     job->kernels->multiply(&t);
     t.A = room->s;
     t.B = dout;
-    t.ldb = a->H * a->D;
-    t.C = o->dv;
+    t.ldb = ld_dout;
+    t.C = o->dv + (v->j - o->first) * o->ld;
     job->kernels->multiply(&t);
 }
 
-/* One span and head against the keys of a range in its block b. */
+/* One span and head against the keys of a range in its block b, in groups of tiles of queries. */
 static void ptst__span_backward(const ptst__attention_job *job, ptst__room *room,
                                 const ptst_span *s, int b, const ptst__key_range *range, size_t h,
-                                ptst__range_out out) {
+                                const ptst__range_out *out) {
     const ptst_attention *a = job->a;
-    size_t slot = (b == 1 ? 0 : 2) + range->part, r0, r, j, R;
-    float *dq = slot == 0 ? job->dq + h * a->D : job->plan->slots[slot] + h * a->D;
-    ptst__patch t;
-    t.N = a->D;
-    t.A = room->dp;
-    t.a_row = 1;
-    t.a_col = PTST__QUERIES;
-    t.ldb = a->kv_ld;
-    t.ldc = slot == 0 ? a->q_ld : a->H * a->D;
-    for (r0 = 0; r0 < s->count; r0 += R) {
-        ptst__seen seen;
-        size_t begin, end;
-        R = ptst__min(PTST__QUERIES, s->count - r0);
-        seen = ptst__tile_seen(a, s, r0, R);
-        begin = seen.begin[b] > range->first ? seen.begin[b] : range->first;
-        end = ptst__min(seen.end[b], range->first + range->keys);
-        t.M = R;
-        t.C = dq + (s->query + r0) * t.ldc;
-        t.keep = NULL;
-        for (r = 0; r < R && begin >= end; r++) {
-            memset(t.C + r * t.ldc, 0, a->D * sizeof(float));
+    size_t slot = (b == 1 ? 0 : 2) + range->part, ld = slot == 0 ? a->q_ld : a->H * a->D;
+    float *dq = (slot == 0 ? job->dq : job->plan->slots[slot]) + s->query * ld + h * a->D;
+    size_t group = ptst__view_group(a), at = h / (a->H / a->K) * a->D, ld_k, r0, i, n, j, r;
+    ptst__view v[PTST__GROUP];
+    ptst__patch t[PTST__GROUP];
+    const float *k;
+    for (r0 = 0; r0 < s->count; r0 += group * PTST__QUERIES) {
+        n = ptst__min(group, ptst__ceil_div(s->count - r0, PTST__QUERIES));
+        for (i = 0; i < n; i++) {
+            size_t row = r0 + i * PTST__QUERIES;
+            v[i] = ptst__view_rows(a, s, h, row, b);
+            v[i].begin = v[i].begin > range->first ? v[i].begin : range->first;
+            v[i].end = ptst__min(v[i].end, range->first + range->keys);
+            t[i] = ptst__patch_rows(&v[i], room->dp, dq + row * ld, ld);
+            if (v[i].begin < v[i].end) {
+                ptst__tile_load(job, room, i, &v[i]);
+            }
         }
-        if (begin < end) {
-            ptst__tile_load(job, room, s->query + r0, h, R);
+        for (j = v[0].begin; j < v[n - 1].end; j += PTST__KEYS) {
+            ld_k = a->kv_ld;
+            k = ptst__tile_copy(s->k[b] + j * ld_k + at, &ld_k,
+                                ptst__min(PTST__KEYS, v[n - 1].end - j), a->D, room->keys);
+            for (i = 0; i < n; i++) {
+                if (ptst__view_keys(&v[i], j)) {
+                    ptst__tile_backward(job, room, i, &v[i], k + (v[i].j - j) * ld_k, ld_k, &t[i],
+                                        out);
+                }
+            }
         }
-        for (j = begin; j < end; j += PTST__KEYS) {
-            size_t J = ptst__min(PTST__KEYS, end - j);
-            ptst__range_out o = out;
-            o.dk += (j - range->first) * o.ld;
-            o.dv += (j - range->first) * o.ld;
-            ptst__tile_backward(job, room, s, b, h, r0, R, j, J,
-                                j < seen.all_begin[b] || j + J > seen.all_end[b], t, &o);
-            t.keep = room->ones;
+        for (i = 0; i < n; i++) {
+            for (r = 0; r < v[i].R && t[i].keep == NULL; r++) { /* they see nothing of the range */
+                memset(t[i].C + r * ld, 0, a->D * sizeof(float));
+            }
         }
     }
 }
@@ -10239,6 +10389,7 @@ static void ptst__attention_backward_task(void *arg, size_t task, int thread) {
     const ptst_span *owner = &a->spans[range->span], *s;
     size_t h = task % a->H, n, b;
     ptst__range_out out;
+    out.first = range->first;
     if (plan->dk == NULL) {
         size_t at = range->first * a->kv_ld + h * a->D;
         out.ld = a->kv_ld;
@@ -10256,7 +10407,7 @@ static void ptst__attention_backward_task(void *arg, size_t task, int thread) {
         s = &a->spans[n];
         for (b = 0; b < 2; b++) {
             if (ptst__same_keys(s, b, owner, range->block)) {
-                ptst__span_backward(job, job->rooms + thread, s, (int)b, range, h, out);
+                ptst__span_backward(job, job->rooms + thread, s, (int)b, range, h, &out);
             }
         }
     }
@@ -10314,6 +10465,9 @@ static void ptst__attention_job_open(ptst_ctx *c, ptst__attention_job *j, const 
     j->a = a;
     j->q = q;
     j->rooms = (ptst__room *)(void *)((char *)c->scratch + c->scratch_size);
+    for (n = 0; n < (size_t)c->threads * PTST__QUERIES; n++) {
+        j->rooms[n / PTST__QUERIES].ones[n % PTST__QUERIES] = 1;
+    }
     for (n = 0; n < a->spans_count; n++) {
         longest = a->spans[n].count > longest ? a->spans[n].count : longest;
     }
