@@ -304,7 +304,7 @@ static void matmul_sizes(void) {
 static void matmul_blocks(void) {
     static const size_t shapes[][3] = {{20, 33, PTST__BLOCK_K + 1}, /* short */
                                        {2, 40, 2 * PTST__BLOCK_K + 7},
-                                       {PTST__SHORT, 17, 10 * PTST__BLOCK_K + 3},
+                                       {PTST__SHORT, 17, 14 * PTST__BLOCK_K + 3},
                                        {PTST__DOTS, 3, PTST__BLOCK_K * 3 + 5}, /* dots */
                                        {3, PTST__BLOCK_N + 1, 34},
                                        {2 * PTST__BLOCK_M + 9, 2 * PTST__DOTS, 40}, /* or turned */
@@ -317,7 +317,7 @@ static void matmul_blocks(void) {
     for (s = 0; kernels_simds[s] != NULL; s++) {
         ptst_ctx *c = kernels_open(kernels_simds[s], 2);
         for (i = 0; i < sizeof shapes / sizeof shapes[0] && c != NULL; i++) {
-            for (v = 0; v < 12; v += getenv("TEST_QUICK") != NULL ? 5 : 1) {
+            for (v = 0; v < 12; v += getenv("TEST_QUICK") != NULL ? 7 : 1) {
                 kernels_case k;
                 k.M = shapes[i][0];
                 k.N = shapes[i][1];
@@ -352,9 +352,9 @@ static void matmul_empty(void) {
 
 /* The same bits for 1, 2 and 3 threads, on every path. */
 static void matmul_threads(void) {
-    static const size_t shapes[][3] = {{300, 530, 1100}, {7, 530, 700}, {1, 900, 333},
-                                       {400, 8, 577},    {9, 70, 640},  {200, 2100, 40},
-                                       {97, 16, 1100},   {96, 64, 700}};
+    static const size_t shapes[][3] = {{130, 70, 1400}, {7, 330, 700}, {1, 900, 333},
+                                       {400, 8, 577},   {9, 70, 640},  {200, 2100, 40},
+                                       {97, 16, 1400},  {96, 64, 1400}};
     int s, threads;
     size_t i, v;
     for (s = 0; kernels_simds[s] != NULL; s++) {
@@ -362,13 +362,13 @@ static void matmul_threads(void) {
             continue;
         }
         for (i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
-            for (v = 0; v < 12; v += 5) {
+            for (v = 0; v < 12; v += getenv("TEST_QUICK") != NULL ? 7 : 5) {
                 kernels_case k;
                 kernels_data d;
                 float *first = NULL;
                 k.M = shapes[i][0];
                 k.N = shapes[i][1];
-                k.K = shapes[i][2] / (getenv("TEST_QUICK") != NULL || s == 0 ? 10 : 1);
+                k.K = shapes[i][2];
                 kernels_variant(&k, v);
                 kernels_fill(&k, &d, i);
                 first = (float *)malloc(d.size * sizeof *first);
