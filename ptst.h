@@ -14673,6 +14673,7 @@ static void ptst__member_text(ptst__members *m, const char *name, const char *va
 
 static const char *const ptst__schedules[] = {"constant", "linear", "cosine", "step"};
 static const char *const ptst__batchings[] = {"examples", "packing"};
+static const char *const ptst__masks[] = {"joint", "separate"};
 
 /* All options that change the result, as a JSON object. */
 static ptst_code ptst__train_options_text(ptst_ctx *c, const ptst_trainer *t, ptst_text *out) {
@@ -14737,6 +14738,8 @@ static ptst_code ptst__train_same_options(ptst_ctx *c, const char *path, const p
    Tensors "value.NAME", and while there are steps left "m.NAME" and "v.NAME", of each trained
    tensor; U8 "log", the text of the log so far; in __metadata__ "ptst_trainer" = "1", "step" and
    "options". */
+
+static const char ptst__state_name[] = "trainer_state.safetensors";
 
 typedef struct ptst__state {
     ptst_tensor *list;
@@ -14932,6 +14935,310 @@ static ptst_code ptst__state_restore(ptst_ctx *c, ptst_trainer *t, const char *p
         }
     }
     ptst_tensors_close(c, f);
+    return code;
+}
+
+/* ---- one call ---- */
+
+typedef struct ptst__finetune {
+    const ptst_finetune_desc *d;
+    ptst_dataset *data;
+    ptst_adapter *adapter; /* NULL with full */
+    ptst_trainer *trainer;
+    ptst_text state, log_path, log, extra; /* paths of checkpoint and log; text of the log */
+    ptst_finetune_info info;
+} ptst__finetune;
+
+/* Files of a model folder that ptst_model_save does not write. */
+static const char *const ptst__folder_files[] = {"tokenizer.json",
+                                                 "tokenizer_config.json",
+                                                 "special_tokens_map.json",
+                                                 "generation_config.json",
+                                                 "chat_template.jinja",
+                                                 "added_tokens.json",
+                                                 "vocab.json",
+                                                 "merges.txt",
+                                                 "tokenizer.model"};
+
+/* Copies what is there of these files. */
+static ptst_code ptst__copy_folder_files(ptst_ctx *c, const char *from, const char *to) {
+    ptst_text path = {NULL, 0, 0}, bytes = {NULL, 0, 0};
+    size_t i, n = sizeof ptst__folder_files / sizeof ptst__folder_files[0];
+    ptst_code code = PTST_OK;
+    for (i = 0; i < n && code == PTST_OK; i++) {
+        code = ptst__path_join(c, &path, from, ptst__folder_files[i]);
+        if (code != PTST_OK || ptst__path_kind(path.data) != 1) {
+            continue;
+        }
+        bytes.size = 0;
+        code = ptst__read_file(c, path.data, &bytes);
+        if (code == PTST_OK) {
+            code = ptst__path_join(c, &path, to, ptst__folder_files[i]);
+        }
+        if (code == PTST_OK) {
+            code = ptst__write_file(c, path.data, bytes.data, bytes.size);
+        }
+    }
+    ptst_text_free(c, &path);
+    ptst_text_free(c, &bytes);
+    return code;
+}
+
+static ptst_code ptst__finetune_check(ptst_ctx *c, const ptst_finetune_desc *d) {
+    const char *missing = d->model == NULL                                ? "a model"
+                          : d->tokenizer == NULL                          ? "a tokenizer"
+                          : d->out == NULL                                ? "an output folder"
+                          : d->examples_count == 0 || d->examples == NULL ? "a row to train on"
+                                                                          : NULL;
+    if (missing != NULL) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "fine-tuning needs %s", missing);
+    }
+    if (d->full && (d->init_adapter != NULL || d->lora != NULL)) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT,
+                          "full fine-tuning trains the weights themselves, not an adapter");
+    }
+    return PTST_OK;
+}
+
+static ptst_code ptst__finetune_rows(ptst_ctx *c, ptst__finetune *f) {
+    const ptst_finetune_desc *d = f->d;
+    ptst_code code;
+    f->data = ptst_dataset_new(c, &d->dataset);
+    if (f->data == NULL) {
+        return c->code;
+    }
+    code = ptst_dataset_add(c, f->data, d->tokenizer, d->examples, d->examples_count);
+    if (code == PTST_OK && d->mix_count != 0) {
+        code = ptst_dataset_add(c, f->data, d->tokenizer, d->mix, d->mix_count);
+    }
+    f->info.data = f->data->info;
+    if (code == PTST_OK && f->info.data.not_prefix != 0) {
+        ptst__log(c, PTST_LOG_WARNING,
+                  "in %llu of %llu rows the tokens of the prompt are no prefix of the tokens of "
+                  "prompt and answer; their first labels may begin inside the prompt's last word",
+                  (unsigned long long)f->info.data.not_prefix,
+                  (unsigned long long)f->info.data.rows);
+    }
+    if (code == PTST_OK && f->info.data.cut + f->info.data.dropped != 0) {
+        ptst__log(c, PTST_LOG_WARNING,
+                  "%llu rows were too long and lost their end, %llu were left out because nothing "
+                  "of their answer remained",
+                  (unsigned long long)f->info.data.cut, (unsigned long long)f->info.data.dropped);
+    }
+    return code;
+}
+
+/* A hash that tells models apart without reading all of them: names, shapes and the first bytes of
+   each tensor. */
+static ptst_code ptst__model_mark(ptst_ctx *c, const char *folder, char hash[65]) {
+    ptst_tensors *f = ptst_tensors_open(c, folder);
+    ptst__sha256 h;
+    size_t i;
+    if (f == NULL) {
+        return c->code;
+    }
+    ptst__sha256_start(&h);
+    for (i = 0; i < ptst_tensors_count(f); i++) {
+        const ptst_tensor *v = ptst_tensors_at(f, i);
+        ptst__sha256_add(&h, v->name, strlen(v->name) + 1);
+        ptst__sha256_add(&h, v->shape, sizeof v->shape);
+        ptst__sha256_add(&h, v->data, v->bytes < 256 ? v->bytes : 256);
+    }
+    ptst__sha256_end(&h, hash);
+    ptst_tensors_close(c, f);
+    return PTST_OK;
+}
+
+/* Makes or loads what is trained, and the trainer. */
+static ptst_code ptst__finetune_trainer(ptst_ctx *c, ptst__finetune *f) {
+    const ptst_finetune_desc *d = f->d;
+    ptst_lora_desc lora;
+    memset(&lora, 0, sizeof lora);
+    if (d->lora != NULL) {
+        lora = *d->lora;
+    }
+    lora.seed = lora.seed == 0 ? d->train.seed : lora.seed;
+    lora.dropout = d->train.dropout;
+    if (!d->full) {
+        f->adapter = d->init_adapter != NULL ? ptst_adapter_load(c, d->model, d->init_adapter)
+                                             : ptst_adapter_new(c, d->model, &lora);
+        if (f->adapter == NULL) {
+            return c->code;
+        }
+    }
+    f->trainer = ptst_trainer_new(c, d->model, f->adapter, f->data, &d->train);
+    return f->trainer == NULL ? c->code : PTST_OK;
+}
+
+/* Options beside the trainer's own: what is trained, where it starts, on which model. */
+static ptst_code ptst__finetune_options(ptst_ctx *c, ptst__finetune *f) {
+    const ptst_finetune_desc *d = f->d;
+    char hash[65];
+    ptst__sha256 h;
+    ptst__members m;
+    size_t i;
+    m.c = c;
+    m.out = &f->extra;
+    m.code = PTST_OK;
+    ptst__member_text(&m, "trains", d->full ? "all weights" : "an adapter");
+    ptst__member_text(&m, "mask", ptst__masks[d->dataset.mask]);
+    if (f->adapter != NULL) {
+        ptst_lora_desc lora = ptst_adapter_about(f->adapter);
+        ptst__member_count(&m, "rank", (uint64_t)lora.rank);
+        ptst__member(&m, "alpha", lora.alpha);
+        ptst__member_text(&m, "targets", lora.targets);
+    }
+    if (m.code == PTST_OK && d->model_dir != NULL) {
+        m.code = ptst__model_mark(c, d->model_dir, hash);
+        ptst__member_text(&m, "model", hash);
+    }
+    ptst__sha256_start(&h);
+    for (i = 0; i < f->trainer->params_count; i++) {
+        const ptst__param *p = &f->trainer->params[i];
+        ptst__sha256_add(&h, p->value, p->count * sizeof *p->value);
+    }
+    ptst__sha256_end(&h, hash);
+    ptst__member_text(&m, "first weights", hash);
+    f->trainer->extra = f->extra.data;
+    return m.code;
+}
+
+/* Are the files there that a finished training leaves? */
+static ptst_code ptst__finetune_complete(ptst_ctx *c, ptst__finetune *f, bool *complete) {
+    static const char *const names[2][2] = {{"adapter_config.json", "adapter_model.safetensors"},
+                                            {"config.json", "model.safetensors"}};
+    ptst_text path = {NULL, 0, 0};
+    size_t i;
+    ptst_code code = PTST_OK;
+    *complete = true;
+    for (i = 0; i < 2 && code == PTST_OK; i++) {
+        code = ptst__path_join(c, &path, f->d->out, names[f->d->full ? 1 : 0][i]);
+        *complete = *complete && code == PTST_OK && ptst__path_kind(path.data) == 1;
+    }
+    ptst_text_free(c, &path);
+    return code;
+}
+
+/* Goes on from a checkpoint, or starts anew. */
+static ptst_code ptst__finetune_begin(ptst_ctx *c, ptst__finetune *f) {
+    ptst_code code;
+    if (f->d->resume && ptst__path_kind(f->state.data) != 0) {
+        code = ptst__state_restore(c, f->trainer, f->state.data, &f->log);
+        f->info.resumed = code == PTST_OK;
+        if (code == PTST_OK && f->trainer->at.step == f->trainer->steps) {
+            code = ptst__finetune_complete(c, f, &f->info.finished);
+        }
+        if (code != PTST_OK || (f->info.finished && ptst__path_kind(f->log_path.data) != 0)) {
+            return code;
+        }
+    } else {
+        code = ptst__remove_file(c, f->state.data);
+        if (code != PTST_OK) {
+            return code;
+        }
+    }
+    return ptst__append_file(c, f->log_path.data, f->log.data, f->log.size, true);
+}
+
+static ptst_code ptst__finetune_log(ptst_ctx *c, ptst__finetune *f, const ptst_step *s) {
+    size_t before = f->log.size;
+    ptst__members m;
+    m.c = c;
+    m.out = &f->log;
+    m.code = ptst__text_add(c, &f->log, "{");
+    ptst__member_count(&m, "step", s->step);
+    ptst__member(&m, "epoch", s->epoch);
+    ptst__member(&m, "loss", s->loss);
+    ptst__member(&m, "grad_norm", s->grad_norm);
+    ptst__member(&m, "learning_rate", s->learning_rate);
+    ptst__member_count(&m, "tokens", s->tokens);
+    ptst__member(&m, "tokens_per_second", s->tokens_per_second);
+    if (m.code == PTST_OK) {
+        m.code = ptst__text_add(c, &f->log, "}\n");
+    }
+    return m.code != PTST_OK ? m.code
+                             : ptst__append_file(c, f->log_path.data, f->log.data + before,
+                                                 f->log.size - before, false);
+}
+
+static ptst_code ptst__finetune_report(ptst_ctx *c, const ptst__finetune *f, const ptst_step *s) {
+    ptst_progress p;
+    memset(&p, 0, sizeof p);
+    p.stage = "train";
+    p.item = f->d->item;
+    p.done = (double)s->step;
+    p.total = (double)s->steps;
+    p.unit = "step";
+    p.loss = s->loss;
+    p.rate = s->tokens_per_second;
+    return ptst__report(c, &p);
+}
+
+/* The steps that are left. The state is saved when the caller wants to stop, and now and then. */
+static ptst_code ptst__finetune_steps(ptst_ctx *c, ptst__finetune *f) {
+    ptst_trainer *t = f->trainer;
+    ptst_code code = PTST_OK, saved;
+    while (code == PTST_OK && t->at.step < t->steps) {
+        code = ptst_trainer_step(c, t, &f->info.last);
+        if (code == PTST_OK) {
+            code = ptst__finetune_log(c, f, &f->info.last);
+        }
+        if (code != PTST_OK) {
+            return code;
+        }
+        if (f->d->on_step != NULL) {
+            f->d->on_step(f->d->user, &f->info.last);
+        }
+        code = ptst__finetune_report(c, f, &f->info.last);
+        if (t->at.step < t->steps &&
+            (code != PTST_OK || (f->d->save_every != 0 && t->at.step % f->d->save_every == 0))) {
+            saved = ptst__state_save(c, t, f->state.data, &f->log);
+            code = saved != PTST_OK ? saved : code;
+        }
+        if (t->at.step == t->steps) {
+            code = PTST_OK; /* nothing is left that could be stopped */
+        }
+    }
+    return code == PTST_ERR_STOPPED ? ptst__fail(c, code,
+                                                 "stopped on request after step %llu of "
+                                                 "%llu; the state is saved in %s",
+                                                 (unsigned long long)t->at.step,
+                                                 (unsigned long long)t->steps, f->state.data)
+                                    : code;
+}
+
+/* The result first, then the state that says that it is there. */
+static ptst_code ptst__finetune_finish(ptst_ctx *c, ptst__finetune *f) {
+    const ptst_finetune_desc *d = f->d;
+    size_t i;
+    ptst_code code = PTST_OK;
+    for (i = 0; i < f->trainer->params_count; i++) {
+        const ptst__param *p = &f->trainer->params[i];
+        if (!ptst__finite(ptst__sum_squares(c, p->count, p->value))) {
+            return ptst__fail(c, PTST_ERR_NUMERIC, "%s: not written, %s is not finite", d->out,
+                              p->name);
+        }
+    }
+    if (d->full) {
+        code = d->model_dir == NULL ? PTST_OK : ptst__copy_folder_files(c, d->model_dir, d->out);
+        code = code != PTST_OK ? code : ptst_model_save(c, d->model, d->out, d->dtype);
+    } else {
+        code = ptst_adapter_save(c, f->adapter, d->out, d->model_dir);
+    }
+    code = code != PTST_OK ? code : ptst__state_save(c, f->trainer, f->state.data, &f->log);
+    f->info.finished = code == PTST_OK;
+    return code;
+}
+
+static ptst_code ptst__finetune_paths(ptst_ctx *c, ptst__finetune *f) {
+    ptst_code code = ptst__make_folders(c, f->d->out);
+    if (code == PTST_OK) {
+        code = ptst__path_join(c, &f->state, f->d->out, ptst__state_name);
+    }
+    if (code == PTST_OK) {
+        code = f->d->log != NULL ? ptst__text_add(c, &f->log_path, f->d->log)
+                                 : ptst__path_join(c, &f->log_path, f->d->out, "log.jsonl");
+    }
     return code;
 }
 
@@ -15226,6 +15533,35 @@ PTST_API ptst_code ptst_trainer_save(ptst_ctx *c, ptst_trainer *t, const char *p
 
 PTST_API ptst_code ptst_trainer_restore(ptst_ctx *c, ptst_trainer *t, const char *path) {
     return ptst__state_restore(c, t, path, NULL);
+}
+
+PTST_API ptst_code ptst_finetune(ptst_ctx *c, const ptst_finetune_desc *desc,
+                                 ptst_finetune_info *info) {
+    ptst__finetune f;
+    ptst_code code;
+    memset(&f, 0, sizeof f);
+    f.d = desc;
+    code = ptst__finetune_check(c, desc);
+    code = code != PTST_OK ? code : ptst__finetune_paths(c, &f);
+    code = code != PTST_OK ? code : ptst__finetune_rows(c, &f);
+    code = code != PTST_OK ? code : ptst__finetune_trainer(c, &f);
+    code = code != PTST_OK ? code : ptst__finetune_options(c, &f);
+    code = code != PTST_OK ? code : ptst__finetune_begin(c, &f);
+    if (code == PTST_OK && !f.info.finished) {
+        code = ptst__finetune_steps(c, &f);
+        code = code != PTST_OK ? code : ptst__finetune_finish(c, &f);
+    }
+    ptst_trainer_free(c, f.trainer);
+    ptst_adapter_free(c, f.adapter);
+    ptst_dataset_free(c, f.data);
+    ptst_text_free(c, &f.state);
+    ptst_text_free(c, &f.log_path);
+    ptst_text_free(c, &f.log);
+    ptst_text_free(c, &f.extra);
+    if (info != NULL) {
+        *info = f.info;
+    }
+    return code;
 }
 
 /* >>generate ======================================================================================

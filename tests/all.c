@@ -9,6 +9,7 @@
 #include "test_model.c"
 #include "test_safetensors.c"
 #include "test_generate.c"
+#include "test_train.c"
 #include "test_ops.c"
 #include "test_template.c"
 
@@ -21,6 +22,7 @@ int main(int argc, char **argv) {
     suite_kernels();
     suite_safetensors();
     suite_generate();
+    suite_train();
     suite_ops();
     suite_model();
     suite_lora();
