@@ -253,6 +253,47 @@ PTST_API int ptst_json_line(const ptst_json *j, int32_t node);
 
 /* ---- api >>tokenizer ------------------------------------------------------------------------- */
 
+/* What happens to texts that look like special tokens, and to the post-processor. */
+enum {
+    PTST_ADD_SPECIAL = 1, /* encode: add what the post-processor adds (bos, ...) */
+    PTST_PLAIN = 2,       /* encode: text that looks like a special token is ordinary text */
+    PTST_SKIP_SPECIAL = 4 /* decode: leave special tokens out */
+};
+
+/* tokenizer.json: text to ids and back, as Hugging Face tokenizers does it. Constant after loading;
+   any number of contexts may use it at once. */
+typedef struct ptst_tokenizer ptst_tokenizer;
+
+/* Loads a tokenizer.json, or a folder with one (and tokenizer_config.json, for bos and eos). Model
+   BPE, byte-level or with byte fallback; other types and unknown parts are refused by name. */
+PTST_API ptst_tokenizer *ptst_tokenizer_load(ptst_ctx *c, const char *path);
+/* The same for the text of a tokenizer.json; name is used in errors only. */
+PTST_API ptst_tokenizer *ptst_tokenizer_parse(ptst_ctx *c, const char *text, size_t size,
+                                              const char *name);
+PTST_API void ptst_tokenizer_free(ptst_ctx *c, ptst_tokenizer *t);
+/* Appends the ids of size bytes to *ids. Bytes that are no UTF-8 count as U+FFFD. flags:
+   PTST_ADD_SPECIAL, PTST_PLAIN. */
+PTST_API ptst_code ptst_encode(ptst_ctx *c, const ptst_tokenizer *t, const char *text, size_t size,
+                               unsigned flags, ptst_ids *ids);
+/* The same, but a special token is recognised only where every byte of it has mark 0 (it comes
+   from a template, see ptst_mark). marks: one byte for each byte of text; NULL = all 0. */
+PTST_API ptst_code ptst_encode_marked(ptst_ctx *c, const ptst_tokenizer *t, const char *text,
+                                      size_t size, const uint8_t *marks, unsigned flags,
+                                      ptst_ids *ids);
+/* Appends the text of count ids to *out. Unknown ids are left out; bytes that are no UTF-8 become
+   U+FFFD. flags: PTST_SKIP_SPECIAL. */
+PTST_API ptst_code ptst_decode(ptst_ctx *c, const ptst_tokenizer *t, const int32_t *ids,
+                               size_t count, unsigned flags, ptst_text *out);
+/* Text of a token as it stands in the file ("\u0120the"), NULL if there is none; id of a token,
+   -1 if there is none. size may be NULL. */
+PTST_API const char *ptst_token_text(const ptst_tokenizer *t, int32_t id, size_t *size);
+PTST_API int32_t ptst_token_id(const ptst_tokenizer *t, const char *text);
+/* Largest id + 1. */
+PTST_API int32_t ptst_vocab_size(const ptst_tokenizer *t);
+/* Beginning-of-text and end-of-text of tokenizer_config.json; -1 if it names none. */
+PTST_API int32_t ptst_token_bos(const ptst_tokenizer *t);
+PTST_API int32_t ptst_token_eos(const ptst_tokenizer *t);
+
 /* ---- api >>jinja ----------------------------------------------------------------------------- */
 
 /* Where a byte of a rendered prompt comes from. Only PTST_TEMPLATE bytes may become special tokens;
@@ -634,15 +675,9 @@ PTST_API ptst_code ptst_merge(ptst_ctx *c, const char *model_folder, const char 
 
 /* ---- api >>train ----------------------------------------------------------------------------- */
 
-struct ptst_prompt; /* >>template, >>tokenizer, >>model, >>lora */
-struct ptst_tokenizer;
-struct ptst_model;
-struct ptst_adapter;
-struct ptst_lora_desc;
-
 /* One row to learn: after the prompt the model should write the answer (and end-of-text). */
 typedef struct ptst_example {
-    const struct ptst_prompt *prompt; /* NULL = empty: the answer is learned from its first token */
+    const ptst_prompt *prompt; /* NULL = empty: the answer is learned from its first token */
     const char *answer;
     size_t answer_size;
 } ptst_example;
@@ -690,13 +725,14 @@ typedef struct ptst_dataset ptst_dataset;
 PTST_API ptst_dataset *ptst_dataset_new(ptst_ctx *c, const ptst_dataset_desc *desc);
 PTST_API void ptst_dataset_free(ptst_ctx *c, ptst_dataset *d);
 /* Adds rows. Each begins with the tokenizer's bos (once) and ends with eos (once), unless cut. */
-PTST_API ptst_code ptst_dataset_add(ptst_ctx *c, ptst_dataset *d, const struct ptst_tokenizer *t,
+PTST_API ptst_code ptst_dataset_add(ptst_ctx *c, ptst_dataset *d, const ptst_tokenizer *t,
                                     const ptst_example *examples, size_t count);
 /* Adds one row of tokens as they are; the first `prompt` (at least 1) are no labels. */
 PTST_API ptst_code ptst_dataset_add_tokens(ptst_ctx *c, ptst_dataset *d, const int32_t *tokens,
                                            size_t count, size_t prompt);
 PTST_API ptst_dataset_info ptst_dataset_about(const ptst_dataset *d);
-/* Tokens of row i, NULL if out of range; count and prompt (tokens that are no labels) may be NULL. */
+/* Tokens of row i, NULL if out of range; count and prompt (how many of them are no labels) may be
+   NULL. */
 PTST_API const int32_t *ptst_dataset_row(const ptst_dataset *d, size_t i, size_t *count,
                                          size_t *prompt);
 
@@ -712,7 +748,7 @@ typedef struct ptst_train_desc {
     size_t batch;       /* rows (or contexts) of a batch; 0 = 4 */
     size_t accumulate;  /* batches of a step; 0 = 1 */
     ptst_batching batching;
-    size_t context;      /* tokens, for packing; 0 = 4096, but what the model can take at most */
+    size_t context;      /* tokens, for packing; 0 = 4096; at most what the model takes */
     double beta1, beta2; /* AdamW; 0 = 0.9, 0.999 */
     double eps;          /* 0 = 1e-8 */
     double weight_decay; /* 0 = none */
@@ -722,6 +758,9 @@ typedef struct ptst_train_desc {
     bool no_shuffle;     /* rows in the order of the dataset */
     bool no_prefix;      /* compute the common head of the rows of a batch for each row again */
 } ptst_train_desc;
+
+/* Reads "constant", "linear", "cosine" or "step:GAMMA" into out->schedule and out->gamma. */
+PTST_API ptst_code ptst_schedule_parse(ptst_ctx *c, const char *text, ptst_train_desc *out);
 
 /* One optimiser step. */
 typedef struct ptst_step {
@@ -741,9 +780,8 @@ typedef struct ptst_step {
 typedef struct ptst_trainer ptst_trainer;
 
 /* desc may be NULL. Sizes all memory; steps allocate nothing. */
-PTST_API ptst_trainer *ptst_trainer_new(ptst_ctx *c, struct ptst_model *model,
-                                        struct ptst_adapter *adapter, const ptst_dataset *data,
-                                        const ptst_train_desc *desc);
+PTST_API ptst_trainer *ptst_trainer_new(ptst_ctx *c, ptst_model *model, ptst_adapter *adapter,
+                                        const ptst_dataset *data, const ptst_train_desc *desc);
 PTST_API void ptst_trainer_free(ptst_ctx *c, ptst_trainer *t);
 /* The options with all defaults filled in. */
 PTST_API ptst_train_desc ptst_trainer_options(const ptst_trainer *t);
@@ -761,20 +799,22 @@ PTST_API ptst_code ptst_trainer_restore(ptst_ctx *c, ptst_trainer *t, const char
 /* ---- one call: fine-tune, with log, checkpoints and resume ---- */
 
 typedef struct ptst_finetune_desc {
-    struct ptst_model *model; /* with `full` it must be trainable, and changes */
-    const char *model_dir;    /* base model named in adapter_config.json; with `full` the
+    ptst_model *model;     /* with `full` it must be trainable, and changes */
+    const char *model_dir; /* base model named in adapter_config.json; with `full` the
                                      tokenizer files are copied from here; may be NULL */
-    const struct ptst_tokenizer *tokenizer;
+    const ptst_tokenizer *tokenizer;
     const ptst_example *examples;
     size_t examples_count;
     const ptst_example *mix; /* safety rows: the first mix_count of them take part in each epoch */
     size_t mix_count;
-    const char *out;                   /* folder, is made */
-    const char *init_adapter;          /* PEFT folder to start from; NULL = new adapter */
-    const struct ptst_lora_desc *lora; /* of a new adapter; NULL = defaults */
-    bool full;                         /* all weights instead of an adapter */
+    const char *out;            /* folder, is made */
+    const char *init_adapter;   /* PEFT folder to start from; NULL = new adapter */
+    const ptst_lora_desc *lora; /* of a new adapter; NULL = defaults */
+    bool full;                  /* all weights instead of an adapter */
     ptst_dataset_desc dataset;
     ptst_train_desc train;
+    ptst_dtype dtype;    /* of the weights that `full` writes; PTST_DTYPE_FILE = the model's own */
+    const char *item;    /* ptst_progress.item; may be NULL */
     uint64_t save_every; /* steps between checkpoints; 0 = only when stopped */
     bool resume;         /* go on from OUT's checkpoint; without one start anew */
     const char *log;     /* one JSON object a step; NULL = OUT/log.jsonl */
@@ -806,11 +846,17 @@ typedef struct ptst_sample_desc {
     double repetition_penalty; /* on tokens of prompt and answer; 0 or 1 = off */
 } ptst_sample_desc;
 
+typedef struct ptst_candidate {
+    float logit;
+    int32_t id;
+} ptst_candidate;
+
 /* Chooses the next token from logits [vocab], which it may overwrite. seen: the tokens so far, for
-   the repetition penalty. scratch: 2 * vocab floats, may be NULL if greedy. rng may be NULL if
-   greedy. As transformers' logits processors, in this order: penalty, temperature, top-k, top-p. */
+   the repetition penalty. rng may be NULL if greedy; scratch [vocab] too, if there is no penalty.
+   As transformers' logits processors, in this order: penalty, temperature, top-k, top-p. */
 PTST_API int32_t ptst_sample(const ptst_sample_desc *desc, float *logits, size_t vocab,
-                             const int32_t *seen, size_t seen_count, ptst_rng *rng, float *scratch);
+                             const int32_t *seen, size_t seen_count, ptst_rng *rng,
+                             ptst_candidate *scratch);
 
 typedef enum ptst_finish {
     PTST_FINISH_NONE,  /* not finished (stopped, or an earlier failure) */
@@ -832,13 +878,14 @@ typedef struct ptst_generate_desc {
     size_t batch;            /* answers at a time; 0 = 16 */
     size_t capacity;         /* tokens of prompt and answer; 0 = what the prompts need, at most
                                 what the model can take */
-    uint64_t seed;           /* answer i draws from stream i, whatever the batch */
+    uint64_t seed;           /* of random numbers */
     const int32_t *stop_ids; /* besides the tokenizer's eos */
     size_t stop_ids_count;
     const char *const *stop_strings; /* the answer ends before one */
     size_t stop_strings_count;
-    bool ignore_eos; /* only max_new_tokens ends an answer */
-    bool no_prefix;  /* compute the common head of the prompts for each again */
+    bool ignore_eos;  /* only max_new_tokens ends an answer */
+    const char *item; /* ptst_progress.item; may be NULL */
+    bool no_prefix;   /* compute the common head of the prompts for each again */
     /* NULL = none. Called with whole UTF-8 characters as they come, for prompt `index`. */
     void (*on_text)(void *user, size_t index, const char *text, size_t size);
     /* NULL = none. Called when answer `index` is finished, in the order of finishing. */
@@ -847,14 +894,14 @@ typedef struct ptst_generate_desc {
 } ptst_generate_desc;
 
 /* Answers count prompts; answers[i] belongs to prompts[i]. adapter may be NULL, desc may be NULL.
-   Answers do not depend on batch, on the order of the prompts or on what else is generated. A
-   prompt that has no room for a token is PTST_ERR_LIMIT. After PTST_ERR_STOPPED (asked for by
-   ptst_desc.progress) finished answers are there. */
-PTST_API ptst_code ptst_generate(ptst_ctx *c, const struct ptst_model *model,
-                                 const struct ptst_adapter *adapter,
-                                 const struct ptst_tokenizer *tokenizer,
-                                 const struct ptst_prompt *prompts, size_t count,
-                                 const ptst_generate_desc *desc, ptst_answer *answers);
+   Each answer draws random numbers of its own, which depend on seed, prompt and how often the same
+   prompt stood before it; not on batch or on the other prompts. A prompt that has no room for a
+   token is PTST_ERR_LIMIT. After PTST_ERR_STOPPED (asked for by ptst_desc.progress) finished
+   answers are there. */
+PTST_API ptst_code ptst_generate(ptst_ctx *c, const ptst_model *model, const ptst_adapter *adapter,
+                                 const ptst_tokenizer *tokenizer, const ptst_prompt *prompts,
+                                 size_t count, const ptst_generate_desc *desc,
+                                 ptst_answer *answers);
 PTST_API void ptst_answers_free(ptst_ctx *c, ptst_answer *answers, size_t count);
 
 /* ---- api >>data ------------------------------------------------------------------------------ */
@@ -1234,6 +1281,12 @@ static int ptst__path_kind(const char *path) {
         return 0;
     }
     return S_ISDIR(s.st_mode) ? 2 : S_ISREG(s.st_mode) ? 1 : 0;
+}
+
+/* Do both paths lead to the same file or folder? */
+PTST__UNUSED static bool ptst__same_path(const char *a, const char *b) {
+    struct stat s, t;
+    return stat(a, &s) == 0 && stat(b, &t) == 0 && s.st_dev == t.st_dev && s.st_ino == t.st_ino;
 }
 
 /* Maps a whole file for reading. Returns 0, or an errno value. An empty file gives data NULL. */
@@ -2014,6 +2067,12 @@ PTST__UNUSED static ptst_code ptst__append_file(ptst_ctx *c, const char *path, c
     return error != 0 ? ptst__fail_errno(c, path, "write", error) : PTST_OK;
 }
 
+/* Removes a file; fine if there is none. */
+PTST__UNUSED static ptst_code ptst__remove_file(ptst_ctx *c, const char *path) {
+    return unlink(path) == 0 || errno == ENOENT ? PTST_OK
+                                                : ptst__fail_errno(c, path, "remove", errno);
+}
+
 /* ---- SHA-256 (FIPS 180-4), to recognise inputs ---- */
 
 typedef struct ptst__sha256 {
@@ -2110,6 +2169,25 @@ PTST__UNUSED static bool ptst__finite(double value) {
     uint64_t bits;
     memcpy(&bits, &value, sizeof bits);
     return (bits >> 52 & 0x7FFu) != 0x7FFu;
+}
+
+/* Appends the names of the files in a folder, each with its NUL. */
+PTST__UNUSED static ptst_code ptst__list_files(ptst_ctx *c, const char *folder, ptst_text *names) {
+    DIR *d = opendir(folder);
+    struct dirent *entry;
+    ptst_text path = {NULL, 0, 0};
+    ptst_code code = d == NULL ? ptst__fail_errno(c, folder, "list", errno) : PTST_OK;
+    while (code == PTST_OK && (entry = readdir(d)) != NULL) {
+        code = ptst__path_join(c, &path, folder, entry->d_name);
+        if (code == PTST_OK && ptst__path_kind(path.data) == 1) {
+            code = ptst_text_append(c, names, entry->d_name, strlen(entry->d_name) + 1);
+        }
+    }
+    if (d != NULL) {
+        closedir(d);
+    }
+    ptst_text_free(c, &path);
+    return code;
 }
 
 /* ---- public part ---- */
@@ -2911,11 +2989,2238 @@ PTST__UNUSED static ptst_code ptst__json_put_number(ptst_ctx *c, ptst_text *t, d
     return ptst__text_number(c, t, value);
 }
 
-/* >>unicode =======================================================================================
-   Not written yet. */
+/* >>unicode =====================================================================================
+   The three categories that pre-tokenizers ask for (letters, numbers, white space), canonical
+   composition (NFC), and the repair of bytes that are no UTF-8. Owns the tables, which
+   tools/gen_unicode.py writes; relies on >>core. Tested by tests/test_tokenizer.c. */
 
-/* >>tokenizer =====================================================================================
-   Not written yet. */
+/* Unicode 16.0.0, generated by tools/gen_unicode.py. */
+// clang-format off
+/* Category L: first, last, ... */
+static const uint32_t ptst__letters[] = {
+    65, 90, 97, 122, 170, 170, 181, 181, 186, 186, 192, 214, 216, 246, 248, 705, 710, 721, 736,
+    740, 748, 748, 750, 750, 880, 884, 886, 887, 890, 893, 895, 895, 902, 902, 904, 906, 908, 908,
+    910, 929, 931, 1013, 1015, 1153, 1162, 1327, 1329, 1366, 1369, 1369, 1376, 1416, 1488, 1514,
+    1519, 1522, 1568, 1610, 1646, 1647, 1649, 1747, 1749, 1749, 1765, 1766, 1774, 1775, 1786,
+    1788, 1791, 1791, 1808, 1808, 1810, 1839, 1869, 1957, 1969, 1969, 1994, 2026, 2036, 2037,
+    2042, 2042, 2048, 2069, 2074, 2074, 2084, 2084, 2088, 2088, 2112, 2136, 2144, 2154, 2160,
+    2183, 2185, 2190, 2208, 2249, 2308, 2361, 2365, 2365, 2384, 2384, 2392, 2401, 2417, 2432,
+    2437, 2444, 2447, 2448, 2451, 2472, 2474, 2480, 2482, 2482, 2486, 2489, 2493, 2493, 2510,
+    2510, 2524, 2525, 2527, 2529, 2544, 2545, 2556, 2556, 2565, 2570, 2575, 2576, 2579, 2600,
+    2602, 2608, 2610, 2611, 2613, 2614, 2616, 2617, 2649, 2652, 2654, 2654, 2674, 2676, 2693,
+    2701, 2703, 2705, 2707, 2728, 2730, 2736, 2738, 2739, 2741, 2745, 2749, 2749, 2768, 2768,
+    2784, 2785, 2809, 2809, 2821, 2828, 2831, 2832, 2835, 2856, 2858, 2864, 2866, 2867, 2869,
+    2873, 2877, 2877, 2908, 2909, 2911, 2913, 2929, 2929, 2947, 2947, 2949, 2954, 2958, 2960,
+    2962, 2965, 2969, 2970, 2972, 2972, 2974, 2975, 2979, 2980, 2984, 2986, 2990, 3001, 3024,
+    3024, 3077, 3084, 3086, 3088, 3090, 3112, 3114, 3129, 3133, 3133, 3160, 3162, 3165, 3165,
+    3168, 3169, 3200, 3200, 3205, 3212, 3214, 3216, 3218, 3240, 3242, 3251, 3253, 3257, 3261,
+    3261, 3293, 3294, 3296, 3297, 3313, 3314, 3332, 3340, 3342, 3344, 3346, 3386, 3389, 3389,
+    3406, 3406, 3412, 3414, 3423, 3425, 3450, 3455, 3461, 3478, 3482, 3505, 3507, 3515, 3517,
+    3517, 3520, 3526, 3585, 3632, 3634, 3635, 3648, 3654, 3713, 3714, 3716, 3716, 3718, 3722,
+    3724, 3747, 3749, 3749, 3751, 3760, 3762, 3763, 3773, 3773, 3776, 3780, 3782, 3782, 3804,
+    3807, 3840, 3840, 3904, 3911, 3913, 3948, 3976, 3980, 4096, 4138, 4159, 4159, 4176, 4181,
+    4186, 4189, 4193, 4193, 4197, 4198, 4206, 4208, 4213, 4225, 4238, 4238, 4256, 4293, 4295,
+    4295, 4301, 4301, 4304, 4346, 4348, 4680, 4682, 4685, 4688, 4694, 4696, 4696, 4698, 4701,
+    4704, 4744, 4746, 4749, 4752, 4784, 4786, 4789, 4792, 4798, 4800, 4800, 4802, 4805, 4808,
+    4822, 4824, 4880, 4882, 4885, 4888, 4954, 4992, 5007, 5024, 5109, 5112, 5117, 5121, 5740,
+    5743, 5759, 5761, 5786, 5792, 5866, 5873, 5880, 5888, 5905, 5919, 5937, 5952, 5969, 5984,
+    5996, 5998, 6000, 6016, 6067, 6103, 6103, 6108, 6108, 6176, 6264, 6272, 6276, 6279, 6312,
+    6314, 6314, 6320, 6389, 6400, 6430, 6480, 6509, 6512, 6516, 6528, 6571, 6576, 6601, 6656,
+    6678, 6688, 6740, 6823, 6823, 6917, 6963, 6981, 6988, 7043, 7072, 7086, 7087, 7098, 7141,
+    7168, 7203, 7245, 7247, 7258, 7293, 7296, 7306, 7312, 7354, 7357, 7359, 7401, 7404, 7406,
+    7411, 7413, 7414, 7418, 7418, 7424, 7615, 7680, 7957, 7960, 7965, 7968, 8005, 8008, 8013,
+    8016, 8023, 8025, 8025, 8027, 8027, 8029, 8029, 8031, 8061, 8064, 8116, 8118, 8124, 8126,
+    8126, 8130, 8132, 8134, 8140, 8144, 8147, 8150, 8155, 8160, 8172, 8178, 8180, 8182, 8188,
+    8305, 8305, 8319, 8319, 8336, 8348, 8450, 8450, 8455, 8455, 8458, 8467, 8469, 8469, 8473,
+    8477, 8484, 8484, 8486, 8486, 8488, 8488, 8490, 8493, 8495, 8505, 8508, 8511, 8517, 8521,
+    8526, 8526, 8579, 8580, 11264, 11492, 11499, 11502, 11506, 11507, 11520, 11557, 11559, 11559,
+    11565, 11565, 11568, 11623, 11631, 11631, 11648, 11670, 11680, 11686, 11688, 11694, 11696,
+    11702, 11704, 11710, 11712, 11718, 11720, 11726, 11728, 11734, 11736, 11742, 11823, 11823,
+    12293, 12294, 12337, 12341, 12347, 12348, 12353, 12438, 12445, 12447, 12449, 12538, 12540,
+    12543, 12549, 12591, 12593, 12686, 12704, 12735, 12784, 12799, 13312, 19903, 19968, 42124,
+    42192, 42237, 42240, 42508, 42512, 42527, 42538, 42539, 42560, 42606, 42623, 42653, 42656,
+    42725, 42775, 42783, 42786, 42888, 42891, 42957, 42960, 42961, 42963, 42963, 42965, 42972,
+    42994, 43009, 43011, 43013, 43015, 43018, 43020, 43042, 43072, 43123, 43138, 43187, 43250,
+    43255, 43259, 43259, 43261, 43262, 43274, 43301, 43312, 43334, 43360, 43388, 43396, 43442,
+    43471, 43471, 43488, 43492, 43494, 43503, 43514, 43518, 43520, 43560, 43584, 43586, 43588,
+    43595, 43616, 43638, 43642, 43642, 43646, 43695, 43697, 43697, 43701, 43702, 43705, 43709,
+    43712, 43712, 43714, 43714, 43739, 43741, 43744, 43754, 43762, 43764, 43777, 43782, 43785,
+    43790, 43793, 43798, 43808, 43814, 43816, 43822, 43824, 43866, 43868, 43881, 43888, 44002,
+    44032, 55203, 55216, 55238, 55243, 55291, 63744, 64109, 64112, 64217, 64256, 64262, 64275,
+    64279, 64285, 64285, 64287, 64296, 64298, 64310, 64312, 64316, 64318, 64318, 64320, 64321,
+    64323, 64324, 64326, 64433, 64467, 64829, 64848, 64911, 64914, 64967, 65008, 65019, 65136,
+    65140, 65142, 65276, 65313, 65338, 65345, 65370, 65382, 65470, 65474, 65479, 65482, 65487,
+    65490, 65495, 65498, 65500, 65536, 65547, 65549, 65574, 65576, 65594, 65596, 65597, 65599,
+    65613, 65616, 65629, 65664, 65786, 66176, 66204, 66208, 66256, 66304, 66335, 66349, 66368,
+    66370, 66377, 66384, 66421, 66432, 66461, 66464, 66499, 66504, 66511, 66560, 66717, 66736,
+    66771, 66776, 66811, 66816, 66855, 66864, 66915, 66928, 66938, 66940, 66954, 66956, 66962,
+    66964, 66965, 66967, 66977, 66979, 66993, 66995, 67001, 67003, 67004, 67008, 67059, 67072,
+    67382, 67392, 67413, 67424, 67431, 67456, 67461, 67463, 67504, 67506, 67514, 67584, 67589,
+    67592, 67592, 67594, 67637, 67639, 67640, 67644, 67644, 67647, 67669, 67680, 67702, 67712,
+    67742, 67808, 67826, 67828, 67829, 67840, 67861, 67872, 67897, 67968, 68023, 68030, 68031,
+    68096, 68096, 68112, 68115, 68117, 68119, 68121, 68149, 68192, 68220, 68224, 68252, 68288,
+    68295, 68297, 68324, 68352, 68405, 68416, 68437, 68448, 68466, 68480, 68497, 68608, 68680,
+    68736, 68786, 68800, 68850, 68864, 68899, 68938, 68965, 68975, 68997, 69248, 69289, 69296,
+    69297, 69314, 69316, 69376, 69404, 69415, 69415, 69424, 69445, 69488, 69505, 69552, 69572,
+    69600, 69622, 69635, 69687, 69745, 69746, 69749, 69749, 69763, 69807, 69840, 69864, 69891,
+    69926, 69956, 69956, 69959, 69959, 69968, 70002, 70006, 70006, 70019, 70066, 70081, 70084,
+    70106, 70106, 70108, 70108, 70144, 70161, 70163, 70187, 70207, 70208, 70272, 70278, 70280,
+    70280, 70282, 70285, 70287, 70301, 70303, 70312, 70320, 70366, 70405, 70412, 70415, 70416,
+    70419, 70440, 70442, 70448, 70450, 70451, 70453, 70457, 70461, 70461, 70480, 70480, 70493,
+    70497, 70528, 70537, 70539, 70539, 70542, 70542, 70544, 70581, 70583, 70583, 70609, 70609,
+    70611, 70611, 70656, 70708, 70727, 70730, 70751, 70753, 70784, 70831, 70852, 70853, 70855,
+    70855, 71040, 71086, 71128, 71131, 71168, 71215, 71236, 71236, 71296, 71338, 71352, 71352,
+    71424, 71450, 71488, 71494, 71680, 71723, 71840, 71903, 71935, 71942, 71945, 71945, 71948,
+    71955, 71957, 71958, 71960, 71983, 71999, 71999, 72001, 72001, 72096, 72103, 72106, 72144,
+    72161, 72161, 72163, 72163, 72192, 72192, 72203, 72242, 72250, 72250, 72272, 72272, 72284,
+    72329, 72349, 72349, 72368, 72440, 72640, 72672, 72704, 72712, 72714, 72750, 72768, 72768,
+    72818, 72847, 72960, 72966, 72968, 72969, 72971, 73008, 73030, 73030, 73056, 73061, 73063,
+    73064, 73066, 73097, 73112, 73112, 73440, 73458, 73474, 73474, 73476, 73488, 73490, 73523,
+    73648, 73648, 73728, 74649, 74880, 75075, 77712, 77808, 77824, 78895, 78913, 78918, 78944,
+    82938, 82944, 83526, 90368, 90397, 92160, 92728, 92736, 92766, 92784, 92862, 92880, 92909,
+    92928, 92975, 92992, 92995, 93027, 93047, 93053, 93071, 93504, 93548, 93760, 93823, 93952,
+    94026, 94032, 94032, 94099, 94111, 94176, 94177, 94179, 94179, 94208, 100343, 100352, 101589,
+    101631, 101640, 110576, 110579, 110581, 110587, 110589, 110590, 110592, 110882, 110898,
+    110898, 110928, 110930, 110933, 110933, 110948, 110951, 110960, 111355, 113664, 113770,
+    113776, 113788, 113792, 113800, 113808, 113817, 119808, 119892, 119894, 119964, 119966,
+    119967, 119970, 119970, 119973, 119974, 119977, 119980, 119982, 119993, 119995, 119995,
+    119997, 120003, 120005, 120069, 120071, 120074, 120077, 120084, 120086, 120092, 120094,
+    120121, 120123, 120126, 120128, 120132, 120134, 120134, 120138, 120144, 120146, 120485,
+    120488, 120512, 120514, 120538, 120540, 120570, 120572, 120596, 120598, 120628, 120630,
+    120654, 120656, 120686, 120688, 120712, 120714, 120744, 120746, 120770, 120772, 120779,
+    122624, 122654, 122661, 122666, 122928, 122989, 123136, 123180, 123191, 123197, 123214,
+    123214, 123536, 123565, 123584, 123627, 124112, 124139, 124368, 124397, 124400, 124400,
+    124896, 124902, 124904, 124907, 124909, 124910, 124912, 124926, 124928, 125124, 125184,
+    125251, 125259, 125259, 126464, 126467, 126469, 126495, 126497, 126498, 126500, 126500,
+    126503, 126503, 126505, 126514, 126516, 126519, 126521, 126521, 126523, 126523, 126530,
+    126530, 126535, 126535, 126537, 126537, 126539, 126539, 126541, 126543, 126545, 126546,
+    126548, 126548, 126551, 126551, 126553, 126553, 126555, 126555, 126557, 126557, 126559,
+    126559, 126561, 126562, 126564, 126564, 126567, 126570, 126572, 126578, 126580, 126583,
+    126585, 126588, 126590, 126590, 126592, 126601, 126603, 126619, 126625, 126627, 126629,
+    126633, 126635, 126651, 131072, 173791, 173824, 177977, 177984, 178205, 178208, 183969,
+    183984, 191456, 191472, 192093, 194560, 195101, 196608, 201546, 201552, 205743
+};
+
+/* Category N: first, last, ... */
+static const uint32_t ptst__numbers[] = {
+    48, 57, 178, 179, 185, 185, 188, 190, 1632, 1641, 1776, 1785, 1984, 1993, 2406, 2415, 2534,
+    2543, 2548, 2553, 2662, 2671, 2790, 2799, 2918, 2927, 2930, 2935, 3046, 3058, 3174, 3183,
+    3192, 3198, 3302, 3311, 3416, 3422, 3430, 3448, 3558, 3567, 3664, 3673, 3792, 3801, 3872,
+    3891, 4160, 4169, 4240, 4249, 4969, 4988, 5870, 5872, 6112, 6121, 6128, 6137, 6160, 6169,
+    6470, 6479, 6608, 6618, 6784, 6793, 6800, 6809, 6992, 7001, 7088, 7097, 7232, 7241, 7248,
+    7257, 8304, 8304, 8308, 8313, 8320, 8329, 8528, 8578, 8581, 8585, 9312, 9371, 9450, 9471,
+    10102, 10131, 11517, 11517, 12295, 12295, 12321, 12329, 12344, 12346, 12690, 12693, 12832,
+    12841, 12872, 12879, 12881, 12895, 12928, 12937, 12977, 12991, 42528, 42537, 42726, 42735,
+    43056, 43061, 43216, 43225, 43264, 43273, 43472, 43481, 43504, 43513, 43600, 43609, 44016,
+    44025, 65296, 65305, 65799, 65843, 65856, 65912, 65930, 65931, 66273, 66299, 66336, 66339,
+    66369, 66369, 66378, 66378, 66513, 66517, 66720, 66729, 67672, 67679, 67705, 67711, 67751,
+    67759, 67835, 67839, 67862, 67867, 68028, 68029, 68032, 68047, 68050, 68095, 68160, 68168,
+    68221, 68222, 68253, 68255, 68331, 68335, 68440, 68447, 68472, 68479, 68521, 68527, 68858,
+    68863, 68912, 68921, 68928, 68937, 69216, 69246, 69405, 69414, 69457, 69460, 69573, 69579,
+    69714, 69743, 69872, 69881, 69942, 69951, 70096, 70105, 70113, 70132, 70384, 70393, 70736,
+    70745, 70864, 70873, 71248, 71257, 71360, 71369, 71376, 71395, 71472, 71483, 71904, 71922,
+    72016, 72025, 72688, 72697, 72784, 72812, 73040, 73049, 73120, 73129, 73552, 73561, 73664,
+    73684, 74752, 74862, 90416, 90425, 92768, 92777, 92864, 92873, 93008, 93017, 93019, 93025,
+    93552, 93561, 93824, 93846, 118000, 118009, 119488, 119507, 119520, 119539, 119648, 119672,
+    120782, 120831, 123200, 123209, 123632, 123641, 124144, 124153, 124401, 124410, 125127,
+    125135, 125264, 125273, 126065, 126123, 126125, 126127, 126129, 126132, 126209, 126253,
+    126255, 126269, 127232, 127244, 130032, 130041
+};
+
+/* Canonical combining class: first, last, class, ... */
+static const uint32_t ptst__combining[] = {
+    768, 788, 230, 789, 789, 232, 790, 793, 220, 794, 794, 232, 795, 795, 216, 796, 800, 220, 801,
+    802, 202, 803, 806, 220, 807, 808, 202, 809, 819, 220, 820, 824, 1, 825, 828, 220, 829, 836,
+    230, 837, 837, 240, 838, 838, 230, 839, 841, 220, 842, 844, 230, 845, 846, 220, 848, 850, 230,
+    851, 854, 220, 855, 855, 230, 856, 856, 232, 857, 858, 220, 859, 859, 230, 860, 860, 233, 861,
+    862, 234, 863, 863, 233, 864, 865, 234, 866, 866, 233, 867, 879, 230, 1155, 1159, 230, 1425,
+    1425, 220, 1426, 1429, 230, 1430, 1430, 220, 1431, 1433, 230, 1434, 1434, 222, 1435, 1435,
+    220, 1436, 1441, 230, 1442, 1447, 220, 1448, 1449, 230, 1450, 1450, 220, 1451, 1452, 230,
+    1453, 1453, 222, 1454, 1454, 228, 1455, 1455, 230, 1456, 1456, 10, 1457, 1457, 11, 1458, 1458,
+    12, 1459, 1459, 13, 1460, 1460, 14, 1461, 1461, 15, 1462, 1462, 16, 1463, 1463, 17, 1464,
+    1464, 18, 1465, 1466, 19, 1467, 1467, 20, 1468, 1468, 21, 1469, 1469, 22, 1471, 1471, 23,
+    1473, 1473, 24, 1474, 1474, 25, 1476, 1476, 230, 1477, 1477, 220, 1479, 1479, 18, 1552, 1559,
+    230, 1560, 1560, 30, 1561, 1561, 31, 1562, 1562, 32, 1611, 1611, 27, 1612, 1612, 28, 1613,
+    1613, 29, 1614, 1614, 30, 1615, 1615, 31, 1616, 1616, 32, 1617, 1617, 33, 1618, 1618, 34,
+    1619, 1620, 230, 1621, 1622, 220, 1623, 1627, 230, 1628, 1628, 220, 1629, 1630, 230, 1631,
+    1631, 220, 1648, 1648, 35, 1750, 1756, 230, 1759, 1762, 230, 1763, 1763, 220, 1764, 1764, 230,
+    1767, 1768, 230, 1770, 1770, 220, 1771, 1772, 230, 1773, 1773, 220, 1809, 1809, 36, 1840,
+    1840, 230, 1841, 1841, 220, 1842, 1843, 230, 1844, 1844, 220, 1845, 1846, 230, 1847, 1849,
+    220, 1850, 1850, 230, 1851, 1852, 220, 1853, 1853, 230, 1854, 1854, 220, 1855, 1857, 230,
+    1858, 1858, 220, 1859, 1859, 230, 1860, 1860, 220, 1861, 1861, 230, 1862, 1862, 220, 1863,
+    1863, 230, 1864, 1864, 220, 1865, 1866, 230, 2027, 2033, 230, 2034, 2034, 220, 2035, 2035,
+    230, 2045, 2045, 220, 2070, 2073, 230, 2075, 2083, 230, 2085, 2087, 230, 2089, 2093, 230,
+    2137, 2139, 220, 2199, 2200, 230, 2201, 2203, 220, 2204, 2207, 230, 2250, 2254, 230, 2255,
+    2259, 220, 2260, 2273, 230, 2275, 2275, 220, 2276, 2277, 230, 2278, 2278, 220, 2279, 2280,
+    230, 2281, 2281, 220, 2282, 2284, 230, 2285, 2287, 220, 2288, 2288, 27, 2289, 2289, 28, 2290,
+    2290, 29, 2291, 2293, 230, 2294, 2294, 220, 2295, 2296, 230, 2297, 2298, 220, 2299, 2303, 230,
+    2364, 2364, 7, 2381, 2381, 9, 2385, 2385, 230, 2386, 2386, 220, 2387, 2388, 230, 2492, 2492,
+    7, 2509, 2509, 9, 2558, 2558, 230, 2620, 2620, 7, 2637, 2637, 9, 2748, 2748, 7, 2765, 2765, 9,
+    2876, 2876, 7, 2893, 2893, 9, 3021, 3021, 9, 3132, 3132, 7, 3149, 3149, 9, 3157, 3157, 84,
+    3158, 3158, 91, 3260, 3260, 7, 3277, 3277, 9, 3387, 3388, 9, 3405, 3405, 9, 3530, 3530, 9,
+    3640, 3641, 103, 3642, 3642, 9, 3656, 3659, 107, 3768, 3769, 118, 3770, 3770, 9, 3784, 3787,
+    122, 3864, 3865, 220, 3893, 3893, 220, 3895, 3895, 220, 3897, 3897, 216, 3953, 3953, 129,
+    3954, 3954, 130, 3956, 3956, 132, 3962, 3965, 130, 3968, 3968, 130, 3970, 3971, 230, 3972,
+    3972, 9, 3974, 3975, 230, 4038, 4038, 220, 4151, 4151, 7, 4153, 4154, 9, 4237, 4237, 220,
+    4957, 4959, 230, 5908, 5909, 9, 5940, 5940, 9, 6098, 6098, 9, 6109, 6109, 230, 6313, 6313,
+    228, 6457, 6457, 222, 6458, 6458, 230, 6459, 6459, 220, 6679, 6679, 230, 6680, 6680, 220,
+    6752, 6752, 9, 6773, 6780, 230, 6783, 6783, 220, 6832, 6836, 230, 6837, 6842, 220, 6843, 6844,
+    230, 6845, 6845, 220, 6847, 6848, 220, 6849, 6850, 230, 6851, 6852, 220, 6853, 6857, 230,
+    6858, 6858, 220, 6859, 6862, 230, 6964, 6964, 7, 6980, 6980, 9, 7019, 7019, 230, 7020, 7020,
+    220, 7021, 7027, 230, 7082, 7083, 9, 7142, 7142, 7, 7154, 7155, 9, 7223, 7223, 7, 7376, 7378,
+    230, 7380, 7380, 1, 7381, 7385, 220, 7386, 7387, 230, 7388, 7391, 220, 7392, 7392, 230, 7394,
+    7400, 1, 7405, 7405, 220, 7412, 7412, 230, 7416, 7417, 230, 7616, 7617, 230, 7618, 7618, 220,
+    7619, 7625, 230, 7626, 7626, 220, 7627, 7628, 230, 7629, 7629, 234, 7630, 7630, 214, 7631,
+    7631, 220, 7632, 7632, 202, 7633, 7669, 230, 7670, 7670, 232, 7671, 7672, 228, 7673, 7673,
+    220, 7674, 7674, 218, 7675, 7675, 230, 7676, 7676, 233, 7677, 7677, 220, 7678, 7678, 230,
+    7679, 7679, 220, 8400, 8401, 230, 8402, 8403, 1, 8404, 8407, 230, 8408, 8410, 1, 8411, 8412,
+    230, 8417, 8417, 230, 8421, 8422, 1, 8423, 8423, 230, 8424, 8424, 220, 8425, 8425, 230, 8426,
+    8427, 1, 8428, 8431, 220, 8432, 8432, 230, 11503, 11505, 230, 11647, 11647, 9, 11744, 11775,
+    230, 12330, 12330, 218, 12331, 12331, 228, 12332, 12332, 232, 12333, 12333, 222, 12334, 12335,
+    224, 12441, 12442, 8, 42607, 42607, 230, 42612, 42621, 230, 42654, 42655, 230, 42736, 42737,
+    230, 43014, 43014, 9, 43052, 43052, 9, 43204, 43204, 9, 43232, 43249, 230, 43307, 43309, 220,
+    43347, 43347, 9, 43443, 43443, 7, 43456, 43456, 9, 43696, 43696, 230, 43698, 43699, 230,
+    43700, 43700, 220, 43703, 43704, 230, 43710, 43711, 230, 43713, 43713, 230, 43766, 43766, 9,
+    44013, 44013, 9, 64286, 64286, 26, 65056, 65062, 230, 65063, 65069, 220, 65070, 65071, 230,
+    66045, 66045, 220, 66272, 66272, 220, 66422, 66426, 230, 68109, 68109, 220, 68111, 68111, 230,
+    68152, 68152, 230, 68153, 68153, 1, 68154, 68154, 220, 68159, 68159, 9, 68325, 68325, 230,
+    68326, 68326, 220, 68900, 68903, 230, 68969, 68973, 230, 69291, 69292, 230, 69373, 69375, 220,
+    69446, 69447, 220, 69448, 69450, 230, 69451, 69451, 220, 69452, 69452, 230, 69453, 69456, 220,
+    69506, 69506, 230, 69507, 69507, 220, 69508, 69508, 230, 69509, 69509, 220, 69702, 69702, 9,
+    69744, 69744, 9, 69759, 69759, 9, 69817, 69817, 9, 69818, 69818, 7, 69888, 69890, 230, 69939,
+    69940, 9, 70003, 70003, 7, 70080, 70080, 9, 70090, 70090, 7, 70197, 70197, 9, 70198, 70198, 7,
+    70377, 70377, 7, 70378, 70378, 9, 70459, 70460, 7, 70477, 70477, 9, 70502, 70508, 230, 70512,
+    70516, 230, 70606, 70608, 9, 70722, 70722, 9, 70726, 70726, 7, 70750, 70750, 230, 70850,
+    70850, 9, 70851, 70851, 7, 71103, 71103, 9, 71104, 71104, 7, 71231, 71231, 9, 71350, 71350, 9,
+    71351, 71351, 7, 71467, 71467, 9, 71737, 71737, 9, 71738, 71738, 7, 71997, 71998, 9, 72003,
+    72003, 7, 72160, 72160, 9, 72244, 72244, 9, 72263, 72263, 9, 72345, 72345, 9, 72767, 72767, 9,
+    73026, 73026, 7, 73028, 73029, 9, 73111, 73111, 9, 73537, 73538, 9, 90415, 90415, 9, 92912,
+    92916, 1, 92976, 92982, 230, 94192, 94193, 6, 113822, 113822, 1, 119141, 119142, 216, 119143,
+    119145, 1, 119149, 119149, 226, 119150, 119154, 216, 119163, 119170, 220, 119173, 119177, 230,
+    119178, 119179, 220, 119210, 119213, 230, 119362, 119364, 230, 122880, 122886, 230, 122888,
+    122904, 230, 122907, 122913, 230, 122915, 122916, 230, 122918, 122922, 230, 123023, 123023,
+    230, 123184, 123190, 230, 123566, 123566, 230, 123628, 123631, 230, 124140, 124141, 232,
+    124142, 124142, 220, 124143, 124143, 230, 124398, 124398, 230, 124399, 124399, 220, 125136,
+    125142, 220, 125252, 125257, 230, 125258, 125258, 7
+};
+
+/* Canonical decomposition: point, first, second or 0, ... */
+static const uint32_t ptst__decompositions[] = {
+    192, 65, 768, 193, 65, 769, 194, 65, 770, 195, 65, 771, 196, 65, 776, 197, 65, 778, 199, 67,
+    807, 200, 69, 768, 201, 69, 769, 202, 69, 770, 203, 69, 776, 204, 73, 768, 205, 73, 769, 206,
+    73, 770, 207, 73, 776, 209, 78, 771, 210, 79, 768, 211, 79, 769, 212, 79, 770, 213, 79, 771,
+    214, 79, 776, 217, 85, 768, 218, 85, 769, 219, 85, 770, 220, 85, 776, 221, 89, 769, 224, 97,
+    768, 225, 97, 769, 226, 97, 770, 227, 97, 771, 228, 97, 776, 229, 97, 778, 231, 99, 807, 232,
+    101, 768, 233, 101, 769, 234, 101, 770, 235, 101, 776, 236, 105, 768, 237, 105, 769, 238, 105,
+    770, 239, 105, 776, 241, 110, 771, 242, 111, 768, 243, 111, 769, 244, 111, 770, 245, 111, 771,
+    246, 111, 776, 249, 117, 768, 250, 117, 769, 251, 117, 770, 252, 117, 776, 253, 121, 769, 255,
+    121, 776, 256, 65, 772, 257, 97, 772, 258, 65, 774, 259, 97, 774, 260, 65, 808, 261, 97, 808,
+    262, 67, 769, 263, 99, 769, 264, 67, 770, 265, 99, 770, 266, 67, 775, 267, 99, 775, 268, 67,
+    780, 269, 99, 780, 270, 68, 780, 271, 100, 780, 274, 69, 772, 275, 101, 772, 276, 69, 774,
+    277, 101, 774, 278, 69, 775, 279, 101, 775, 280, 69, 808, 281, 101, 808, 282, 69, 780, 283,
+    101, 780, 284, 71, 770, 285, 103, 770, 286, 71, 774, 287, 103, 774, 288, 71, 775, 289, 103,
+    775, 290, 71, 807, 291, 103, 807, 292, 72, 770, 293, 104, 770, 296, 73, 771, 297, 105, 771,
+    298, 73, 772, 299, 105, 772, 300, 73, 774, 301, 105, 774, 302, 73, 808, 303, 105, 808, 304,
+    73, 775, 308, 74, 770, 309, 106, 770, 310, 75, 807, 311, 107, 807, 313, 76, 769, 314, 108,
+    769, 315, 76, 807, 316, 108, 807, 317, 76, 780, 318, 108, 780, 323, 78, 769, 324, 110, 769,
+    325, 78, 807, 326, 110, 807, 327, 78, 780, 328, 110, 780, 332, 79, 772, 333, 111, 772, 334,
+    79, 774, 335, 111, 774, 336, 79, 779, 337, 111, 779, 340, 82, 769, 341, 114, 769, 342, 82,
+    807, 343, 114, 807, 344, 82, 780, 345, 114, 780, 346, 83, 769, 347, 115, 769, 348, 83, 770,
+    349, 115, 770, 350, 83, 807, 351, 115, 807, 352, 83, 780, 353, 115, 780, 354, 84, 807, 355,
+    116, 807, 356, 84, 780, 357, 116, 780, 360, 85, 771, 361, 117, 771, 362, 85, 772, 363, 117,
+    772, 364, 85, 774, 365, 117, 774, 366, 85, 778, 367, 117, 778, 368, 85, 779, 369, 117, 779,
+    370, 85, 808, 371, 117, 808, 372, 87, 770, 373, 119, 770, 374, 89, 770, 375, 121, 770, 376,
+    89, 776, 377, 90, 769, 378, 122, 769, 379, 90, 775, 380, 122, 775, 381, 90, 780, 382, 122,
+    780, 416, 79, 795, 417, 111, 795, 431, 85, 795, 432, 117, 795, 461, 65, 780, 462, 97, 780,
+    463, 73, 780, 464, 105, 780, 465, 79, 780, 466, 111, 780, 467, 85, 780, 468, 117, 780, 469,
+    220, 772, 470, 252, 772, 471, 220, 769, 472, 252, 769, 473, 220, 780, 474, 252, 780, 475, 220,
+    768, 476, 252, 768, 478, 196, 772, 479, 228, 772, 480, 550, 772, 481, 551, 772, 482, 198, 772,
+    483, 230, 772, 486, 71, 780, 487, 103, 780, 488, 75, 780, 489, 107, 780, 490, 79, 808, 491,
+    111, 808, 492, 490, 772, 493, 491, 772, 494, 439, 780, 495, 658, 780, 496, 106, 780, 500, 71,
+    769, 501, 103, 769, 504, 78, 768, 505, 110, 768, 506, 197, 769, 507, 229, 769, 508, 198, 769,
+    509, 230, 769, 510, 216, 769, 511, 248, 769, 512, 65, 783, 513, 97, 783, 514, 65, 785, 515,
+    97, 785, 516, 69, 783, 517, 101, 783, 518, 69, 785, 519, 101, 785, 520, 73, 783, 521, 105,
+    783, 522, 73, 785, 523, 105, 785, 524, 79, 783, 525, 111, 783, 526, 79, 785, 527, 111, 785,
+    528, 82, 783, 529, 114, 783, 530, 82, 785, 531, 114, 785, 532, 85, 783, 533, 117, 783, 534,
+    85, 785, 535, 117, 785, 536, 83, 806, 537, 115, 806, 538, 84, 806, 539, 116, 806, 542, 72,
+    780, 543, 104, 780, 550, 65, 775, 551, 97, 775, 552, 69, 807, 553, 101, 807, 554, 214, 772,
+    555, 246, 772, 556, 213, 772, 557, 245, 772, 558, 79, 775, 559, 111, 775, 560, 558, 772, 561,
+    559, 772, 562, 89, 772, 563, 121, 772, 832, 768, 0, 833, 769, 0, 835, 787, 0, 836, 776, 769,
+    884, 697, 0, 894, 59, 0, 901, 168, 769, 902, 913, 769, 903, 183, 0, 904, 917, 769, 905, 919,
+    769, 906, 921, 769, 908, 927, 769, 910, 933, 769, 911, 937, 769, 912, 970, 769, 938, 921, 776,
+    939, 933, 776, 940, 945, 769, 941, 949, 769, 942, 951, 769, 943, 953, 769, 944, 971, 769, 970,
+    953, 776, 971, 965, 776, 972, 959, 769, 973, 965, 769, 974, 969, 769, 979, 978, 769, 980, 978,
+    776, 1024, 1045, 768, 1025, 1045, 776, 1027, 1043, 769, 1031, 1030, 776, 1036, 1050, 769,
+    1037, 1048, 768, 1038, 1059, 774, 1049, 1048, 774, 1081, 1080, 774, 1104, 1077, 768, 1105,
+    1077, 776, 1107, 1075, 769, 1111, 1110, 776, 1116, 1082, 769, 1117, 1080, 768, 1118, 1091,
+    774, 1142, 1140, 783, 1143, 1141, 783, 1217, 1046, 774, 1218, 1078, 774, 1232, 1040, 774,
+    1233, 1072, 774, 1234, 1040, 776, 1235, 1072, 776, 1238, 1045, 774, 1239, 1077, 774, 1242,
+    1240, 776, 1243, 1241, 776, 1244, 1046, 776, 1245, 1078, 776, 1246, 1047, 776, 1247, 1079,
+    776, 1250, 1048, 772, 1251, 1080, 772, 1252, 1048, 776, 1253, 1080, 776, 1254, 1054, 776,
+    1255, 1086, 776, 1258, 1256, 776, 1259, 1257, 776, 1260, 1069, 776, 1261, 1101, 776, 1262,
+    1059, 772, 1263, 1091, 772, 1264, 1059, 776, 1265, 1091, 776, 1266, 1059, 779, 1267, 1091,
+    779, 1268, 1063, 776, 1269, 1095, 776, 1272, 1067, 776, 1273, 1099, 776, 1570, 1575, 1619,
+    1571, 1575, 1620, 1572, 1608, 1620, 1573, 1575, 1621, 1574, 1610, 1620, 1728, 1749, 1620,
+    1730, 1729, 1620, 1747, 1746, 1620, 2345, 2344, 2364, 2353, 2352, 2364, 2356, 2355, 2364,
+    2392, 2325, 2364, 2393, 2326, 2364, 2394, 2327, 2364, 2395, 2332, 2364, 2396, 2337, 2364,
+    2397, 2338, 2364, 2398, 2347, 2364, 2399, 2351, 2364, 2507, 2503, 2494, 2508, 2503, 2519,
+    2524, 2465, 2492, 2525, 2466, 2492, 2527, 2479, 2492, 2611, 2610, 2620, 2614, 2616, 2620,
+    2649, 2582, 2620, 2650, 2583, 2620, 2651, 2588, 2620, 2654, 2603, 2620, 2888, 2887, 2902,
+    2891, 2887, 2878, 2892, 2887, 2903, 2908, 2849, 2876, 2909, 2850, 2876, 2964, 2962, 3031,
+    3018, 3014, 3006, 3019, 3015, 3006, 3020, 3014, 3031, 3144, 3142, 3158, 3264, 3263, 3285,
+    3271, 3270, 3285, 3272, 3270, 3286, 3274, 3270, 3266, 3275, 3274, 3285, 3402, 3398, 3390,
+    3403, 3399, 3390, 3404, 3398, 3415, 3546, 3545, 3530, 3548, 3545, 3535, 3549, 3548, 3530,
+    3550, 3545, 3551, 3907, 3906, 4023, 3917, 3916, 4023, 3922, 3921, 4023, 3927, 3926, 4023,
+    3932, 3931, 4023, 3945, 3904, 4021, 3955, 3953, 3954, 3957, 3953, 3956, 3958, 4018, 3968,
+    3960, 4019, 3968, 3969, 3953, 3968, 3987, 3986, 4023, 3997, 3996, 4023, 4002, 4001, 4023,
+    4007, 4006, 4023, 4012, 4011, 4023, 4025, 3984, 4021, 4134, 4133, 4142, 6918, 6917, 6965,
+    6920, 6919, 6965, 6922, 6921, 6965, 6924, 6923, 6965, 6926, 6925, 6965, 6930, 6929, 6965,
+    6971, 6970, 6965, 6973, 6972, 6965, 6976, 6974, 6965, 6977, 6975, 6965, 6979, 6978, 6965,
+    7680, 65, 805, 7681, 97, 805, 7682, 66, 775, 7683, 98, 775, 7684, 66, 803, 7685, 98, 803,
+    7686, 66, 817, 7687, 98, 817, 7688, 199, 769, 7689, 231, 769, 7690, 68, 775, 7691, 100, 775,
+    7692, 68, 803, 7693, 100, 803, 7694, 68, 817, 7695, 100, 817, 7696, 68, 807, 7697, 100, 807,
+    7698, 68, 813, 7699, 100, 813, 7700, 274, 768, 7701, 275, 768, 7702, 274, 769, 7703, 275, 769,
+    7704, 69, 813, 7705, 101, 813, 7706, 69, 816, 7707, 101, 816, 7708, 552, 774, 7709, 553, 774,
+    7710, 70, 775, 7711, 102, 775, 7712, 71, 772, 7713, 103, 772, 7714, 72, 775, 7715, 104, 775,
+    7716, 72, 803, 7717, 104, 803, 7718, 72, 776, 7719, 104, 776, 7720, 72, 807, 7721, 104, 807,
+    7722, 72, 814, 7723, 104, 814, 7724, 73, 816, 7725, 105, 816, 7726, 207, 769, 7727, 239, 769,
+    7728, 75, 769, 7729, 107, 769, 7730, 75, 803, 7731, 107, 803, 7732, 75, 817, 7733, 107, 817,
+    7734, 76, 803, 7735, 108, 803, 7736, 7734, 772, 7737, 7735, 772, 7738, 76, 817, 7739, 108,
+    817, 7740, 76, 813, 7741, 108, 813, 7742, 77, 769, 7743, 109, 769, 7744, 77, 775, 7745, 109,
+    775, 7746, 77, 803, 7747, 109, 803, 7748, 78, 775, 7749, 110, 775, 7750, 78, 803, 7751, 110,
+    803, 7752, 78, 817, 7753, 110, 817, 7754, 78, 813, 7755, 110, 813, 7756, 213, 769, 7757, 245,
+    769, 7758, 213, 776, 7759, 245, 776, 7760, 332, 768, 7761, 333, 768, 7762, 332, 769, 7763,
+    333, 769, 7764, 80, 769, 7765, 112, 769, 7766, 80, 775, 7767, 112, 775, 7768, 82, 775, 7769,
+    114, 775, 7770, 82, 803, 7771, 114, 803, 7772, 7770, 772, 7773, 7771, 772, 7774, 82, 817,
+    7775, 114, 817, 7776, 83, 775, 7777, 115, 775, 7778, 83, 803, 7779, 115, 803, 7780, 346, 775,
+    7781, 347, 775, 7782, 352, 775, 7783, 353, 775, 7784, 7778, 775, 7785, 7779, 775, 7786, 84,
+    775, 7787, 116, 775, 7788, 84, 803, 7789, 116, 803, 7790, 84, 817, 7791, 116, 817, 7792, 84,
+    813, 7793, 116, 813, 7794, 85, 804, 7795, 117, 804, 7796, 85, 816, 7797, 117, 816, 7798, 85,
+    813, 7799, 117, 813, 7800, 360, 769, 7801, 361, 769, 7802, 362, 776, 7803, 363, 776, 7804, 86,
+    771, 7805, 118, 771, 7806, 86, 803, 7807, 118, 803, 7808, 87, 768, 7809, 119, 768, 7810, 87,
+    769, 7811, 119, 769, 7812, 87, 776, 7813, 119, 776, 7814, 87, 775, 7815, 119, 775, 7816, 87,
+    803, 7817, 119, 803, 7818, 88, 775, 7819, 120, 775, 7820, 88, 776, 7821, 120, 776, 7822, 89,
+    775, 7823, 121, 775, 7824, 90, 770, 7825, 122, 770, 7826, 90, 803, 7827, 122, 803, 7828, 90,
+    817, 7829, 122, 817, 7830, 104, 817, 7831, 116, 776, 7832, 119, 778, 7833, 121, 778, 7835,
+    383, 775, 7840, 65, 803, 7841, 97, 803, 7842, 65, 777, 7843, 97, 777, 7844, 194, 769, 7845,
+    226, 769, 7846, 194, 768, 7847, 226, 768, 7848, 194, 777, 7849, 226, 777, 7850, 194, 771,
+    7851, 226, 771, 7852, 7840, 770, 7853, 7841, 770, 7854, 258, 769, 7855, 259, 769, 7856, 258,
+    768, 7857, 259, 768, 7858, 258, 777, 7859, 259, 777, 7860, 258, 771, 7861, 259, 771, 7862,
+    7840, 774, 7863, 7841, 774, 7864, 69, 803, 7865, 101, 803, 7866, 69, 777, 7867, 101, 777,
+    7868, 69, 771, 7869, 101, 771, 7870, 202, 769, 7871, 234, 769, 7872, 202, 768, 7873, 234, 768,
+    7874, 202, 777, 7875, 234, 777, 7876, 202, 771, 7877, 234, 771, 7878, 7864, 770, 7879, 7865,
+    770, 7880, 73, 777, 7881, 105, 777, 7882, 73, 803, 7883, 105, 803, 7884, 79, 803, 7885, 111,
+    803, 7886, 79, 777, 7887, 111, 777, 7888, 212, 769, 7889, 244, 769, 7890, 212, 768, 7891, 244,
+    768, 7892, 212, 777, 7893, 244, 777, 7894, 212, 771, 7895, 244, 771, 7896, 7884, 770, 7897,
+    7885, 770, 7898, 416, 769, 7899, 417, 769, 7900, 416, 768, 7901, 417, 768, 7902, 416, 777,
+    7903, 417, 777, 7904, 416, 771, 7905, 417, 771, 7906, 416, 803, 7907, 417, 803, 7908, 85, 803,
+    7909, 117, 803, 7910, 85, 777, 7911, 117, 777, 7912, 431, 769, 7913, 432, 769, 7914, 431, 768,
+    7915, 432, 768, 7916, 431, 777, 7917, 432, 777, 7918, 431, 771, 7919, 432, 771, 7920, 431,
+    803, 7921, 432, 803, 7922, 89, 768, 7923, 121, 768, 7924, 89, 803, 7925, 121, 803, 7926, 89,
+    777, 7927, 121, 777, 7928, 89, 771, 7929, 121, 771, 7936, 945, 787, 7937, 945, 788, 7938,
+    7936, 768, 7939, 7937, 768, 7940, 7936, 769, 7941, 7937, 769, 7942, 7936, 834, 7943, 7937,
+    834, 7944, 913, 787, 7945, 913, 788, 7946, 7944, 768, 7947, 7945, 768, 7948, 7944, 769, 7949,
+    7945, 769, 7950, 7944, 834, 7951, 7945, 834, 7952, 949, 787, 7953, 949, 788, 7954, 7952, 768,
+    7955, 7953, 768, 7956, 7952, 769, 7957, 7953, 769, 7960, 917, 787, 7961, 917, 788, 7962, 7960,
+    768, 7963, 7961, 768, 7964, 7960, 769, 7965, 7961, 769, 7968, 951, 787, 7969, 951, 788, 7970,
+    7968, 768, 7971, 7969, 768, 7972, 7968, 769, 7973, 7969, 769, 7974, 7968, 834, 7975, 7969,
+    834, 7976, 919, 787, 7977, 919, 788, 7978, 7976, 768, 7979, 7977, 768, 7980, 7976, 769, 7981,
+    7977, 769, 7982, 7976, 834, 7983, 7977, 834, 7984, 953, 787, 7985, 953, 788, 7986, 7984, 768,
+    7987, 7985, 768, 7988, 7984, 769, 7989, 7985, 769, 7990, 7984, 834, 7991, 7985, 834, 7992,
+    921, 787, 7993, 921, 788, 7994, 7992, 768, 7995, 7993, 768, 7996, 7992, 769, 7997, 7993, 769,
+    7998, 7992, 834, 7999, 7993, 834, 8000, 959, 787, 8001, 959, 788, 8002, 8000, 768, 8003, 8001,
+    768, 8004, 8000, 769, 8005, 8001, 769, 8008, 927, 787, 8009, 927, 788, 8010, 8008, 768, 8011,
+    8009, 768, 8012, 8008, 769, 8013, 8009, 769, 8016, 965, 787, 8017, 965, 788, 8018, 8016, 768,
+    8019, 8017, 768, 8020, 8016, 769, 8021, 8017, 769, 8022, 8016, 834, 8023, 8017, 834, 8025,
+    933, 788, 8027, 8025, 768, 8029, 8025, 769, 8031, 8025, 834, 8032, 969, 787, 8033, 969, 788,
+    8034, 8032, 768, 8035, 8033, 768, 8036, 8032, 769, 8037, 8033, 769, 8038, 8032, 834, 8039,
+    8033, 834, 8040, 937, 787, 8041, 937, 788, 8042, 8040, 768, 8043, 8041, 768, 8044, 8040, 769,
+    8045, 8041, 769, 8046, 8040, 834, 8047, 8041, 834, 8048, 945, 768, 8049, 940, 0, 8050, 949,
+    768, 8051, 941, 0, 8052, 951, 768, 8053, 942, 0, 8054, 953, 768, 8055, 943, 0, 8056, 959, 768,
+    8057, 972, 0, 8058, 965, 768, 8059, 973, 0, 8060, 969, 768, 8061, 974, 0, 8064, 7936, 837,
+    8065, 7937, 837, 8066, 7938, 837, 8067, 7939, 837, 8068, 7940, 837, 8069, 7941, 837, 8070,
+    7942, 837, 8071, 7943, 837, 8072, 7944, 837, 8073, 7945, 837, 8074, 7946, 837, 8075, 7947,
+    837, 8076, 7948, 837, 8077, 7949, 837, 8078, 7950, 837, 8079, 7951, 837, 8080, 7968, 837,
+    8081, 7969, 837, 8082, 7970, 837, 8083, 7971, 837, 8084, 7972, 837, 8085, 7973, 837, 8086,
+    7974, 837, 8087, 7975, 837, 8088, 7976, 837, 8089, 7977, 837, 8090, 7978, 837, 8091, 7979,
+    837, 8092, 7980, 837, 8093, 7981, 837, 8094, 7982, 837, 8095, 7983, 837, 8096, 8032, 837,
+    8097, 8033, 837, 8098, 8034, 837, 8099, 8035, 837, 8100, 8036, 837, 8101, 8037, 837, 8102,
+    8038, 837, 8103, 8039, 837, 8104, 8040, 837, 8105, 8041, 837, 8106, 8042, 837, 8107, 8043,
+    837, 8108, 8044, 837, 8109, 8045, 837, 8110, 8046, 837, 8111, 8047, 837, 8112, 945, 774, 8113,
+    945, 772, 8114, 8048, 837, 8115, 945, 837, 8116, 940, 837, 8118, 945, 834, 8119, 8118, 837,
+    8120, 913, 774, 8121, 913, 772, 8122, 913, 768, 8123, 902, 0, 8124, 913, 837, 8126, 953, 0,
+    8129, 168, 834, 8130, 8052, 837, 8131, 951, 837, 8132, 942, 837, 8134, 951, 834, 8135, 8134,
+    837, 8136, 917, 768, 8137, 904, 0, 8138, 919, 768, 8139, 905, 0, 8140, 919, 837, 8141, 8127,
+    768, 8142, 8127, 769, 8143, 8127, 834, 8144, 953, 774, 8145, 953, 772, 8146, 970, 768, 8147,
+    912, 0, 8150, 953, 834, 8151, 970, 834, 8152, 921, 774, 8153, 921, 772, 8154, 921, 768, 8155,
+    906, 0, 8157, 8190, 768, 8158, 8190, 769, 8159, 8190, 834, 8160, 965, 774, 8161, 965, 772,
+    8162, 971, 768, 8163, 944, 0, 8164, 961, 787, 8165, 961, 788, 8166, 965, 834, 8167, 971, 834,
+    8168, 933, 774, 8169, 933, 772, 8170, 933, 768, 8171, 910, 0, 8172, 929, 788, 8173, 168, 768,
+    8174, 901, 0, 8175, 96, 0, 8178, 8060, 837, 8179, 969, 837, 8180, 974, 837, 8182, 969, 834,
+    8183, 8182, 837, 8184, 927, 768, 8185, 908, 0, 8186, 937, 768, 8187, 911, 0, 8188, 937, 837,
+    8189, 180, 0, 8192, 8194, 0, 8193, 8195, 0, 8486, 937, 0, 8490, 75, 0, 8491, 197, 0, 8602,
+    8592, 824, 8603, 8594, 824, 8622, 8596, 824, 8653, 8656, 824, 8654, 8660, 824, 8655, 8658,
+    824, 8708, 8707, 824, 8713, 8712, 824, 8716, 8715, 824, 8740, 8739, 824, 8742, 8741, 824,
+    8769, 8764, 824, 8772, 8771, 824, 8775, 8773, 824, 8777, 8776, 824, 8800, 61, 824, 8802, 8801,
+    824, 8813, 8781, 824, 8814, 60, 824, 8815, 62, 824, 8816, 8804, 824, 8817, 8805, 824, 8820,
+    8818, 824, 8821, 8819, 824, 8824, 8822, 824, 8825, 8823, 824, 8832, 8826, 824, 8833, 8827,
+    824, 8836, 8834, 824, 8837, 8835, 824, 8840, 8838, 824, 8841, 8839, 824, 8876, 8866, 824,
+    8877, 8872, 824, 8878, 8873, 824, 8879, 8875, 824, 8928, 8828, 824, 8929, 8829, 824, 8930,
+    8849, 824, 8931, 8850, 824, 8938, 8882, 824, 8939, 8883, 824, 8940, 8884, 824, 8941, 8885,
+    824, 9001, 12296, 0, 9002, 12297, 0, 10972, 10973, 824, 12364, 12363, 12441, 12366, 12365,
+    12441, 12368, 12367, 12441, 12370, 12369, 12441, 12372, 12371, 12441, 12374, 12373, 12441,
+    12376, 12375, 12441, 12378, 12377, 12441, 12380, 12379, 12441, 12382, 12381, 12441, 12384,
+    12383, 12441, 12386, 12385, 12441, 12389, 12388, 12441, 12391, 12390, 12441, 12393, 12392,
+    12441, 12400, 12399, 12441, 12401, 12399, 12442, 12403, 12402, 12441, 12404, 12402, 12442,
+    12406, 12405, 12441, 12407, 12405, 12442, 12409, 12408, 12441, 12410, 12408, 12442, 12412,
+    12411, 12441, 12413, 12411, 12442, 12436, 12358, 12441, 12446, 12445, 12441, 12460, 12459,
+    12441, 12462, 12461, 12441, 12464, 12463, 12441, 12466, 12465, 12441, 12468, 12467, 12441,
+    12470, 12469, 12441, 12472, 12471, 12441, 12474, 12473, 12441, 12476, 12475, 12441, 12478,
+    12477, 12441, 12480, 12479, 12441, 12482, 12481, 12441, 12485, 12484, 12441, 12487, 12486,
+    12441, 12489, 12488, 12441, 12496, 12495, 12441, 12497, 12495, 12442, 12499, 12498, 12441,
+    12500, 12498, 12442, 12502, 12501, 12441, 12503, 12501, 12442, 12505, 12504, 12441, 12506,
+    12504, 12442, 12508, 12507, 12441, 12509, 12507, 12442, 12532, 12454, 12441, 12535, 12527,
+    12441, 12536, 12528, 12441, 12537, 12529, 12441, 12538, 12530, 12441, 12542, 12541, 12441,
+    63744, 35912, 0, 63745, 26356, 0, 63746, 36554, 0, 63747, 36040, 0, 63748, 28369, 0, 63749,
+    20018, 0, 63750, 21477, 0, 63751, 40860, 0, 63752, 40860, 0, 63753, 22865, 0, 63754, 37329, 0,
+    63755, 21895, 0, 63756, 22856, 0, 63757, 25078, 0, 63758, 30313, 0, 63759, 32645, 0, 63760,
+    34367, 0, 63761, 34746, 0, 63762, 35064, 0, 63763, 37007, 0, 63764, 27138, 0, 63765, 27931, 0,
+    63766, 28889, 0, 63767, 29662, 0, 63768, 33853, 0, 63769, 37226, 0, 63770, 39409, 0, 63771,
+    20098, 0, 63772, 21365, 0, 63773, 27396, 0, 63774, 29211, 0, 63775, 34349, 0, 63776, 40478, 0,
+    63777, 23888, 0, 63778, 28651, 0, 63779, 34253, 0, 63780, 35172, 0, 63781, 25289, 0, 63782,
+    33240, 0, 63783, 34847, 0, 63784, 24266, 0, 63785, 26391, 0, 63786, 28010, 0, 63787, 29436, 0,
+    63788, 37070, 0, 63789, 20358, 0, 63790, 20919, 0, 63791, 21214, 0, 63792, 25796, 0, 63793,
+    27347, 0, 63794, 29200, 0, 63795, 30439, 0, 63796, 32769, 0, 63797, 34310, 0, 63798, 34396, 0,
+    63799, 36335, 0, 63800, 38706, 0, 63801, 39791, 0, 63802, 40442, 0, 63803, 30860, 0, 63804,
+    31103, 0, 63805, 32160, 0, 63806, 33737, 0, 63807, 37636, 0, 63808, 40575, 0, 63809, 35542, 0,
+    63810, 22751, 0, 63811, 24324, 0, 63812, 31840, 0, 63813, 32894, 0, 63814, 29282, 0, 63815,
+    30922, 0, 63816, 36034, 0, 63817, 38647, 0, 63818, 22744, 0, 63819, 23650, 0, 63820, 27155, 0,
+    63821, 28122, 0, 63822, 28431, 0, 63823, 32047, 0, 63824, 32311, 0, 63825, 38475, 0, 63826,
+    21202, 0, 63827, 32907, 0, 63828, 20956, 0, 63829, 20940, 0, 63830, 31260, 0, 63831, 32190, 0,
+    63832, 33777, 0, 63833, 38517, 0, 63834, 35712, 0, 63835, 25295, 0, 63836, 27138, 0, 63837,
+    35582, 0, 63838, 20025, 0, 63839, 23527, 0, 63840, 24594, 0, 63841, 29575, 0, 63842, 30064, 0,
+    63843, 21271, 0, 63844, 30971, 0, 63845, 20415, 0, 63846, 24489, 0, 63847, 19981, 0, 63848,
+    27852, 0, 63849, 25976, 0, 63850, 32034, 0, 63851, 21443, 0, 63852, 22622, 0, 63853, 30465, 0,
+    63854, 33865, 0, 63855, 35498, 0, 63856, 27578, 0, 63857, 36784, 0, 63858, 27784, 0, 63859,
+    25342, 0, 63860, 33509, 0, 63861, 25504, 0, 63862, 30053, 0, 63863, 20142, 0, 63864, 20841, 0,
+    63865, 20937, 0, 63866, 26753, 0, 63867, 31975, 0, 63868, 33391, 0, 63869, 35538, 0, 63870,
+    37327, 0, 63871, 21237, 0, 63872, 21570, 0, 63873, 22899, 0, 63874, 24300, 0, 63875, 26053, 0,
+    63876, 28670, 0, 63877, 31018, 0, 63878, 38317, 0, 63879, 39530, 0, 63880, 40599, 0, 63881,
+    40654, 0, 63882, 21147, 0, 63883, 26310, 0, 63884, 27511, 0, 63885, 36706, 0, 63886, 24180, 0,
+    63887, 24976, 0, 63888, 25088, 0, 63889, 25754, 0, 63890, 28451, 0, 63891, 29001, 0, 63892,
+    29833, 0, 63893, 31178, 0, 63894, 32244, 0, 63895, 32879, 0, 63896, 36646, 0, 63897, 34030, 0,
+    63898, 36899, 0, 63899, 37706, 0, 63900, 21015, 0, 63901, 21155, 0, 63902, 21693, 0, 63903,
+    28872, 0, 63904, 35010, 0, 63905, 35498, 0, 63906, 24265, 0, 63907, 24565, 0, 63908, 25467, 0,
+    63909, 27566, 0, 63910, 31806, 0, 63911, 29557, 0, 63912, 20196, 0, 63913, 22265, 0, 63914,
+    23527, 0, 63915, 23994, 0, 63916, 24604, 0, 63917, 29618, 0, 63918, 29801, 0, 63919, 32666, 0,
+    63920, 32838, 0, 63921, 37428, 0, 63922, 38646, 0, 63923, 38728, 0, 63924, 38936, 0, 63925,
+    20363, 0, 63926, 31150, 0, 63927, 37300, 0, 63928, 38584, 0, 63929, 24801, 0, 63930, 20102, 0,
+    63931, 20698, 0, 63932, 23534, 0, 63933, 23615, 0, 63934, 26009, 0, 63935, 27138, 0, 63936,
+    29134, 0, 63937, 30274, 0, 63938, 34044, 0, 63939, 36988, 0, 63940, 40845, 0, 63941, 26248, 0,
+    63942, 38446, 0, 63943, 21129, 0, 63944, 26491, 0, 63945, 26611, 0, 63946, 27969, 0, 63947,
+    28316, 0, 63948, 29705, 0, 63949, 30041, 0, 63950, 30827, 0, 63951, 32016, 0, 63952, 39006, 0,
+    63953, 20845, 0, 63954, 25134, 0, 63955, 38520, 0, 63956, 20523, 0, 63957, 23833, 0, 63958,
+    28138, 0, 63959, 36650, 0, 63960, 24459, 0, 63961, 24900, 0, 63962, 26647, 0, 63963, 29575, 0,
+    63964, 38534, 0, 63965, 21033, 0, 63966, 21519, 0, 63967, 23653, 0, 63968, 26131, 0, 63969,
+    26446, 0, 63970, 26792, 0, 63971, 27877, 0, 63972, 29702, 0, 63973, 30178, 0, 63974, 32633, 0,
+    63975, 35023, 0, 63976, 35041, 0, 63977, 37324, 0, 63978, 38626, 0, 63979, 21311, 0, 63980,
+    28346, 0, 63981, 21533, 0, 63982, 29136, 0, 63983, 29848, 0, 63984, 34298, 0, 63985, 38563, 0,
+    63986, 40023, 0, 63987, 40607, 0, 63988, 26519, 0, 63989, 28107, 0, 63990, 33256, 0, 63991,
+    31435, 0, 63992, 31520, 0, 63993, 31890, 0, 63994, 29376, 0, 63995, 28825, 0, 63996, 35672, 0,
+    63997, 20160, 0, 63998, 33590, 0, 63999, 21050, 0, 64000, 20999, 0, 64001, 24230, 0, 64002,
+    25299, 0, 64003, 31958, 0, 64004, 23429, 0, 64005, 27934, 0, 64006, 26292, 0, 64007, 36667, 0,
+    64008, 34892, 0, 64009, 38477, 0, 64010, 35211, 0, 64011, 24275, 0, 64012, 20800, 0, 64013,
+    21952, 0, 64016, 22618, 0, 64018, 26228, 0, 64021, 20958, 0, 64022, 29482, 0, 64023, 30410, 0,
+    64024, 31036, 0, 64025, 31070, 0, 64026, 31077, 0, 64027, 31119, 0, 64028, 38742, 0, 64029,
+    31934, 0, 64030, 32701, 0, 64032, 34322, 0, 64034, 35576, 0, 64037, 36920, 0, 64038, 37117, 0,
+    64042, 39151, 0, 64043, 39164, 0, 64044, 39208, 0, 64045, 40372, 0, 64046, 37086, 0, 64047,
+    38583, 0, 64048, 20398, 0, 64049, 20711, 0, 64050, 20813, 0, 64051, 21193, 0, 64052, 21220, 0,
+    64053, 21329, 0, 64054, 21917, 0, 64055, 22022, 0, 64056, 22120, 0, 64057, 22592, 0, 64058,
+    22696, 0, 64059, 23652, 0, 64060, 23662, 0, 64061, 24724, 0, 64062, 24936, 0, 64063, 24974, 0,
+    64064, 25074, 0, 64065, 25935, 0, 64066, 26082, 0, 64067, 26257, 0, 64068, 26757, 0, 64069,
+    28023, 0, 64070, 28186, 0, 64071, 28450, 0, 64072, 29038, 0, 64073, 29227, 0, 64074, 29730, 0,
+    64075, 30865, 0, 64076, 31038, 0, 64077, 31049, 0, 64078, 31048, 0, 64079, 31056, 0, 64080,
+    31062, 0, 64081, 31069, 0, 64082, 31117, 0, 64083, 31118, 0, 64084, 31296, 0, 64085, 31361, 0,
+    64086, 31680, 0, 64087, 32244, 0, 64088, 32265, 0, 64089, 32321, 0, 64090, 32626, 0, 64091,
+    32773, 0, 64092, 33261, 0, 64093, 33401, 0, 64094, 33401, 0, 64095, 33879, 0, 64096, 35088, 0,
+    64097, 35222, 0, 64098, 35585, 0, 64099, 35641, 0, 64100, 36051, 0, 64101, 36104, 0, 64102,
+    36790, 0, 64103, 36920, 0, 64104, 38627, 0, 64105, 38911, 0, 64106, 38971, 0, 64107, 24693, 0,
+    64108, 148206, 0, 64109, 33304, 0, 64112, 20006, 0, 64113, 20917, 0, 64114, 20840, 0, 64115,
+    20352, 0, 64116, 20805, 0, 64117, 20864, 0, 64118, 21191, 0, 64119, 21242, 0, 64120, 21917, 0,
+    64121, 21845, 0, 64122, 21913, 0, 64123, 21986, 0, 64124, 22618, 0, 64125, 22707, 0, 64126,
+    22852, 0, 64127, 22868, 0, 64128, 23138, 0, 64129, 23336, 0, 64130, 24274, 0, 64131, 24281, 0,
+    64132, 24425, 0, 64133, 24493, 0, 64134, 24792, 0, 64135, 24910, 0, 64136, 24840, 0, 64137,
+    24974, 0, 64138, 24928, 0, 64139, 25074, 0, 64140, 25140, 0, 64141, 25540, 0, 64142, 25628, 0,
+    64143, 25682, 0, 64144, 25942, 0, 64145, 26228, 0, 64146, 26391, 0, 64147, 26395, 0, 64148,
+    26454, 0, 64149, 27513, 0, 64150, 27578, 0, 64151, 27969, 0, 64152, 28379, 0, 64153, 28363, 0,
+    64154, 28450, 0, 64155, 28702, 0, 64156, 29038, 0, 64157, 30631, 0, 64158, 29237, 0, 64159,
+    29359, 0, 64160, 29482, 0, 64161, 29809, 0, 64162, 29958, 0, 64163, 30011, 0, 64164, 30237, 0,
+    64165, 30239, 0, 64166, 30410, 0, 64167, 30427, 0, 64168, 30452, 0, 64169, 30538, 0, 64170,
+    30528, 0, 64171, 30924, 0, 64172, 31409, 0, 64173, 31680, 0, 64174, 31867, 0, 64175, 32091, 0,
+    64176, 32244, 0, 64177, 32574, 0, 64178, 32773, 0, 64179, 33618, 0, 64180, 33775, 0, 64181,
+    34681, 0, 64182, 35137, 0, 64183, 35206, 0, 64184, 35222, 0, 64185, 35519, 0, 64186, 35576, 0,
+    64187, 35531, 0, 64188, 35585, 0, 64189, 35582, 0, 64190, 35565, 0, 64191, 35641, 0, 64192,
+    35722, 0, 64193, 36104, 0, 64194, 36664, 0, 64195, 36978, 0, 64196, 37273, 0, 64197, 37494, 0,
+    64198, 38524, 0, 64199, 38627, 0, 64200, 38742, 0, 64201, 38875, 0, 64202, 38911, 0, 64203,
+    38923, 0, 64204, 38971, 0, 64205, 39698, 0, 64206, 40860, 0, 64207, 141386, 0, 64208, 141380,
+    0, 64209, 144341, 0, 64210, 15261, 0, 64211, 16408, 0, 64212, 16441, 0, 64213, 152137, 0,
+    64214, 154832, 0, 64215, 163539, 0, 64216, 40771, 0, 64217, 40846, 0, 64285, 1497, 1460,
+    64287, 1522, 1463, 64298, 1513, 1473, 64299, 1513, 1474, 64300, 64329, 1473, 64301, 64329,
+    1474, 64302, 1488, 1463, 64303, 1488, 1464, 64304, 1488, 1468, 64305, 1489, 1468, 64306, 1490,
+    1468, 64307, 1491, 1468, 64308, 1492, 1468, 64309, 1493, 1468, 64310, 1494, 1468, 64312, 1496,
+    1468, 64313, 1497, 1468, 64314, 1498, 1468, 64315, 1499, 1468, 64316, 1500, 1468, 64318, 1502,
+    1468, 64320, 1504, 1468, 64321, 1505, 1468, 64323, 1507, 1468, 64324, 1508, 1468, 64326, 1510,
+    1468, 64327, 1511, 1468, 64328, 1512, 1468, 64329, 1513, 1468, 64330, 1514, 1468, 64331, 1493,
+    1465, 64332, 1489, 1471, 64333, 1499, 1471, 64334, 1508, 1471, 67017, 67026, 775, 67044,
+    67034, 775, 69786, 69785, 69818, 69788, 69787, 69818, 69803, 69797, 69818, 69934, 69937,
+    69927, 69935, 69938, 69927, 70475, 70471, 70462, 70476, 70471, 70487, 70531, 70530, 70601,
+    70533, 70532, 70587, 70542, 70539, 70594, 70545, 70544, 70601, 70597, 70594, 70594, 70599,
+    70594, 70584, 70600, 70594, 70601, 70843, 70841, 70842, 70844, 70841, 70832, 70846, 70841,
+    70845, 71098, 71096, 71087, 71099, 71097, 71087, 71992, 71989, 71984, 90401, 90398, 90398,
+    90402, 90398, 90409, 90403, 90398, 90399, 90404, 90409, 90399, 90405, 90398, 90400, 90406,
+    90401, 90399, 90407, 90402, 90399, 90408, 90401, 90400, 93544, 93543, 93543, 93545, 93539,
+    93543, 93546, 93545, 93543, 119134, 119127, 119141, 119135, 119128, 119141, 119136, 119135,
+    119150, 119137, 119135, 119151, 119138, 119135, 119152, 119139, 119135, 119153, 119140,
+    119135, 119154, 119227, 119225, 119141, 119228, 119226, 119141, 119229, 119227, 119150,
+    119230, 119228, 119150, 119231, 119227, 119151, 119232, 119228, 119151, 194560, 20029, 0,
+    194561, 20024, 0, 194562, 20033, 0, 194563, 131362, 0, 194564, 20320, 0, 194565, 20398, 0,
+    194566, 20411, 0, 194567, 20482, 0, 194568, 20602, 0, 194569, 20633, 0, 194570, 20711, 0,
+    194571, 20687, 0, 194572, 13470, 0, 194573, 132666, 0, 194574, 20813, 0, 194575, 20820, 0,
+    194576, 20836, 0, 194577, 20855, 0, 194578, 132380, 0, 194579, 13497, 0, 194580, 20839, 0,
+    194581, 20877, 0, 194582, 132427, 0, 194583, 20887, 0, 194584, 20900, 0, 194585, 20172, 0,
+    194586, 20908, 0, 194587, 20917, 0, 194588, 168415, 0, 194589, 20981, 0, 194590, 20995, 0,
+    194591, 13535, 0, 194592, 21051, 0, 194593, 21062, 0, 194594, 21106, 0, 194595, 21111, 0,
+    194596, 13589, 0, 194597, 21191, 0, 194598, 21193, 0, 194599, 21220, 0, 194600, 21242, 0,
+    194601, 21253, 0, 194602, 21254, 0, 194603, 21271, 0, 194604, 21321, 0, 194605, 21329, 0,
+    194606, 21338, 0, 194607, 21363, 0, 194608, 21373, 0, 194609, 21375, 0, 194610, 21375, 0,
+    194611, 21375, 0, 194612, 133676, 0, 194613, 28784, 0, 194614, 21450, 0, 194615, 21471, 0,
+    194616, 133987, 0, 194617, 21483, 0, 194618, 21489, 0, 194619, 21510, 0, 194620, 21662, 0,
+    194621, 21560, 0, 194622, 21576, 0, 194623, 21608, 0, 194624, 21666, 0, 194625, 21750, 0,
+    194626, 21776, 0, 194627, 21843, 0, 194628, 21859, 0, 194629, 21892, 0, 194630, 21892, 0,
+    194631, 21913, 0, 194632, 21931, 0, 194633, 21939, 0, 194634, 21954, 0, 194635, 22294, 0,
+    194636, 22022, 0, 194637, 22295, 0, 194638, 22097, 0, 194639, 22132, 0, 194640, 20999, 0,
+    194641, 22766, 0, 194642, 22478, 0, 194643, 22516, 0, 194644, 22541, 0, 194645, 22411, 0,
+    194646, 22578, 0, 194647, 22577, 0, 194648, 22700, 0, 194649, 136420, 0, 194650, 22770, 0,
+    194651, 22775, 0, 194652, 22790, 0, 194653, 22810, 0, 194654, 22818, 0, 194655, 22882, 0,
+    194656, 136872, 0, 194657, 136938, 0, 194658, 23020, 0, 194659, 23067, 0, 194660, 23079, 0,
+    194661, 23000, 0, 194662, 23142, 0, 194663, 14062, 0, 194664, 14076, 0, 194665, 23304, 0,
+    194666, 23358, 0, 194667, 23358, 0, 194668, 137672, 0, 194669, 23491, 0, 194670, 23512, 0,
+    194671, 23527, 0, 194672, 23539, 0, 194673, 138008, 0, 194674, 23551, 0, 194675, 23558, 0,
+    194676, 24403, 0, 194677, 23586, 0, 194678, 14209, 0, 194679, 23648, 0, 194680, 23662, 0,
+    194681, 23744, 0, 194682, 23693, 0, 194683, 138724, 0, 194684, 23875, 0, 194685, 138726, 0,
+    194686, 23918, 0, 194687, 23915, 0, 194688, 23932, 0, 194689, 24033, 0, 194690, 24034, 0,
+    194691, 14383, 0, 194692, 24061, 0, 194693, 24104, 0, 194694, 24125, 0, 194695, 24169, 0,
+    194696, 14434, 0, 194697, 139651, 0, 194698, 14460, 0, 194699, 24240, 0, 194700, 24243, 0,
+    194701, 24246, 0, 194702, 24266, 0, 194703, 172946, 0, 194704, 24318, 0, 194705, 140081, 0,
+    194706, 140081, 0, 194707, 33281, 0, 194708, 24354, 0, 194709, 24354, 0, 194710, 14535, 0,
+    194711, 144056, 0, 194712, 156122, 0, 194713, 24418, 0, 194714, 24427, 0, 194715, 14563, 0,
+    194716, 24474, 0, 194717, 24525, 0, 194718, 24535, 0, 194719, 24569, 0, 194720, 24705, 0,
+    194721, 14650, 0, 194722, 14620, 0, 194723, 24724, 0, 194724, 141012, 0, 194725, 24775, 0,
+    194726, 24904, 0, 194727, 24908, 0, 194728, 24910, 0, 194729, 24908, 0, 194730, 24954, 0,
+    194731, 24974, 0, 194732, 25010, 0, 194733, 24996, 0, 194734, 25007, 0, 194735, 25054, 0,
+    194736, 25074, 0, 194737, 25078, 0, 194738, 25104, 0, 194739, 25115, 0, 194740, 25181, 0,
+    194741, 25265, 0, 194742, 25300, 0, 194743, 25424, 0, 194744, 142092, 0, 194745, 25405, 0,
+    194746, 25340, 0, 194747, 25448, 0, 194748, 25475, 0, 194749, 25572, 0, 194750, 142321, 0,
+    194751, 25634, 0, 194752, 25541, 0, 194753, 25513, 0, 194754, 14894, 0, 194755, 25705, 0,
+    194756, 25726, 0, 194757, 25757, 0, 194758, 25719, 0, 194759, 14956, 0, 194760, 25935, 0,
+    194761, 25964, 0, 194762, 143370, 0, 194763, 26083, 0, 194764, 26360, 0, 194765, 26185, 0,
+    194766, 15129, 0, 194767, 26257, 0, 194768, 15112, 0, 194769, 15076, 0, 194770, 20882, 0,
+    194771, 20885, 0, 194772, 26368, 0, 194773, 26268, 0, 194774, 32941, 0, 194775, 17369, 0,
+    194776, 26391, 0, 194777, 26395, 0, 194778, 26401, 0, 194779, 26462, 0, 194780, 26451, 0,
+    194781, 144323, 0, 194782, 15177, 0, 194783, 26618, 0, 194784, 26501, 0, 194785, 26706, 0,
+    194786, 26757, 0, 194787, 144493, 0, 194788, 26766, 0, 194789, 26655, 0, 194790, 26900, 0,
+    194791, 15261, 0, 194792, 26946, 0, 194793, 27043, 0, 194794, 27114, 0, 194795, 27304, 0,
+    194796, 145059, 0, 194797, 27355, 0, 194798, 15384, 0, 194799, 27425, 0, 194800, 145575, 0,
+    194801, 27476, 0, 194802, 15438, 0, 194803, 27506, 0, 194804, 27551, 0, 194805, 27578, 0,
+    194806, 27579, 0, 194807, 146061, 0, 194808, 138507, 0, 194809, 146170, 0, 194810, 27726, 0,
+    194811, 146620, 0, 194812, 27839, 0, 194813, 27853, 0, 194814, 27751, 0, 194815, 27926, 0,
+    194816, 27966, 0, 194817, 28023, 0, 194818, 27969, 0, 194819, 28009, 0, 194820, 28024, 0,
+    194821, 28037, 0, 194822, 146718, 0, 194823, 27956, 0, 194824, 28207, 0, 194825, 28270, 0,
+    194826, 15667, 0, 194827, 28363, 0, 194828, 28359, 0, 194829, 147153, 0, 194830, 28153, 0,
+    194831, 28526, 0, 194832, 147294, 0, 194833, 147342, 0, 194834, 28614, 0, 194835, 28729, 0,
+    194836, 28702, 0, 194837, 28699, 0, 194838, 15766, 0, 194839, 28746, 0, 194840, 28797, 0,
+    194841, 28791, 0, 194842, 28845, 0, 194843, 132389, 0, 194844, 28997, 0, 194845, 148067, 0,
+    194846, 29084, 0, 194847, 148395, 0, 194848, 29224, 0, 194849, 29237, 0, 194850, 29264, 0,
+    194851, 149000, 0, 194852, 29312, 0, 194853, 29333, 0, 194854, 149301, 0, 194855, 149524, 0,
+    194856, 29562, 0, 194857, 29579, 0, 194858, 16044, 0, 194859, 29605, 0, 194860, 16056, 0,
+    194861, 16056, 0, 194862, 29767, 0, 194863, 29788, 0, 194864, 29809, 0, 194865, 29829, 0,
+    194866, 29898, 0, 194867, 16155, 0, 194868, 29988, 0, 194869, 150582, 0, 194870, 30014, 0,
+    194871, 150674, 0, 194872, 30064, 0, 194873, 139679, 0, 194874, 30224, 0, 194875, 151457, 0,
+    194876, 151480, 0, 194877, 151620, 0, 194878, 16380, 0, 194879, 16392, 0, 194880, 30452, 0,
+    194881, 151795, 0, 194882, 151794, 0, 194883, 151833, 0, 194884, 151859, 0, 194885, 30494, 0,
+    194886, 30495, 0, 194887, 30495, 0, 194888, 30538, 0, 194889, 16441, 0, 194890, 30603, 0,
+    194891, 16454, 0, 194892, 16534, 0, 194893, 152605, 0, 194894, 30798, 0, 194895, 30860, 0,
+    194896, 30924, 0, 194897, 16611, 0, 194898, 153126, 0, 194899, 31062, 0, 194900, 153242, 0,
+    194901, 153285, 0, 194902, 31119, 0, 194903, 31211, 0, 194904, 16687, 0, 194905, 31296, 0,
+    194906, 31306, 0, 194907, 31311, 0, 194908, 153980, 0, 194909, 154279, 0, 194910, 154279, 0,
+    194911, 31470, 0, 194912, 16898, 0, 194913, 154539, 0, 194914, 31686, 0, 194915, 31689, 0,
+    194916, 16935, 0, 194917, 154752, 0, 194918, 31954, 0, 194919, 17056, 0, 194920, 31976, 0,
+    194921, 31971, 0, 194922, 32000, 0, 194923, 155526, 0, 194924, 32099, 0, 194925, 17153, 0,
+    194926, 32199, 0, 194927, 32258, 0, 194928, 32325, 0, 194929, 17204, 0, 194930, 156200, 0,
+    194931, 156231, 0, 194932, 17241, 0, 194933, 156377, 0, 194934, 32634, 0, 194935, 156478, 0,
+    194936, 32661, 0, 194937, 32762, 0, 194938, 32773, 0, 194939, 156890, 0, 194940, 156963, 0,
+    194941, 32864, 0, 194942, 157096, 0, 194943, 32880, 0, 194944, 144223, 0, 194945, 17365, 0,
+    194946, 32946, 0, 194947, 33027, 0, 194948, 17419, 0, 194949, 33086, 0, 194950, 23221, 0,
+    194951, 157607, 0, 194952, 157621, 0, 194953, 144275, 0, 194954, 144284, 0, 194955, 33281, 0,
+    194956, 33284, 0, 194957, 36766, 0, 194958, 17515, 0, 194959, 33425, 0, 194960, 33419, 0,
+    194961, 33437, 0, 194962, 21171, 0, 194963, 33457, 0, 194964, 33459, 0, 194965, 33469, 0,
+    194966, 33510, 0, 194967, 158524, 0, 194968, 33509, 0, 194969, 33565, 0, 194970, 33635, 0,
+    194971, 33709, 0, 194972, 33571, 0, 194973, 33725, 0, 194974, 33767, 0, 194975, 33879, 0,
+    194976, 33619, 0, 194977, 33738, 0, 194978, 33740, 0, 194979, 33756, 0, 194980, 158774, 0,
+    194981, 159083, 0, 194982, 158933, 0, 194983, 17707, 0, 194984, 34033, 0, 194985, 34035, 0,
+    194986, 34070, 0, 194987, 160714, 0, 194988, 34148, 0, 194989, 159532, 0, 194990, 17757, 0,
+    194991, 17761, 0, 194992, 159665, 0, 194993, 159954, 0, 194994, 17771, 0, 194995, 34384, 0,
+    194996, 34396, 0, 194997, 34407, 0, 194998, 34409, 0, 194999, 34473, 0, 195000, 34440, 0,
+    195001, 34574, 0, 195002, 34530, 0, 195003, 34681, 0, 195004, 34600, 0, 195005, 34667, 0,
+    195006, 34694, 0, 195007, 17879, 0, 195008, 34785, 0, 195009, 34817, 0, 195010, 17913, 0,
+    195011, 34912, 0, 195012, 34915, 0, 195013, 161383, 0, 195014, 35031, 0, 195015, 35038, 0,
+    195016, 17973, 0, 195017, 35066, 0, 195018, 13499, 0, 195019, 161966, 0, 195020, 162150, 0,
+    195021, 18110, 0, 195022, 18119, 0, 195023, 35488, 0, 195024, 35565, 0, 195025, 35722, 0,
+    195026, 35925, 0, 195027, 162984, 0, 195028, 36011, 0, 195029, 36033, 0, 195030, 36123, 0,
+    195031, 36215, 0, 195032, 163631, 0, 195033, 133124, 0, 195034, 36299, 0, 195035, 36284, 0,
+    195036, 36336, 0, 195037, 133342, 0, 195038, 36564, 0, 195039, 36664, 0, 195040, 165330, 0,
+    195041, 165357, 0, 195042, 37012, 0, 195043, 37105, 0, 195044, 37137, 0, 195045, 165678, 0,
+    195046, 37147, 0, 195047, 37432, 0, 195048, 37591, 0, 195049, 37592, 0, 195050, 37500, 0,
+    195051, 37881, 0, 195052, 37909, 0, 195053, 166906, 0, 195054, 38283, 0, 195055, 18837, 0,
+    195056, 38327, 0, 195057, 167287, 0, 195058, 18918, 0, 195059, 38595, 0, 195060, 23986, 0,
+    195061, 38691, 0, 195062, 168261, 0, 195063, 168474, 0, 195064, 19054, 0, 195065, 19062, 0,
+    195066, 38880, 0, 195067, 168970, 0, 195068, 19122, 0, 195069, 169110, 0, 195070, 38923, 0,
+    195071, 38923, 0, 195072, 38953, 0, 195073, 169398, 0, 195074, 39138, 0, 195075, 19251, 0,
+    195076, 39209, 0, 195077, 39335, 0, 195078, 39362, 0, 195079, 39422, 0, 195080, 19406, 0,
+    195081, 170800, 0, 195082, 39698, 0, 195083, 40000, 0, 195084, 40189, 0, 195085, 19662, 0,
+    195086, 19693, 0, 195087, 40295, 0, 195088, 172238, 0, 195089, 19704, 0, 195090, 172293, 0,
+    195091, 172558, 0, 195092, 172689, 0, 195093, 40635, 0, 195094, 19798, 0, 195095, 40697, 0,
+    195096, 40702, 0, 195097, 40709, 0, 195098, 40719, 0, 195099, 40726, 0, 195100, 40763, 0,
+    195101, 173568, 0
+};
+
+/* Pairs that composition leaves alone. */
+static const uint32_t ptst__excluded[] = {
+    836, 2392, 2393, 2394, 2395, 2396, 2397, 2398, 2399, 2524, 2525, 2527, 2611, 2614, 2649, 2650,
+    2651, 2654, 2908, 2909, 3907, 3917, 3922, 3927, 3932, 3945, 3955, 3957, 3958, 3960, 3969,
+    3987, 3997, 4002, 4007, 4012, 4025, 10972, 64285, 64287, 64298, 64299, 64300, 64301, 64302,
+    64303, 64304, 64305, 64306, 64307, 64308, 64309, 64310, 64312, 64313, 64314, 64315, 64316,
+    64318, 64320, 64321, 64323, 64324, 64326, 64327, 64328, 64329, 64330, 64331, 64332, 64333,
+    64334, 119134, 119135, 119136, 119137, 119138, 119139, 119140, 119227, 119228, 119229, 119230,
+    119231, 119232
+};
+
+// clang-format on
+
+/* Is point in one of the n / 2 ranges (first, last, ...)? */
+static bool ptst__in_ranges(const uint32_t *ranges, size_t n, uint32_t point) {
+    size_t low = 0, high = n / 2;
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        if (point > ranges[2 * middle + 1]) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return low < n / 2 && point >= ranges[2 * low];
+}
+
+#define PTST__COUNT(array) (sizeof(array) / sizeof((array)[0]))
+
+static bool ptst__is_letter(uint32_t point) {
+    return ptst__in_ranges(ptst__letters, PTST__COUNT(ptst__letters), point);
+}
+
+static bool ptst__is_number(uint32_t point) {
+    return ptst__in_ranges(ptst__numbers, PTST__COUNT(ptst__numbers), point);
+}
+
+/* White_Space, which is what \s means in the patterns of tokenizers. */
+static bool ptst__is_space(uint32_t p) {
+    return (p >= 9 && p <= 13) || p == 0x20 || p == 0x85 || p == 0xA0 || p == 0x1680 ||
+           (p >= 0x2000 && p <= 0x200A) || p == 0x2028 || p == 0x2029 || p == 0x202F ||
+           p == 0x205F || p == 0x3000;
+}
+
+/* Canonical combining class, 0 for starters. */
+static uint32_t ptst__combining_class(uint32_t point) {
+    size_t low = 0, high = PTST__COUNT(ptst__combining) / 3;
+    if (point < 0x300) {
+        return 0;
+    }
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        if (point > ptst__combining[3 * middle + 1]) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return low < PTST__COUNT(ptst__combining) / 3 && point >= ptst__combining[3 * low]
+               ? ptst__combining[3 * low + 2]
+               : 0;
+}
+
+/* Hangul syllables compose by arithmetic (Unicode, section 3.12): L + V + T. */
+enum {
+    PTST__HANGUL_S = 0xAC00,
+    PTST__HANGUL_L = 0x1100,
+    PTST__HANGUL_V = 0x1161,
+    PTST__HANGUL_T = 0x11A7,
+    PTST__HANGUL_COUNT = 11172
+};
+
+/* One step of canonical decomposition: false if there is none. *b = 0 for a single. */
+static bool ptst__decompose(uint32_t point, uint32_t *a, uint32_t *b) {
+    size_t low = 0, high = PTST__COUNT(ptst__decompositions) / 3;
+    uint32_t s = point - PTST__HANGUL_S;
+    if (point >= PTST__HANGUL_S && s < PTST__HANGUL_COUNT) {
+        *a = s % 28 != 0 ? PTST__HANGUL_S + s - s % 28 : PTST__HANGUL_L + s / 588;
+        *b = s % 28 != 0 ? PTST__HANGUL_T + s % 28 : PTST__HANGUL_V + s % 588 / 28;
+        return true;
+    }
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        if (point > ptst__decompositions[3 * middle]) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    if (low == PTST__COUNT(ptst__decompositions) / 3 || ptst__decompositions[3 * low] != point) {
+        return false;
+    }
+    *a = ptst__decompositions[3 * low + 1];
+    *b = ptst__decompositions[3 * low + 2];
+    return true;
+}
+
+/* The code point that a and b compose to, or 0. */
+static uint32_t ptst__compose(uint32_t a, uint32_t b) {
+    size_t i;
+    if (a >= PTST__HANGUL_L && a < PTST__HANGUL_L + 19 && b >= PTST__HANGUL_V &&
+        b < PTST__HANGUL_V + 21) {
+        return PTST__HANGUL_S + ((a - PTST__HANGUL_L) * 21 + b - PTST__HANGUL_V) * 28;
+    }
+    if (a >= PTST__HANGUL_S && a < PTST__HANGUL_S + PTST__HANGUL_COUNT &&
+        (a - PTST__HANGUL_S) % 28 == 0 && b > PTST__HANGUL_T && b < PTST__HANGUL_T + 28) {
+        return a + b - PTST__HANGUL_T;
+    }
+    for (i = 0; b != 0 && i < PTST__COUNT(ptst__decompositions); i += 3) {
+        if (ptst__decompositions[i + 2] == b && ptst__decompositions[i + 1] == a) {
+            size_t k;
+            for (k = 0; k < PTST__COUNT(ptst__excluded); k++) {
+                if (ptst__excluded[k] == ptst__decompositions[i]) {
+                    return 0;
+                }
+            }
+            return ptst__decompositions[i];
+        }
+    }
+    return 0;
+}
+
+typedef struct ptst__points {
+    uint32_t *data;
+    size_t count, capacity;
+} ptst__points;
+
+/* Appends the full decomposition of a code point, marks sorted by class into the run before. */
+static ptst_code ptst__points_add(ptst_ctx *c, ptst__points *p, uint32_t point) {
+    uint32_t a = 0, b = 0, k;
+    void *data = p->data;
+    size_t i;
+    ptst_code code;
+    if (ptst__decompose(point, &a, &b)) { /* decompositions nest at most a few levels */
+        code = ptst__points_add(c, p, a);
+        return code == PTST_OK && b != 0 ? ptst__points_add(c, p, b) : code;
+    }
+    code = ptst__grow(c, &data, &p->capacity, p->count + 1, sizeof *p->data);
+    p->data = (uint32_t *)data;
+    if (code != PTST_OK) {
+        return code;
+    }
+    k = ptst__combining_class(point);
+    for (i = p->count++; k != 0 && i > 0 && ptst__combining_class(p->data[i - 1]) > k; i--) {
+        p->data[i] = p->data[i - 1];
+    }
+    p->data[i] = point;
+    return PTST_OK;
+}
+
+/* Composes in place (Unicode, section 3.11, D117): a mark joins the last starter unless something
+   of the same or a higher class stands between. */
+static void ptst__points_compose(ptst__points *p) {
+    size_t i, n = 0, starter = SIZE_MAX;
+    uint32_t last = 0;
+    for (i = 0; i < p->count; i++) {
+        uint32_t k = ptst__combining_class(p->data[i]);
+        uint32_t joined = starter != SIZE_MAX && (n == starter + 1 || (last != 0 && last < k))
+                              ? ptst__compose(p->data[starter], p->data[i])
+                              : 0;
+        if (joined != 0) {
+            p->data[starter] = joined;
+            continue;
+        }
+        if (k == 0) {
+            starter = n;
+        }
+        last = k;
+        p->data[n++] = p->data[i];
+    }
+    p->count = n;
+}
+
+/* Appends the canonical composition (NFC) of valid UTF-8. */
+static ptst_code ptst__unicode_nfc(ptst_ctx *c, const char *s, size_t size, ptst_text *out) {
+    ptst__points p = {NULL, 0, 0};
+    ptst_code code = PTST_OK;
+    size_t i, n;
+    uint32_t point = 0;
+    char buffer[4];
+    for (i = 0; i < size && (unsigned char)s[i] < 0x80; i++) {
+    }
+    if (i == size) { /* ASCII is composed */
+        return ptst_text_append(c, out, s, size);
+    }
+    for (i = 0; i < size && code == PTST_OK; i += n) {
+        n = ptst__utf8_read(s + i, size - i, &point);
+        code = ptst__points_add(c, &p, point);
+    }
+    ptst__points_compose(&p);
+    for (i = 0; i < p.count && code == PTST_OK; i++) {
+        code = ptst_text_append(c, out, buffer, ptst__utf8_write(buffer, p.data[i]));
+    }
+    ptst__free(c, p.data);
+    return code;
+}
+
+/* Bytes of the broken character at s that belong together: those that could still begin a valid
+   one. At least 1. */
+static size_t ptst__utf8_broken(const char *s, size_t left) {
+    static const char *const tails[] = {"\x80", "\x80\x80", "\x80\x80\x80", "\xBF", "\xBF\x80",
+                                        "\xBF\x80\x80", "\x9F", "\x9F\x80", "\x8F\x80\x80",
+                                        "\x90\x80\x80", "\xA0\x80"};
+    size_t n, i, tail;
+    char whole[8];
+    uint32_t point;
+    for (n = left < 3 ? left : 3; n > 1; n--) { /* is s[0..n) the beginning of some character? */
+        memcpy(whole, s, n);
+        for (i = 0; i < sizeof tails / sizeof tails[0]; i++) {
+            tail = strlen(tails[i]);
+            memcpy(whole + n, tails[i], tail);
+            if (ptst__utf8_read(whole, n + tail, &point) == n + tail) {
+                return n;
+            }
+        }
+    }
+    return 1;
+}
+
+/* Appends s with every maximal piece of a broken character replaced by U+FFFD (Unicode, section
+   3.9, and what str.decode(errors="replace") does). */
+static ptst_code ptst__utf8_repair(ptst_ctx *c, const char *s, size_t size, ptst_text *out) {
+    size_t at, good = 0, n;
+    uint32_t point;
+    ptst_code code = PTST_OK;
+    for (at = 0; at < size && code == PTST_OK;) {
+        n = ptst__utf8_read(s + at, size - at, &point);
+        if (n != 0) {
+            at += n;
+            continue;
+        }
+        code = ptst_text_append(c, out, s + good, at - good);
+        if (code == PTST_OK) {
+            code = ptst_text_append(c, out, "\xEF\xBF\xBD", 3);
+        }
+        at += ptst__utf8_broken(s + at, size - at);
+        good = at;
+    }
+    return code == PTST_OK ? ptst_text_append(c, out, s + good, size - good) : code;
+}
+
+/* >>tokenizer ===================================================================================
+   tokenizer.json to ids and back, with the results of Hugging Face tokenizers. Text goes through
+   added tokens, normalizer, pre-tokenizer, byte-pair merges and post-processor; ids go back through
+   the decoder. Owns all tables; relies on >>json and >>unicode. Afterwards a tokenizer is constant:
+   encoding keeps its working memory to itself. Tested by tests/test_tokenizer.c against ids that
+   Hugging Face tokenizers gave. */
+
+/* How text is cut into words before merging; the patterns are those of the model families. */
+typedef enum ptst__split {
+    PTST__SPLIT_NONE,  /* SentencePiece style: the whole text is one word */
+    PTST__SPLIT_GPT2,  /* 's|...| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ */
+    PTST__SPLIT_LLAMA3 /* (?i:'s|...)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,n}| ?[^\s\p{L}\p{N}]+[\r\n]*|
+                          \s*[\r\n]+|\s+(?!\S)|\s+ */
+} ptst__split;
+
+typedef struct ptst__token {
+    const char *text;
+    uint32_t size;
+    bool there, special, added;
+} ptst__token;
+
+typedef struct ptst__added {
+    const char *text;
+    uint32_t size;
+    int32_t id;
+    bool special, single_word, lstrip, rstrip, normalized;
+} ptst__added;
+
+/* One merge: the pair (left, right) becomes id; lower rank first. Open addressing. */
+typedef struct ptst__merge {
+    uint64_t pair; /* left << 32 | right, plus 1; 0 = free */
+    int32_t rank, id;
+} ptst__merge;
+
+enum { PTST__STEPS_MAX = 16, PTST__AROUND_MAX = 8 };
+
+typedef enum ptst__step_kind {
+    PTST__STEP_NFC,
+    PTST__STEP_PREPEND,
+    PTST__STEP_REPLACE,
+    PTST__STEP_BYTE_LEVEL,
+    PTST__STEP_BYTE_FALLBACK,
+    PTST__STEP_FUSE,
+    PTST__STEP_STRIP
+} ptst__step_kind;
+
+/* A normalizer or decoder step; from, to: what is replaced by what. */
+typedef struct ptst__step {
+    ptst__step_kind kind;
+    const char *from, *to;
+    size_t from_size, to_size, start, stop;
+} ptst__step;
+
+struct ptst_tokenizer {
+    ptst__arena arena;
+    ptst__token *tokens;
+    int32_t count;
+    ptst__map by_text;
+    ptst__merge *merges;
+    size_t merges_capacity;
+    ptst__added *added;
+    size_t added_count;
+    uint8_t added_first[32]; /* bit set: bytes that begin an added token */
+    int32_t byte_id[256];    /* token of a byte (byte-level alphabet, or <0xNN>), -1 = none */
+    bool byte_level, byte_fallback, fuse_unk, ignore_merges, prefix_space, metaspace;
+    bool metaspace_always;
+    int32_t unk;
+    ptst__split split;
+    size_t digits; /* longest run of digits in a word of PTST__SPLIT_LLAMA3 */
+    ptst__step normalizer[PTST__STEPS_MAX], decoder[PTST__STEPS_MAX];
+    size_t normalizer_count, decoder_count;
+    int32_t before[PTST__AROUND_MAX], after[PTST__AROUND_MAX]; /* of the post-processor */
+    size_t before_count, after_count;
+    int32_t bos, eos;
+};
+
+/* ---- the alphabet of byte-level BPE (GPT-2's bytes_to_unicode) ----
+   Printable Latin-1 bytes stand for themselves; the other 68 for U+0100, U+0101, ... in order. */
+
+static bool ptst__byte_plain(uint32_t b) {
+    return (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || (b >= 174 && b <= 255);
+}
+
+static uint32_t ptst__byte_to_point(uint32_t byte) {
+    uint32_t i, n = 0;
+    if (ptst__byte_plain(byte)) {
+        return byte;
+    }
+    for (i = 0; i < byte; i++) {
+        n += !ptst__byte_plain(i);
+    }
+    return 256 + n;
+}
+
+/* The byte that a code point stands for, or -1. */
+static int ptst__point_to_byte(uint32_t point) {
+    uint32_t i, n = 0;
+    if (point < 256) {
+        return ptst__byte_plain(point) ? (int)point : -1;
+    }
+    for (i = 0; i < 256; i++) {
+        if (!ptst__byte_plain(i) && 256 + n++ == point) {
+            return (int)i;
+        }
+    }
+    return -1;
+}
+
+/* ---- reading tokenizer.json ---- */
+
+typedef struct ptst__tokenizer_reader {
+    ptst_ctx *c;
+    ptst_tokenizer *t;
+    ptst_json *j;
+    const char *name;
+} ptst__tokenizer_reader;
+
+static ptst_code ptst__tok_fail(const ptst__tokenizer_reader *r, ptst_code code, const char *what,
+                                const char *detail) {
+    return ptst__fail(r->c, code, "%s: %s%s%.100s", r->name, what, detail[0] != 0 ? ": " : "",
+                      detail);
+}
+
+static const char *ptst__tok_type(const ptst__tokenizer_reader *r, int32_t node) {
+    const char *s = ptst_json_string(r->j, ptst_json_get(r->j, node, "type"), NULL);
+    return s == NULL ? "" : s;
+}
+
+/* The id that a node holds, or -1. */
+static int32_t ptst__tok_id(const ptst__tokenizer_reader *r, int32_t node) {
+    double v = ptst_json_number(r->j, node, -1);
+    return v >= 0 && v < 16777216.0 && floor(v) == v ? (int32_t)v : -1;
+}
+
+/* Largest id of vocabulary and added tokens; ids must not leave huge gaps (what is allocated by a
+   number in a file is bounded by the size of the file). */
+static ptst_code ptst__tok_count(ptst__tokenizer_reader *r, int32_t vocab, int32_t added) {
+    int32_t k, most = -1;
+    size_t n = ptst_json_size(r->j, vocab) + ptst_json_size(r->j, added);
+    for (k = ptst_json_first(r->j, vocab); k >= 0;) {
+        int32_t value = ptst_json_next(r->j, k);
+        int32_t id;
+        value = k + 1;
+        id = ptst__tok_id(r, value);
+        if (id < 0) {
+            return ptst__tok_fail(r, PTST_ERR_FORMAT, "model.vocab: an id from 0 was expected",
+                                  ptst_json_string(r->j, k, NULL));
+        }
+        most = id > most ? id : most;
+        k = ptst_json_next(r->j, value);
+    }
+    for (k = ptst_json_first(r->j, added); k >= 0; k = ptst_json_next(r->j, k)) {
+        int32_t id = ptst__tok_id(r, ptst_json_get(r->j, k, "id"));
+        if (id < 0 || ptst_json_string(r->j, ptst_json_get(r->j, k, "content"), NULL) == NULL) {
+            return ptst__tok_fail(r, PTST_ERR_FORMAT,
+                                  "added_tokens: id and content were expected", "");
+        }
+        most = id > most ? id : most;
+    }
+    if (most < 0 || (size_t)most > 16 * n + 65536) {
+        return ptst__tok_fail(r, PTST_ERR_FORMAT,
+                              most < 0 ? "model.vocab: is empty" : "an id is far beyond the others",
+                              "");
+    }
+    r->t->count = most + 1;
+    return PTST_OK;
+}
+
+static ptst_code ptst__tok_put(ptst__tokenizer_reader *r, int32_t id, const char *s, size_t size,
+                               bool added, bool special) {
+    ptst__token *k = &r->t->tokens[id];
+    char *copy;
+    if (k->there && (k->size != size || memcmp(k->text, s, size) != 0) && !added) {
+        return ptst__tok_fail(r, PTST_ERR_FORMAT, "model.vocab: two tokens have one id", s);
+    }
+    if (size > 65535) {
+        return ptst__tok_fail(r, PTST_ERR_LIMIT, "a token of more than 65535 bytes", "");
+    }
+    copy = ptst__arena_copy(r->c, &r->t->arena, s, size);
+    if (copy == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    k->text = copy;
+    k->size = (uint32_t)size;
+    k->there = true;
+    k->added = added;
+    k->special = special;
+    return ptst__map_put(r->c, &r->t->by_text, copy, size, id);
+}
+
+static ptst_code ptst__tok_vocab(ptst__tokenizer_reader *r, int32_t vocab, int32_t added) {
+    ptst_tokenizer *t = r->t;
+    ptst_code code = ptst__tok_count(r, vocab, added);
+    int32_t k;
+    if (code != PTST_OK) {
+        return code;
+    }
+    t->tokens = (ptst__token *)ptst__arena_alloc(r->c, &t->arena, (size_t)t->count,
+                                                 sizeof *t->tokens);
+    if (t->tokens == NULL ||
+        ptst__map_reserve(r->c, &t->by_text,
+                          ptst_json_size(r->j, vocab) + ptst_json_size(r->j, added)) != PTST_OK) {
+        return PTST_ERR_MEMORY;
+    }
+    for (k = ptst_json_first(r->j, vocab); k >= 0 && code == PTST_OK;) {
+        size_t size = 0;
+        const char *s = ptst_json_string(r->j, k, &size);
+        code = ptst__tok_put(r, ptst__tok_id(r, k + 1), s, size, false, false);
+        k = ptst_json_next(r->j, k + 1);
+    }
+    return code;
+}
+
+static int ptst__added_longer(const void *a, const void *b) {
+    const ptst__added *x = (const ptst__added *)a, *y = (const ptst__added *)b;
+    return x->size != y->size ? (x->size < y->size ? 1 : -1) : (x->id > y->id) - (x->id < y->id);
+}
+
+static ptst_code ptst__tok_added(ptst__tokenizer_reader *r, int32_t added) {
+    ptst_tokenizer *t = r->t;
+    ptst_code code = PTST_OK;
+    int32_t k;
+    size_t n = ptst_json_size(r->j, added);
+    t->added = (ptst__added *)ptst__arena_alloc(r->c, &t->arena, n + 1, sizeof *t->added);
+    if (t->added == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (k = ptst_json_first(r->j, added); k >= 0 && code == PTST_OK; k = ptst_json_next(r->j, k)) {
+        ptst__added *x = &t->added[t->added_count];
+        size_t size = 0;
+        const char *s = ptst_json_string(r->j, ptst_json_get(r->j, k, "content"), &size);
+        if (size == 0) {
+            continue;
+        }
+        x->id = ptst__tok_id(r, ptst_json_get(r->j, k, "id"));
+        x->special = ptst_json_bool(r->j, ptst_json_get(r->j, k, "special"), false);
+        x->single_word = ptst_json_bool(r->j, ptst_json_get(r->j, k, "single_word"), false);
+        x->lstrip = ptst_json_bool(r->j, ptst_json_get(r->j, k, "lstrip"), false);
+        x->rstrip = ptst_json_bool(r->j, ptst_json_get(r->j, k, "rstrip"), false);
+        x->normalized = ptst_json_bool(r->j, ptst_json_get(r->j, k, "normalized"), !x->special);
+        code = ptst__tok_put(r, x->id, s, size, true, x->special);
+        x->text = t->tokens[x->id].text;
+        x->size = (uint32_t)size;
+        t->added_first[(unsigned char)s[0] / 8] |= (uint8_t)(1u << ((unsigned char)s[0] % 8));
+        t->added_count++;
+    }
+    qsort(t->added, t->added_count, sizeof *t->added, ptst__added_longer);
+    return code;
+}
+
+static ptst__merge *ptst__merge_slot(const ptst_tokenizer *t, uint64_t pair) {
+    uint64_t h = pair * 0x9E3779B97F4A7C15u;
+    size_t mask = t->merges_capacity - 1, i = (size_t)(h ^ h >> 32) & mask;
+    while (t->merges[i].pair != 0 && t->merges[i].pair != pair) {
+        i = (i + 1) & mask;
+    }
+    return &t->merges[i];
+}
+
+static uint64_t ptst__pair(int32_t left, int32_t right) {
+    return ((uint64_t)(uint32_t)left << 32 | (uint32_t)right) + 1;
+}
+
+static ptst_code ptst__tok_merge(ptst__tokenizer_reader *r, const char *a, size_t a_size,
+                                 const char *b, size_t b_size, int32_t rank, ptst_text *joined) {
+    int32_t left = ptst__map_get(&r->t->by_text, a, a_size, -1);
+    int32_t right = ptst__map_get(&r->t->by_text, b, b_size, -1), id;
+    ptst__merge *m;
+    joined->size = 0;
+    if (ptst_text_append(r->c, joined, a, a_size) != PTST_OK ||
+        ptst_text_append(r->c, joined, b, b_size) != PTST_OK) {
+        return PTST_ERR_MEMORY;
+    }
+    id = ptst__map_get(&r->t->by_text, joined->data, joined->size, -1);
+    if (left < 0 || right < 0 || id < 0) {
+        return ptst__tok_fail(r, PTST_ERR_FORMAT, "model.merges: a part or the result is no token",
+                              joined->data);
+    }
+    m = ptst__merge_slot(r->t, ptst__pair(left, right));
+    m->pair = ptst__pair(left, right);
+    m->rank = rank;
+    m->id = id;
+    return PTST_OK;
+}
+
+/* "a b" (split at the only blank that leaves two tokens) or ["a", "b"]. */
+static ptst_code ptst__tok_merges(ptst__tokenizer_reader *r, int32_t merges) {
+    ptst_text joined = {NULL, 0, 0};
+    ptst_code code = PTST_OK;
+    size_t capacity = 16, n = ptst_json_size(r->j, merges), a_size = 0, b_size = 0;
+    int32_t k, rank = 0;
+    while (capacity < 2 * n + 2) {
+        capacity *= 2;
+    }
+    r->t->merges = (ptst__merge *)ptst__calloc(r->c, capacity, sizeof *r->t->merges);
+    if (r->t->merges == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    r->t->merges_capacity = capacity;
+    for (k = ptst_json_first(r->j, merges); k >= 0 && code == PTST_OK;
+         k = ptst_json_next(r->j, k), rank++) {
+        const char *a = ptst_json_string(r->j, k, &a_size), *b, *blank;
+        if (a != NULL) {
+            blank = a_size == 0 ? NULL : (const char *)memchr(a, ' ', a_size);
+            b = blank == NULL ? NULL : blank + 1;
+            b_size = blank == NULL ? 0 : a_size - (size_t)(b - a);
+            a_size = blank == NULL ? 0 : (size_t)(blank - a);
+        } else {
+            a = ptst_json_string(r->j, ptst_json_at(r->j, k, 0), &a_size);
+            b = ptst_json_string(r->j, ptst_json_at(r->j, k, 1), &b_size);
+        }
+        code = a == NULL || b == NULL
+                   ? ptst__tok_fail(r, PTST_ERR_FORMAT, "model.merges: a pair was expected", "")
+                   : ptst__tok_merge(r, a, a_size, b, b_size, rank, &joined);
+    }
+    ptst_text_free(r->c, &joined);
+    return code;
+}
+
+/* The token of each byte: of the byte-level alphabet, or <0x00> .. <0xFF>. */
+static void ptst__tok_bytes(ptst_tokenizer *t) {
+    char text[8];
+    uint32_t b;
+    for (b = 0; b < 256; b++) {
+        size_t n;
+        if (t->byte_level) {
+            n = ptst__utf8_write(text, ptst__byte_to_point(b));
+        } else {
+            n = (size_t)snprintf(text, sizeof text, "<0x%02X>", (unsigned)b);
+        }
+        t->byte_id[b] = ptst__map_get(&t->by_text, text, n, -1);
+    }
+}
+
+static ptst_code ptst__tok_model(ptst__tokenizer_reader *r) {
+    ptst_tokenizer *t = r->t;
+    int32_t model = ptst_json_get(r->j, 0, "model"), vocab, merges;
+    int32_t added = ptst_json_get(r->j, 0, "added_tokens");
+    size_t size = 0;
+    const char *s = ptst__tok_type(r, model);
+    ptst_code code;
+    vocab = ptst_json_get(r->j, model, "vocab");
+    merges = ptst_json_get(r->j, model, "merges");
+    if (strcmp(s, "BPE") != 0 && !(s[0] == 0 && merges >= 0)) {
+        return ptst__tok_fail(r, s[0] == 0 ? PTST_ERR_FORMAT : PTST_ERR_UNSUPPORTED,
+                              "model.type: BPE was expected", s);
+    }
+    if (ptst_json_kind(r->j, vocab) != PTST_JSON_OBJECT ||
+        ptst_json_kind(r->j, merges) != PTST_JSON_ARRAY) {
+        return ptst__tok_fail(r, PTST_ERR_FORMAT, "model: vocab and merges were expected", "");
+    }
+    if (ptst_json_number(r->j, ptst_json_get(r->j, model, "dropout"), 0) != 0) {
+        return ptst__tok_fail(r, PTST_ERR_UNSUPPORTED, "model.dropout is not supported", "");
+    }
+    ptst_json_string(r->j, ptst_json_get(r->j, model, "continuing_subword_prefix"), &size);
+    if (size == 0) {
+        ptst_json_string(r->j, ptst_json_get(r->j, model, "end_of_word_suffix"), &size);
+    }
+    if (size != 0) {
+        return ptst__tok_fail(r, PTST_ERR_UNSUPPORTED,
+                              "model: subword prefixes and suffixes are not supported", "");
+    }
+    t->fuse_unk = ptst_json_bool(r->j, ptst_json_get(r->j, model, "fuse_unk"), false);
+    t->byte_fallback = ptst_json_bool(r->j, ptst_json_get(r->j, model, "byte_fallback"), false);
+    t->ignore_merges = ptst_json_bool(r->j, ptst_json_get(r->j, model, "ignore_merges"), false);
+    code = ptst__tok_vocab(r, vocab, added);
+    if (code == PTST_OK) {
+        code = ptst__tok_merges(r, merges);
+    }
+    if (code == PTST_OK) {
+        code = ptst__tok_added(r, added);
+    }
+    s = ptst_json_string(r->j, ptst_json_get(r->j, model, "unk_token"), &size);
+    t->unk = s == NULL ? -1 : ptst__map_get(&t->by_text, s, size, -1);
+    return code;
+}
+
+/* A string of a step, copied. */
+static const char *ptst__tok_text(ptst__tokenizer_reader *r, int32_t node, size_t *size) {
+    const char *s = ptst_json_string(r->j, node, size);
+    return s == NULL ? NULL : ptst__arena_copy(r->c, &r->t->arena, s, *size);
+}
+
+/* Replace {pattern: {String}, content}. */
+static ptst_code ptst__tok_replace(ptst__tokenizer_reader *r, int32_t node, ptst__step *s) {
+    int32_t pattern = ptst_json_get(r->j, ptst_json_get(r->j, node, "pattern"), "String");
+    if (pattern < 0) {
+        return ptst__tok_fail(r, PTST_ERR_UNSUPPORTED, "Replace: only a String pattern is supported",
+                              "");
+    }
+    s->kind = PTST__STEP_REPLACE;
+    s->from = ptst__tok_text(r, pattern, &s->from_size);
+    s->to = ptst__tok_text(r, ptst_json_get(r->j, node, "content"), &s->to_size);
+    if (s->from == NULL || s->to == NULL || s->from_size == 0) {
+        return ptst__tok_fail(r, PTST_ERR_FORMAT, "Replace: pattern and content were expected", "");
+    }
+    return PTST_OK;
+}
+
+static ptst_code ptst__tok_normalizer(ptst__tokenizer_reader *r, int32_t node, int depth) {
+    const char *type = ptst__tok_type(r, node);
+    ptst__step *s = &r->t->normalizer[r->t->normalizer_count];
+    ptst_code code = PTST_OK;
+    int32_t k;
+    if (ptst_json_kind(r->j, node) == PTST_JSON_NULL) {
+        return PTST_OK;
+    }
+    if (strcmp(type, "Sequence") == 0 && depth < 4) {
+        k = ptst_json_first(r->j, ptst_json_get(r->j, node, "normalizers"));
+        for (; k >= 0 && code == PTST_OK; k = ptst_json_next(r->j, k)) {
+            code = ptst__tok_normalizer(r, k, depth + 1);
+        }
+        return code;
+    }
+    if (r->t->normalizer_count == PTST__STEPS_MAX) {
+        return ptst__tok_fail(r, PTST_ERR_LIMIT, "normalizer: too many steps", "");
+    }
+    if (strcmp(type, "Prepend") == 0) {
+        s->kind = PTST__STEP_PREPEND;
+        s->to = ptst__tok_text(r, ptst_json_get(r->j, node, "prepend"), &s->to_size);
+        code = s->to == NULL ? ptst__tok_fail(r, PTST_ERR_FORMAT, "Prepend: no text", "") : PTST_OK;
+    } else if (strcmp(type, "Replace") == 0) {
+        code = ptst__tok_replace(r, node, s);
+    } else if (strcmp(type, "NFC") == 0) {
+        s->kind = PTST__STEP_NFC;
+    } else {
+        code = ptst__tok_fail(r, PTST_ERR_UNSUPPORTED, "normalizer is not supported", type);
+    }
+    r->t->normalizer_count++;
+    return code;
+}
+
+/* The patterns of Split that are known, with the longest run of digits in a word. */
+static ptst_code ptst__tok_split(ptst__tokenizer_reader *r, int32_t node) {
+    static const char *const head =
+        "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}";
+    static const char *const tail =
+        "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
+    const char *s = ptst_json_string(
+        r->j, ptst_json_get(r->j, ptst_json_get(r->j, node, "pattern"), "Regex"), NULL);
+    const char *behaviour = ptst_json_string(r->j, ptst_json_get(r->j, node, "behavior"), NULL);
+    size_t n = strlen(head);
+    if (s == NULL || behaviour == NULL || strcmp(behaviour, "Isolated") != 0 ||
+        ptst_json_bool(r->j, ptst_json_get(r->j, node, "invert"), false) || strncmp(s, head, n) != 0) {
+        return ptst__tok_fail(r, PTST_ERR_UNSUPPORTED, "pre_tokenizer: Split with this pattern",
+                              s == NULL ? "" : s);
+    }
+    s += n;
+    r->t->digits = strncmp(s, "{1,3}", 5) == 0 ? 3 : 1;
+    s += r->t->digits == 3 ? 5 : 0;
+    if (strcmp(s, tail) != 0) {
+        return ptst__tok_fail(r, PTST_ERR_UNSUPPORTED, "pre_tokenizer: Split with this pattern", s);
+    }
+    r->t->split = PTST__SPLIT_LLAMA3;
+    return PTST_OK;
+}
+
+/* Metaspace: blanks become U+2581, which is also put in front (of the first text, or of all). */
+static ptst_code ptst__tok_metaspace(ptst__tokenizer_reader *r, int32_t node) {
+    const char *scheme = ptst_json_string(r->j, ptst_json_get(r->j, node, "prepend_scheme"), NULL);
+    bool split = ptst_json_bool(r->j, ptst_json_get(r->j, node, "split"), true);
+    if (split) {
+        return ptst__tok_fail(r, PTST_ERR_UNSUPPORTED, "Metaspace with split is not supported", "");
+    }
+    r->t->metaspace = true;
+    r->t->prefix_space = scheme == NULL || strcmp(scheme, "never") != 0;
+    r->t->metaspace_always = scheme == NULL || strcmp(scheme, "always") == 0;
+    return PTST_OK;
+}
+
+static ptst_code ptst__tok_pre(ptst__tokenizer_reader *r, int32_t node, int depth) {
+    const char *type = ptst__tok_type(r, node);
+    ptst_code code = PTST_OK;
+    int32_t k;
+    if (ptst_json_kind(r->j, node) == PTST_JSON_NULL) {
+        return PTST_OK;
+    }
+    if (strcmp(type, "Sequence") == 0 && depth < 4) {
+        k = ptst_json_first(r->j, ptst_json_get(r->j, node, "pretokenizers"));
+        for (; k >= 0 && code == PTST_OK; k = ptst_json_next(r->j, k)) {
+            code = ptst__tok_pre(r, k, depth + 1);
+        }
+        return code;
+    }
+    if (strcmp(type, "ByteLevel") == 0) {
+        r->t->byte_level = true;
+        r->t->prefix_space = ptst_json_bool(r->j, ptst_json_get(r->j, node, "add_prefix_space"), true);
+        if (ptst_json_bool(r->j, ptst_json_get(r->j, node, "use_regex"), true)) {
+            if (r->t->split != PTST__SPLIT_NONE) {
+                return ptst__tok_fail(r, PTST_ERR_UNSUPPORTED, "pre_tokenizer: two patterns", "");
+            }
+            r->t->split = PTST__SPLIT_GPT2;
+        }
+        return PTST_OK;
+    }
+    if (strcmp(type, "Split") == 0 && r->t->split == PTST__SPLIT_NONE) {
+        return ptst__tok_split(r, node);
+    }
+    if (strcmp(type, "Metaspace") == 0) {
+        return ptst__tok_metaspace(r, node);
+    }
+    return ptst__tok_fail(r, PTST_ERR_UNSUPPORTED, "pre_tokenizer is not supported", type);
+}
+
+static ptst_code ptst__tok_decoder(ptst__tokenizer_reader *r, int32_t node, int depth) {
+    static const struct {
+        const char *type;
+        ptst__step_kind kind;
+    } plain[] = {{"ByteLevel", PTST__STEP_BYTE_LEVEL},
+                 {"ByteFallback", PTST__STEP_BYTE_FALLBACK},
+                 {"Fuse", PTST__STEP_FUSE},
+                 {"Strip", PTST__STEP_STRIP}};
+    const char *type = ptst__tok_type(r, node);
+    ptst__step *s = &r->t->decoder[r->t->decoder_count];
+    int32_t k;
+    size_t i;
+    ptst_code code = PTST_OK;
+    if (ptst_json_kind(r->j, node) == PTST_JSON_NULL) {
+        return PTST_OK;
+    }
+    if (strcmp(type, "Sequence") == 0 && depth < 4) {
+        k = ptst_json_first(r->j, ptst_json_get(r->j, node, "decoders"));
+        for (; k >= 0 && code == PTST_OK; k = ptst_json_next(r->j, k)) {
+            code = ptst__tok_decoder(r, k, depth + 1);
+        }
+        return code;
+    }
+    if (r->t->decoder_count == PTST__STEPS_MAX) {
+        return ptst__tok_fail(r, PTST_ERR_LIMIT, "decoder: too many steps", "");
+    }
+    r->t->decoder_count++;
+    if (strcmp(type, "Replace") == 0) {
+        return ptst__tok_replace(r, node, s);
+    }
+    for (i = 0; i < sizeof plain / sizeof plain[0]; i++) {
+        if (strcmp(type, plain[i].type) == 0) {
+            s->kind = plain[i].kind;
+            s->start = (size_t)ptst_json_number(r->j, ptst_json_get(r->j, node, "start"), 0);
+            s->stop = (size_t)ptst_json_number(r->j, ptst_json_get(r->j, node, "stop"), 0);
+            s->from = ptst__tok_text(r, ptst_json_get(r->j, node, "content"), &s->from_size);
+            return PTST_OK;
+        }
+    }
+    return ptst__tok_fail(r, PTST_ERR_UNSUPPORTED, "decoder is not supported", type);
+}
+
+/* The special tokens that a TemplateProcessing puts around one text. */
+static ptst_code ptst__tok_single(ptst__tokenizer_reader *r, int32_t node) {
+    int32_t k = ptst_json_first(r->j, ptst_json_get(r->j, node, "single")), i;
+    int32_t specials = ptst_json_get(r->j, node, "special_tokens");
+    bool past = false;
+    for (; k >= 0; k = ptst_json_next(r->j, k)) {
+        int32_t token = ptst_json_get(r->j, k, "SpecialToken");
+        const char *name = ptst_json_string(r->j, ptst_json_get(r->j, token, "id"), NULL);
+        int32_t ids = name == NULL ? -1 : ptst_json_get(r->j, ptst_json_get(r->j, specials, name),
+                                                        "ids");
+        past = past || ptst_json_get(r->j, k, "Sequence") >= 0;
+        for (i = ptst_json_first(r->j, ids); i >= 0; i = ptst_json_next(r->j, i)) {
+            size_t *count = past ? &r->t->after_count : &r->t->before_count;
+            int32_t id = ptst__tok_id(r, i);
+            if (id < 0 || id >= r->t->count || *count == PTST__AROUND_MAX) {
+                return ptst__tok_fail(r, PTST_ERR_FORMAT,
+                                      "post_processor: an id is no token, or too many", "");
+            }
+            (past ? r->t->after : r->t->before)[(*count)++] = id;
+        }
+    }
+    return PTST_OK;
+}
+
+static ptst_code ptst__tok_post(ptst__tokenizer_reader *r, int32_t node, int depth) {
+    const char *type = ptst__tok_type(r, node);
+    ptst_code code = PTST_OK;
+    int32_t k;
+    if (ptst_json_kind(r->j, node) == PTST_JSON_NULL || strcmp(type, "ByteLevel") == 0) {
+        return PTST_OK; /* ByteLevel only trims offsets */
+    }
+    if (strcmp(type, "Sequence") == 0 && depth < 4) {
+        k = ptst_json_first(r->j, ptst_json_get(r->j, node, "processors"));
+        for (; k >= 0 && code == PTST_OK; k = ptst_json_next(r->j, k)) {
+            code = ptst__tok_post(r, k, depth + 1);
+        }
+        return code;
+    }
+    if (strcmp(type, "TemplateProcessing") == 0) {
+        return ptst__tok_single(r, node);
+    }
+    if (strcmp(type, "RobertaProcessing") == 0) {
+        r->t->before[0] = ptst__tok_id(r, ptst_json_at(r->j, ptst_json_get(r->j, node, "cls"), 1));
+        r->t->after[0] = ptst__tok_id(r, ptst_json_at(r->j, ptst_json_get(r->j, node, "sep"), 1));
+        r->t->before_count = r->t->after_count = 1;
+        if (r->t->before[0] >= 0 && r->t->after[0] >= 0) {
+            return PTST_OK;
+        }
+    }
+    return ptst__tok_fail(r, PTST_ERR_UNSUPPORTED, "post_processor is not supported", type);
+}
+
+/* ---- cutting text into words ---- */
+
+enum { PTST__CLASS_OTHER, PTST__CLASS_LETTER, PTST__CLASS_NUMBER, PTST__CLASS_SPACE };
+
+/* Class of the character at s and its length; bytes that are no UTF-8 count as U+FFFD. */
+static int ptst__class_at(const char *s, size_t left, size_t *n) {
+    uint32_t point = (unsigned char)s[0];
+    if (point < 0x80) {
+        *n = 1;
+        return (point | 32) >= 'a' && (point | 32) <= 'z' ? PTST__CLASS_LETTER
+               : point >= '0' && point <= '9'             ? PTST__CLASS_NUMBER
+               : point == ' ' || (point >= 9 && point <= 13) ? PTST__CLASS_SPACE
+                                                             : PTST__CLASS_OTHER;
+    }
+    *n = ptst__utf8_read(s, left, &point);
+    if (*n == 0) {
+        *n = 1;
+        return PTST__CLASS_OTHER;
+    }
+    return ptst__is_letter(point)   ? PTST__CLASS_LETTER
+           : ptst__is_number(point) ? PTST__CLASS_NUMBER
+           : ptst__is_space(point)  ? PTST__CLASS_SPACE
+                                    : PTST__CLASS_OTHER;
+}
+
+/* Length of the run of a class that begins at s, at most `most` characters. */
+static size_t ptst__class_run(const char *s, size_t left, int class_is, size_t most) {
+    size_t at = 0, n;
+    while (at < left && most-- > 0 && ptst__class_at(s + at, left - at, &n) == class_is) {
+        at += n;
+    }
+    return at;
+}
+
+/* 's 't 're 've 'm 'll 'd at s (in any case, if fold): its length or 0. With fold, U+017F (long s)
+   counts as s, as in the regex engine. */
+static size_t ptst__contraction(const char *s, size_t left, bool fold) {
+    static const char *const tails[] = {"s", "t", "re", "ve", "m", "ll", "d"};
+    size_t i, k, n;
+    if (left < 2 || s[0] != '\'') {
+        return 0;
+    }
+    for (i = 0; i < 7; i++) {
+        n = strlen(tails[i]);
+        for (k = 0; k < n && k + 1 < left; k++) {
+            char ch = s[1 + k];
+            if ((fold && ch >= 'A' && ch <= 'Z' ? ch + 32 : ch) != tails[i][k]) {
+                break;
+            }
+        }
+        if (k == n) {
+            return n + 1;
+        }
+    }
+    return fold && left >= 3 && memcmp(s + 1, "\xC5\xBF", 2) == 0 ? 3 : 0;
+}
+
+/* White space at s: all of it, but the last character is left for what follows (\s+(?!\S)). */
+static size_t ptst__space_word(const char *s, size_t left) {
+    size_t at = 0, last = 0, n;
+    while (at < left && ptst__class_at(s + at, left - at, &n) == PTST__CLASS_SPACE) {
+        last = at;
+        at += n;
+    }
+    return at == left || last == 0 ? at : last;
+}
+
+static size_t ptst__word_gpt2(const char *s, size_t left) {
+    size_t n, blank = 0;
+    int k;
+    n = ptst__contraction(s, left, false);
+    if (n != 0) {
+        return n;
+    }
+    k = ptst__class_at(s, left, &n);
+    if (s[0] == ' ' && left > 1) {
+        int next = ptst__class_at(s + 1, left - 1, &n);
+        if (next != PTST__CLASS_SPACE) {
+            blank = 1;
+            k = next;
+        }
+    }
+    return k == PTST__CLASS_SPACE ? ptst__space_word(s, left)
+                                  : blank + ptst__class_run(s + blank, left - blank, k, SIZE_MAX);
+}
+
+/* \s*[\r\n]+: white space up to its last line break, 0 if it has none. */
+static size_t ptst__line_breaks(const char *s, size_t left) {
+    size_t at = 0, end = 0, n;
+    while (at < left && ptst__class_at(s + at, left - at, &n) == PTST__CLASS_SPACE) {
+        at += n;
+        end = s[at - 1] == '\n' || s[at - 1] == '\r' ? at : end;
+    }
+    return end;
+}
+
+static size_t ptst__word_llama3(const char *s, size_t left, size_t digits) {
+    size_t n = ptst__contraction(s, left, true), first, other;
+    int k, next;
+    if (n != 0) {
+        return n;
+    }
+    k = ptst__class_at(s, left, &first);
+    next = first < left ? ptst__class_at(s + first, left - first, &n) : PTST__CLASS_OTHER;
+    if (k == PTST__CLASS_LETTER) {
+        return ptst__class_run(s, left, k, SIZE_MAX);
+    }
+    if (k != PTST__CLASS_NUMBER && s[0] != '\r' && s[0] != '\n' && first < left &&
+        next == PTST__CLASS_LETTER) {
+        return first + ptst__class_run(s + first, left - first, next, SIZE_MAX);
+    }
+    if (k == PTST__CLASS_NUMBER) {
+        return ptst__class_run(s, left, k, digits);
+    }
+    other = s[0] == ' ' && first < left && next == PTST__CLASS_OTHER ? 1 : 0;
+    if (k == PTST__CLASS_OTHER || other != 0) {
+        n = other + ptst__class_run(s + other, left - other, PTST__CLASS_OTHER, SIZE_MAX);
+        while (n < left && (s[n] == '\r' || s[n] == '\n')) {
+            n++;
+        }
+        return n;
+    }
+    n = ptst__line_breaks(s, left);
+    return n != 0 ? n : ptst__space_word(s, left);
+}
+
+/* ---- merging ----
+   A word is a list of symbols; the neighbouring pair of lowest rank (of equal ones the leftmost)
+   joins until none is left. A heap of candidate pairs makes this n log n for a word of any length;
+   candidates that no longer fit the list are skipped when they surface. */
+
+typedef struct ptst__symbol {
+    int32_t id;
+    int32_t previous, next; /* -1 at the ends */
+    uint32_t start, size;   /* bytes of the word; size 0 = joined away */
+} ptst__symbol;
+
+typedef struct ptst__candidate {
+    int32_t rank, left; /* symbol; its right neighbour is the other half */
+    int32_t id;
+    uint32_t size;      /* of both together when found */
+} ptst__candidate;
+
+/* Working memory of one encoding. */
+typedef struct ptst__encoder {
+    ptst_ctx *c;
+    const ptst_tokenizer *t;
+    ptst_ids *out;
+    ptst__symbol *symbols;
+    ptst__candidate *heap;
+    size_t symbols_capacity, heap_capacity, heap_count;
+    ptst_text normal, normal2, word;
+    bool first; /* nothing has been encoded before this text */
+} ptst__encoder;
+
+static bool ptst__candidate_less(const ptst__candidate *a, const ptst__candidate *b) {
+    return a->rank != b->rank ? a->rank < b->rank : a->left < b->left;
+}
+
+static ptst_code ptst__heap_push(ptst__encoder *e, ptst__candidate k) {
+    void *heap = e->heap;
+    size_t i;
+    ptst_code code = ptst__grow(e->c, &heap, &e->heap_capacity, e->heap_count + 1, sizeof *e->heap);
+    e->heap = (ptst__candidate *)heap;
+    if (code != PTST_OK) {
+        return code;
+    }
+    for (i = e->heap_count++; i > 0 && ptst__candidate_less(&k, &e->heap[(i - 1) / 2]);
+         i = (i - 1) / 2) {
+        e->heap[i] = e->heap[(i - 1) / 2];
+    }
+    e->heap[i] = k;
+    return PTST_OK;
+}
+
+static ptst__candidate ptst__heap_pop(ptst__encoder *e) {
+    ptst__candidate top = e->heap[0], k = e->heap[--e->heap_count];
+    size_t i = 0, child;
+    while ((child = 2 * i + 1) < e->heap_count) {
+        child += child + 1 < e->heap_count &&
+                 ptst__candidate_less(&e->heap[child + 1], &e->heap[child]);
+        if (!ptst__candidate_less(&e->heap[child], &k)) {
+            break;
+        }
+        e->heap[i] = e->heap[child];
+        i = child;
+    }
+    e->heap[i] = k;
+    return top;
+}
+
+static ptst_code ptst__heap_add(ptst__encoder *e, int32_t left) {
+    const ptst__symbol *a = &e->symbols[left], *b;
+    const ptst__merge *m;
+    ptst__candidate k;
+    if (left < 0 || a->next < 0) {
+        return PTST_OK;
+    }
+    b = &e->symbols[a->next];
+    if (a->id < 0 || b->id < 0) {
+        return PTST_OK;
+    }
+    m = ptst__merge_slot(e->t, ptst__pair(a->id, b->id));
+    if (m->pair == 0) {
+        return PTST_OK;
+    }
+    k.rank = m->rank;
+    k.left = left;
+    k.id = m->id;
+    k.size = a->size + b->size;
+    return ptst__heap_push(e, k);
+}
+
+static ptst_code ptst__merge_all(ptst__encoder *e, size_t count) {
+    ptst_code code = PTST_OK;
+    size_t i;
+    e->heap_count = 0;
+    for (i = 0; i + 1 < count && code == PTST_OK; i++) {
+        code = ptst__heap_add(e, (int32_t)i);
+    }
+    while (code == PTST_OK && e->heap_count > 0) {
+        ptst__candidate k = ptst__heap_pop(e);
+        ptst__symbol *a = &e->symbols[k.left], *b;
+        const ptst__merge *m;
+        if (a->size == 0 || a->next < 0) {
+            continue;
+        }
+        b = &e->symbols[a->next];
+        m = a->id < 0 || b->id < 0 ? NULL : ptst__merge_slot(e->t, ptst__pair(a->id, b->id));
+        if (a->size + b->size != k.size || m == NULL || m->pair == 0 || m->id != k.id) {
+            continue; /* one of the two has joined something else since */
+        }
+        a->id = k.id;
+        a->size += b->size;
+        a->next = b->next;
+        b->size = 0;
+        if (a->next >= 0) {
+            e->symbols[a->next].previous = k.left;
+        }
+        code = a->previous >= 0 ? ptst__heap_add(e, a->previous) : PTST_OK;
+        if (code == PTST_OK) {
+            code = ptst__heap_add(e, k.left);
+        }
+    }
+    return code;
+}
+
+/* One symbol a character (SentencePiece style) or byte (byte-level). id -1 = not in the
+   vocabulary. */
+static ptst_code ptst__word_symbols(ptst__encoder *e, const char *s, size_t size, size_t *count) {
+    size_t at, n = 0, length;
+    uint32_t point;
+    void *symbols = e->symbols;
+    ptst_code code = ptst__grow(e->c, &symbols, &e->symbols_capacity, size, sizeof *e->symbols);
+    e->symbols = (ptst__symbol *)symbols;
+    for (at = 0; code == PTST_OK && at < size; at += length, n++) {
+        ptst__symbol *k = &e->symbols[n];
+        length = e->t->byte_level ? 1 : ptst__utf8_read(s + at, size - at, &point);
+        k->id = e->t->byte_level ? e->t->byte_id[(unsigned char)s[at]]
+                                 : ptst__map_get(&e->t->by_text, s + at, length, -1);
+        k->start = (uint32_t)at;
+        k->size = (uint32_t)length;
+        k->previous = (int32_t)n - 1;
+        k->next = at + length < size ? (int32_t)n + 1 : -1;
+    }
+    *count = n;
+    return code;
+}
+
+/* Emits a symbol; a character without a token becomes its bytes, or unk (one for a run, if the
+   tokenizer fuses them). */
+static ptst_code ptst__emit(ptst__encoder *e, const char *s, const ptst__symbol *k, bool *unknown) {
+    const ptst_tokenizer *t = e->t;
+    bool bytes = t->byte_fallback && !t->byte_level;
+    ptst_code code = PTST_OK;
+    uint32_t i;
+    if (k->id >= 0) {
+        *unknown = false;
+        return ptst_ids_append(e->c, e->out, k->id);
+    }
+    for (i = 0; i < k->size; i++) {
+        bytes = bytes && t->byte_id[(unsigned char)s[k->start + i]] >= 0;
+    }
+    if (bytes) {
+        *unknown = false;
+        for (i = 0; i < k->size && code == PTST_OK; i++) {
+            code = ptst_ids_append(e->c, e->out, t->byte_id[(unsigned char)s[k->start + i]]);
+        }
+        return code;
+    }
+    if (t->unk >= 0 && !(*unknown && t->fuse_unk)) {
+        code = ptst_ids_append(e->c, e->out, t->unk);
+    }
+    *unknown = true;
+    return code;
+}
+
+/* The token of a whole word of bytes, if it is one. */
+static int32_t ptst__whole_word(ptst__encoder *e, const char *s, size_t size) {
+    char out[4];
+    size_t i, n;
+    if (!e->t->byte_level) {
+        return ptst__map_get(&e->t->by_text, s, size, -1);
+    }
+    e->word.size = 0;
+    for (i = 0; i < size && i < 256; i++) {
+        n = ptst__utf8_write(out, ptst__byte_to_point((unsigned char)s[i]));
+        if (ptst_text_append(e->c, &e->word, out, n) != PTST_OK) {
+            return -1;
+        }
+    }
+    return size > 256 ? -1 : ptst__map_get(&e->t->by_text, e->word.data, e->word.size, -1);
+}
+
+static ptst_code ptst__encode_word(ptst__encoder *e, const char *s, size_t size) {
+    size_t count = 0;
+    int32_t i, whole;
+    bool unknown = false;
+    ptst_code code;
+    if (size == 0) {
+        return PTST_OK;
+    }
+    if (e->t->ignore_merges) {
+        whole = ptst__whole_word(e, s, size);
+        if (whole >= 0) {
+            return ptst_ids_append(e->c, e->out, whole);
+        }
+    }
+    code = ptst__word_symbols(e, s, size, &count);
+    if (code == PTST_OK) {
+        code = ptst__merge_all(e, count);
+    }
+    for (i = 0; code == PTST_OK && i >= 0 && count > 0; i = e->symbols[i].next) {
+        code = ptst__emit(e, s, &e->symbols[i], &unknown);
+    }
+    return code;
+}
+
+/* ---- encoding ---- */
+
+static ptst_code ptst__normalize_step(ptst__encoder *e, const ptst__step *s) {
+    ptst_text *from = &e->normal, *to = &e->normal2, swap;
+    ptst_code code = PTST_OK;
+    size_t i;
+    to->size = 0;
+    if (s->kind == PTST__STEP_NFC) {
+        code = ptst__unicode_nfc(e->c, from->data, from->size, to);
+    } else if (s->kind == PTST__STEP_PREPEND) {
+        if (from->size != 0) {
+            code = ptst_text_append(e->c, to, s->to, s->to_size);
+        }
+        if (code == PTST_OK) {
+            code = ptst_text_append(e->c, to, from->data, from->size);
+        }
+    } else {
+        for (i = 0; i < from->size && code == PTST_OK;) {
+            bool hit = from->size - i >= s->from_size &&
+                       memcmp(from->data + i, s->from, s->from_size) == 0;
+            code = hit ? ptst_text_append(e->c, to, s->to, s->to_size)
+                       : ptst_text_append(e->c, to, from->data + i, 1);
+            i += hit ? s->from_size : 1;
+        }
+    }
+    swap = *from;
+    *from = *to;
+    *to = swap;
+    return code;
+}
+
+/* Blank to U+2581, with one in front where the scheme asks for it. */
+static ptst_code ptst__metaspace(ptst__encoder *e) {
+    static const char mark[] = "\xE2\x96\x81";
+    ptst__step s;
+    ptst_code code;
+    memset(&s, 0, sizeof s);
+    s.kind = PTST__STEP_REPLACE;
+    s.from = " ";
+    s.from_size = 1;
+    s.to = mark;
+    s.to_size = 3;
+    code = ptst__normalize_step(e, &s);
+    s.kind = PTST__STEP_PREPEND;
+    if (code == PTST_OK && e->t->prefix_space && (e->first || e->t->metaspace_always) &&
+        !(e->normal.size >= 3 && memcmp(e->normal.data, mark, 3) == 0)) {
+        code = ptst__normalize_step(e, &s);
+    }
+    return code;
+}
+
+/* Text between added tokens: normalizer, words, merges. */
+static ptst_code ptst__encode_text(ptst__encoder *e, const char *s, size_t size) {
+    const ptst_tokenizer *t = e->t;
+    ptst_code code = PTST_OK;
+    size_t i, n;
+    if (size == 0) {
+        return PTST_OK;
+    }
+    e->normal.size = 0;
+    code = ptst__utf8_repair(e->c, s, size, &e->normal);
+    for (i = 0; i < t->normalizer_count && code == PTST_OK; i++) {
+        code = ptst__normalize_step(e, &t->normalizer[i]);
+    }
+    if (code == PTST_OK && t->metaspace) {
+        code = ptst__metaspace(e);
+    }
+    if (code == PTST_OK && t->byte_level && t->prefix_space && e->normal.data[0] != ' ') {
+        ptst__step blank;
+        memset(&blank, 0, sizeof blank);
+        blank.kind = PTST__STEP_PREPEND;
+        blank.to = " ";
+        blank.to_size = 1;
+        code = ptst__normalize_step(e, &blank);
+    }
+    e->first = false;
+    for (i = 0; i < e->normal.size && code == PTST_OK; i += n) {
+        const char *w = e->normal.data + i;
+        size_t left = e->normal.size - i;
+        n = t->split == PTST__SPLIT_GPT2     ? ptst__word_gpt2(w, left)
+            : t->split == PTST__SPLIT_LLAMA3 ? ptst__word_llama3(w, left, t->digits)
+                                             : left;
+        code = ptst__encode_word(e, w, n);
+    }
+    return code;
+}
+
+static bool ptst__word_char(const char *s, size_t left) {
+    size_t n;
+    int k = ptst__class_at(s, left, &n);
+    return k == PTST__CLASS_LETTER || k == PTST__CLASS_NUMBER || s[0] == '_';
+}
+
+/* The added token at text[at], the longest that may stand there; NULL if none. */
+static const ptst__added *ptst__added_at(const ptst_tokenizer *t, const char *text, size_t size,
+                                         size_t at, const uint8_t *marks, unsigned flags) {
+    unsigned char first = (unsigned char)text[at];
+    size_t i, k;
+    if ((t->added_first[first / 8] >> (first % 8) & 1) == 0) {
+        return NULL;
+    }
+    for (i = 0; i < t->added_count; i++) {
+        const ptst__added *x = &t->added[i];
+        bool fits = x->size <= size - at && memcmp(x->text, text + at, x->size) == 0 &&
+                    !(x->special && (flags & PTST_PLAIN) != 0);
+        for (k = 0; fits && x->special && marks != NULL && k < x->size; k++) {
+            fits = marks[at + k] == 0;
+        }
+        if (fits && x->single_word) {
+            fits = (at == 0 || !ptst__word_char(text + at - 1, 1)) &&
+                   (at + x->size == size ||
+                    !ptst__word_char(text + at + x->size, size - at - x->size));
+        }
+        if (fits) {
+            return x;
+        }
+    }
+    return NULL;
+}
+
+static size_t ptst__space_before(const char *text, size_t from, size_t at) {
+    while (at > from && (text[at - 1] == ' ' || (text[at - 1] >= 9 && text[at - 1] <= 13))) {
+        at--;
+    }
+    return at;
+}
+
+static ptst_code ptst__encode_all(ptst__encoder *e, const char *text, size_t size,
+                                  const uint8_t *marks, unsigned flags) {
+    ptst_code code = PTST_OK;
+    size_t at, begin = 0, n;
+    for (at = 0; at < size && code == PTST_OK;) {
+        const ptst__added *x = ptst__added_at(e->t, text, size, at, marks, flags);
+        if (x == NULL) {
+            at++;
+            continue;
+        }
+        n = x->lstrip ? ptst__space_before(text, begin, at) : at;
+        code = ptst__encode_text(e, text + begin, n - begin);
+        if (code == PTST_OK) {
+            code = ptst_ids_append(e->c, e->out, x->id);
+        }
+        e->first = false;
+        at += x->size;
+        while (x->rstrip && at < size && ptst__class_at(text + at, size - at, &n) ==
+                                             PTST__CLASS_SPACE) {
+            at += n;
+        }
+        begin = at;
+    }
+    return code == PTST_OK ? ptst__encode_text(e, text + begin, size - begin) : code;
+}
+
+PTST_API ptst_code ptst_encode_marked(ptst_ctx *c, const ptst_tokenizer *t, const char *text,
+                                      size_t size, const uint8_t *marks, unsigned flags,
+                                      ptst_ids *ids) {
+    ptst__encoder e;
+    ptst_code code = PTST_OK;
+    size_t i, before = ids->count;
+    if (size > INT32_MAX) {
+        return ptst__fail(c, PTST_ERR_LIMIT, "a text of more than 2 GiB to tokenize");
+    }
+    memset(&e, 0, sizeof e);
+    e.c = c;
+    e.t = t;
+    e.out = ids;
+    e.first = true;
+    for (i = 0; (flags & PTST_ADD_SPECIAL) && i < t->before_count && code == PTST_OK; i++) {
+        code = ptst_ids_append(c, ids, t->before[i]);
+    }
+    if (code == PTST_OK) {
+        code = ptst__encode_all(&e, text, size, marks, flags);
+    }
+    for (i = 0; (flags & PTST_ADD_SPECIAL) && i < t->after_count && code == PTST_OK; i++) {
+        code = ptst_ids_append(c, ids, t->after[i]);
+    }
+    ptst__free(c, e.symbols);
+    ptst__free(c, e.heap);
+    ptst_text_free(c, &e.normal);
+    ptst_text_free(c, &e.normal2);
+    ptst_text_free(c, &e.word);
+    if (code != PTST_OK) {
+        ids->count = before;
+    }
+    return code;
+}
+
+PTST_API ptst_code ptst_encode(ptst_ctx *c, const ptst_tokenizer *t, const char *text, size_t size,
+                               unsigned flags, ptst_ids *ids) {
+    return ptst_encode_marked(c, t, text, size, NULL, flags, ids);
+}
+
+/* ---- decoding ---- */
+
+/* The byte of a token "<0xNN>", or -1. */
+static int ptst__fallback_byte(const char *s, size_t size) {
+    int value = 0, i;
+    if (size != 6 || memcmp(s, "<0x", 3) != 0 || s[5] != '>') {
+        return -1;
+    }
+    for (i = 3; i < 5; i++) {
+        int d = s[i] >= '0' && s[i] <= '9'   ? s[i] - '0'
+                : s[i] >= 'A' && s[i] <= 'F' ? s[i] - 'A' + 10
+                : s[i] >= 'a' && s[i] <= 'f' ? s[i] - 'a' + 10
+                                             : 16;
+        if (d == 16) {
+            return -1;
+        }
+        value = value * 16 + d;
+    }
+    return value;
+}
+
+/* Appends the bytes of a run of fallback tokens: as they are if they are valid UTF-8 as a whole,
+   else one U+FFFD a byte. */
+static ptst_code ptst__flush_bytes(ptst_ctx *c, ptst_text *bytes, ptst_text *out) {
+    size_t at, n = 1;
+    uint32_t point;
+    ptst_code code = PTST_OK;
+    for (at = 0; at < bytes->size && n != 0; at += n) {
+        n = ptst__utf8_read(bytes->data + at, bytes->size - at, &point);
+    }
+    if (n != 0 && bytes->size != 0) {
+        code = ptst_text_append(c, out, bytes->data, bytes->size);
+    }
+    for (at = 0; n == 0 && at < bytes->size && code == PTST_OK; at++) {
+        code = ptst_text_append(c, out, "\xEF\xBF\xBD", 3);
+    }
+    bytes->size = 0;
+    return code;
+}
+
+/* One token of the SentencePiece kind: Replace, byte fallback; `first` tokens lose what Strip takes
+   away (the decoder fuses everything before it strips). */
+static ptst_code ptst__decode_token(ptst_ctx *c, const ptst_tokenizer *t, const ptst__token *k,
+                                    ptst_text *bytes, ptst_text *out) {
+    size_t i, at;
+    ptst_code code = PTST_OK;
+    int byte = t->byte_fallback ? ptst__fallback_byte(k->text, k->size) : -1;
+    if (byte >= 0 && !k->added) {
+        char b = (char)byte;
+        return ptst_text_append(c, bytes, &b, 1);
+    }
+    code = ptst__flush_bytes(c, bytes, out);
+    for (at = 0; at < k->size && code == PTST_OK;) {
+        const ptst__step *hit = NULL;
+        for (i = 0; i < t->decoder_count && hit == NULL; i++) {
+            const ptst__step *s = &t->decoder[i];
+            if (s->kind == PTST__STEP_REPLACE && s->from_size <= k->size - at &&
+                memcmp(k->text + at, s->from, s->from_size) == 0) {
+                hit = s;
+            }
+        }
+        code = hit != NULL ? ptst_text_append(c, out, hit->to, hit->to_size)
+                           : ptst_text_append(c, out, k->text + at, 1);
+        at += hit != NULL ? hit->from_size : 1;
+    }
+    return code;
+}
+
+/* One token of the byte-level kind: the bytes that its characters stand for. An added token is
+   text. */
+static ptst_code ptst__decode_bytes(ptst_ctx *c, const ptst__token *k, ptst_text *out) {
+    size_t at, n;
+    uint32_t point = 0;
+    ptst_code code = PTST_OK;
+    bool all = true;
+    for (at = 0; at < k->size; at += n) {
+        n = ptst__utf8_read(k->text + at, k->size - at, &point);
+        all = all && n != 0 && ptst__point_to_byte(point) >= 0;
+        n = n == 0 ? 1 : n;
+    }
+    if (!all) { /* a character outside the alphabet: the token stands for itself */
+        return ptst_text_append(c, out, k->text, k->size);
+    }
+    for (at = 0; at < k->size && code == PTST_OK; at += n) {
+        char b;
+        n = ptst__utf8_read(k->text + at, k->size - at, &point);
+        b = (char)ptst__point_to_byte(point);
+        code = ptst_text_append(c, out, &b, 1);
+    }
+    return code;
+}
+
+/* Removes up to `start` copies of a Strip step's character from the front of what was decoded. */
+static void ptst__decode_strip(const ptst_tokenizer *t, ptst_text *out, size_t from) {
+    size_t i, k;
+    for (i = 0; i < t->decoder_count; i++) {
+        const ptst__step *s = &t->decoder[i];
+        if (s->kind != PTST__STEP_STRIP || s->from == NULL || s->from_size == 0) {
+            continue;
+        }
+        for (k = 0; k < s->start && out->size - from >= s->from_size &&
+                    memcmp(out->data + from, s->from, s->from_size) == 0;
+             k++) {
+            memmove(out->data + from, out->data + from + s->from_size,
+                    out->size - from - s->from_size + 1);
+            out->size -= s->from_size;
+        }
+    }
+}
+
+PTST_API ptst_code ptst_decode(ptst_ctx *c, const ptst_tokenizer *t, const int32_t *ids,
+                               size_t count, unsigned flags, ptst_text *out) {
+    ptst_text bytes = {NULL, 0, 0}, raw = {NULL, 0, 0};
+    bool level = false;
+    size_t i;
+    ptst_code code = ptst_text_append(c, &raw, "", 0);
+    for (i = 0; i < t->decoder_count; i++) {
+        level = level || t->decoder[i].kind == PTST__STEP_BYTE_LEVEL;
+    }
+    for (i = 0; i < count && code == PTST_OK; i++) {
+        const ptst__token *k = ids[i] >= 0 && ids[i] < t->count ? &t->tokens[ids[i]] : NULL;
+        if (k == NULL || !k->there || (k->special && (flags & PTST_SKIP_SPECIAL) != 0)) {
+            continue;
+        }
+        code = level ? ptst__decode_bytes(c, k, &raw) : ptst__decode_token(c, t, k, &bytes, &raw);
+    }
+    if (code == PTST_OK) {
+        code = ptst__flush_bytes(c, &bytes, &raw);
+    }
+    if (code == PTST_OK) {
+        ptst__decode_strip(t, &raw, 0);
+        code = ptst__utf8_repair(c, raw.data, raw.size, out);
+    }
+    ptst_text_free(c, &bytes);
+    ptst_text_free(c, &raw);
+    return code;
+}
+
+/* ---- public part ---- */
+
+PTST_API void ptst_tokenizer_free(ptst_ctx *c, ptst_tokenizer *t) {
+    if (t != NULL) {
+        ptst__arena_free(c, &t->arena);
+        ptst__map_free(c, &t->by_text);
+        ptst__free(c, t->merges);
+        ptst__free(c, t);
+    }
+}
+
+static ptst_code ptst__tok_read(ptst__tokenizer_reader *r) {
+    ptst_code code = ptst_json_kind(r->j, 0) != PTST_JSON_OBJECT
+                         ? ptst__tok_fail(r, PTST_ERR_FORMAT, "an object was expected", "")
+                         : ptst__tok_model(r);
+    if (code == PTST_OK) {
+        code = ptst__tok_normalizer(r, ptst_json_get(r->j, 0, "normalizer"), 0);
+    }
+    if (code == PTST_OK) {
+        code = ptst__tok_pre(r, ptst_json_get(r->j, 0, "pre_tokenizer"), 0);
+    }
+    if (code == PTST_OK) {
+        code = ptst__tok_post(r, ptst_json_get(r->j, 0, "post_processor"), 0);
+    }
+    if (code == PTST_OK) {
+        code = ptst__tok_decoder(r, ptst_json_get(r->j, 0, "decoder"), 0);
+    }
+    if (code == PTST_OK) {
+        ptst__tok_bytes(r->t);
+    }
+    return code;
+}
+
+PTST_API ptst_tokenizer *ptst_tokenizer_parse(ptst_ctx *c, const char *text, size_t size,
+                                              const char *name) {
+    ptst__tokenizer_reader r;
+    ptst_code code;
+    r.c = c;
+    r.name = name;
+    r.j = ptst_json_parse(c, text, size, name);
+    if (r.j == NULL) {
+        return NULL;
+    }
+    r.t = (ptst_tokenizer *)ptst__calloc(c, 1, sizeof *r.t);
+    if (r.t == NULL) {
+        ptst_json_free(c, r.j);
+        return NULL;
+    }
+    r.t->bos = r.t->eos = r.t->unk = -1;
+    code = ptst__tok_read(&r);
+    ptst_json_free(c, r.j);
+    if (code != PTST_OK) {
+        ptst_tokenizer_free(c, r.t);
+        return NULL;
+    }
+    return r.t;
+}
+
+/* bos_token and eos_token of tokenizer_config.json: text, or an object with content. */
+static ptst_code ptst__tok_config(ptst_ctx *c, ptst_tokenizer *t, const char *folder) {
+    ptst_text path = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    int i;
+    ptst_code code = ptst__path_join(c, &path, folder, "tokenizer_config.json");
+    if (code == PTST_OK && ptst__path_kind(path.data) == 1) {
+        j = ptst_json_load(c, path.data);
+        code = j == NULL ? c->code : PTST_OK;
+    }
+    ptst_text_free(c, &path);
+    for (i = 0; j != NULL && i < 2; i++) {
+        int32_t node = ptst_json_get(j, 0, i == 0 ? "bos_token" : "eos_token");
+        const char *s;
+        if (ptst_json_kind(j, node) == PTST_JSON_OBJECT) {
+            node = ptst_json_get(j, node, "content");
+        }
+        s = ptst_json_string(j, node, NULL);
+        *(i == 0 ? &t->bos : &t->eos) = s == NULL ? -1 : ptst_token_id(t, s);
+    }
+    ptst_json_free(c, j);
+    return code;
+}
+
+PTST_API ptst_tokenizer *ptst_tokenizer_load(ptst_ctx *c, const char *path) {
+    ptst_text file = {NULL, 0, 0}, text = {NULL, 0, 0};
+    ptst_tokenizer *t = NULL;
+    bool folder = ptst__path_kind(path) == 2;
+    ptst_code code = folder ? ptst__path_join(c, &file, path, "tokenizer.json")
+                            : ptst__text_add(c, &file, path);
+    if (code == PTST_OK) {
+        code = ptst__read_file(c, file.data, &text);
+    }
+    if (code == PTST_OK) {
+        t = ptst_tokenizer_parse(c, text.data, text.size, file.data);
+    }
+    if (t != NULL && folder && ptst__tok_config(c, t, path) != PTST_OK) {
+        ptst_tokenizer_free(c, t);
+        t = NULL;
+    }
+    ptst_text_free(c, &file);
+    ptst_text_free(c, &text);
+    return t;
+}
+
+PTST_API const char *ptst_token_text(const ptst_tokenizer *t, int32_t id, size_t *size) {
+    if (id < 0 || id >= t->count || !t->tokens[id].there) {
+        return NULL;
+    }
+    if (size != NULL) {
+        *size = t->tokens[id].size;
+    }
+    return t->tokens[id].text;
+}
+
+PTST_API int32_t ptst_token_id(const ptst_tokenizer *t, const char *text) {
+    return ptst__map_get(&t->by_text, text, strlen(text), -1);
+}
+
+PTST_API int32_t ptst_vocab_size(const ptst_tokenizer *t) { return t->count; }
+PTST_API int32_t ptst_token_bos(const ptst_tokenizer *t) { return t->bos; }
+PTST_API int32_t ptst_token_eos(const ptst_tokenizer *t) { return t->eos; }
 
 /* >>jinja =======================================================================================
    Not complete yet: only what >>template links against. */
@@ -9779,6 +12084,257 @@ PTST_API uint64_t ptst_model_bytes(const ptst_model *m) {
     return n;
 }
 
+/* Files of a model folder that hold weights, or say where they are. */
+static bool ptst__is_weight_file(const char *name) {
+    static const char *const ends[] = {".safetensors", ".safetensors.index.json",
+                                       ".bin",         ".bin.index.json",
+                                       ".pt",          ".pth",
+                                       ".gguf",        ".h5",
+                                       ".msgpack",     ".onnx"};
+    size_t i, n = strlen(name);
+    for (i = 0; i < sizeof ends / sizeof ends[0]; i++) {
+        size_t k = strlen(ends[i]);
+        if (n >= k && strcmp(name + n - k, ends[i]) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static ptst_code ptst__copy_file(ptst_ctx *c, const char *from, const char *to, const char *name) {
+    ptst_text path = {NULL, 0, 0}, data = {NULL, 0, 0};
+    ptst_code code = ptst__path_join(c, &path, from, name);
+    code = code != PTST_OK ? code : ptst__read_file(c, path.data, &data);
+    code = code != PTST_OK ? code : ptst__path_join(c, &path, to, name);
+    code = code != PTST_OK ? code : ptst__write_file(c, path.data, data.data, data.size);
+    ptst_text_free(c, &path);
+    ptst_text_free(c, &data);
+    return code;
+}
+
+/* Copies the files of a folder but for weights, config.json and names that begin with a dot; with
+   index also the index of the shards. */
+static ptst_code ptst__copy_files(ptst_ctx *c, const char *from, const char *to, bool index) {
+    ptst_text names = {NULL, 0, 0};
+    size_t at;
+    ptst_code code = ptst__list_files(c, from, &names);
+    for (at = 0; code == PTST_OK && at < names.size; at += strlen(names.data + at) + 1) {
+        const char *name = names.data + at;
+        bool shards = strcmp(name, "model.safetensors.index.json") == 0;
+        if (name[0] != '.' && strcmp(name, "config.json") != 0 &&
+            ((index && shards) || !ptst__is_weight_file(name))) {
+            code = ptst__copy_file(c, from, to, name);
+        }
+    }
+    ptst_text_free(c, &names);
+    return code;
+}
+
+/* Copies what a model folder holds beside its weights: tokenizer, templates, generation_config
+   and so on. With `whole` also the index of its shards, and config.json as the last file. */
+PTST__UNUSED static ptst_code ptst__copy_model_files(ptst_ctx *c, const char *from, const char *to,
+                                                     bool whole) {
+    ptst_text source = {NULL, 0, 0}, target = {NULL, 0, 0};
+    ptst_code code = ptst__copy_files(c, from, to, whole);
+    code = code != PTST_OK ? code : ptst__path_join(c, &source, from, "chat_templates");
+    code = code != PTST_OK ? code : ptst__path_join(c, &target, to, "chat_templates");
+    if (code == PTST_OK && ptst__path_kind(source.data) == 2) {
+        code = ptst__make_folders(c, target.data);
+        code = code != PTST_OK ? code : ptst__copy_files(c, source.data, target.data, false);
+    }
+    ptst_text_free(c, &source);
+    ptst_text_free(c, &target);
+    return code == PTST_OK && whole ? ptst__copy_file(c, from, to, "config.json") : code;
+}
+
+/* ---- writing a model folder ---- */
+
+/* A number that JSON readers take as floating point: 10000 is written 10000.0. */
+static ptst_code ptst__config_put_float(ptst_ctx *c, ptst_text *t, const char *key, double value) {
+    char text[40];
+    size_t n = ptst__number_text(text, value);
+    bool whole = strspn(text, "-0123456789") == n;
+    return ptst__text_format(c, t, "  \"%s\": %.*s%s,\n", key, (int)n, text, whole ? ".0" : "");
+}
+
+static ptst_code ptst__config_put_ids(ptst_ctx *c, ptst_text *t, const ptst_config *g) {
+    ptst_code code = ptst__text_add(c, t,
+                                    g->eos_count == 1   ? "  \"eos_token_id\": "
+                                    : g->eos_count == 0 ? "  \"eos_token_id\": null"
+                                                        : "  \"eos_token_id\": [");
+    size_t i;
+    for (i = 0; i < g->eos_count && code == PTST_OK; i++) {
+        code = ptst__text_format(c, t, "%s%ld", i == 0 ? "" : ", ", (long)g->eos_token_id[i]);
+    }
+    return code != PTST_OK ? code : ptst__text_add(c, t, g->eos_count > 1 ? "],\n" : ",\n");
+}
+
+/* rope_theta and rope_scaling, which old and new versions of transformers read. */
+static ptst_code ptst__config_put_rope(ptst_ctx *c, ptst_text *t, const ptst_config *g) {
+    ptst_code code = ptst__config_put_float(c, t, "rope_theta", g->rope_theta);
+    if (code != PTST_OK || strcmp(g->rope_type, "default") == 0) {
+        return code != PTST_OK ? code : ptst__text_add(c, t, "  \"rope_scaling\": null,\n");
+    }
+    code = ptst__text_add(c, t, "  \"rope_scaling\": {\n");
+    code = code != PTST_OK ? code : ptst__config_put_float(c, t, "factor", g->rope_factor);
+    if (code == PTST_OK && strcmp(g->rope_type, "llama3") == 0) {
+        code = ptst__config_put_float(c, t, "low_freq_factor", g->rope_low_freq_factor);
+        code = code != PTST_OK
+                   ? code
+                   : ptst__config_put_float(c, t, "high_freq_factor", g->rope_high_freq_factor);
+        code = code != PTST_OK
+                   ? code
+                   : ptst__text_format(c, t, "  \"original_max_position_embeddings\": %ld,\n",
+                                       (long)g->original_max_position_embeddings);
+    }
+    return code != PTST_OK
+               ? code
+               : ptst__text_format(c, t, "  \"rope_type\": \"%s\"\n  },\n", g->rope_type);
+}
+
+/* The window of mistral; of qwen2 with the layers that have it. */
+static ptst_code ptst__config_put_window(ptst_ctx *c, ptst_text *t, const ptst_config *g,
+                                         const ptst__family *family) {
+    int32_t i, first = g->num_hidden_layers;
+    ptst_code code = PTST_OK;
+    char window[16];
+    snprintf(window, sizeof window, "%ld", (long)g->sliding_window);
+    if (family->window == PTST__NO_WINDOW) {
+        return PTST_OK;
+    }
+    code = ptst__text_format(c, t, "  \"sliding_window\": %s,\n",
+                             g->sliding_window == 0 ? "null" : window);
+    if (code != PTST_OK || family->window == PTST__ALL_LAYERS) {
+        return code;
+    }
+    for (i = g->num_hidden_layers - 1; i >= 0 && g->sliding_layers[i]; i--) {
+        first = i;
+    }
+    code = ptst__text_format(c, t,
+                             "  \"use_sliding_window\": %s,\n  \"max_window_layers\": %ld,\n"
+                             "  \"layer_types\": [",
+                             g->sliding_window == 0 ? "false" : "true", (long)first);
+    for (i = 0; i < g->num_hidden_layers && code == PTST_OK; i++) {
+        code = ptst__text_format(c, t, "%s\"%s\"", i == 0 ? "" : ", ",
+                                 g->sliding_layers[i] ? "sliding_attention" : "full_attention");
+    }
+    return code != PTST_OK ? code : ptst__text_add(c, t, "],\n");
+}
+
+/* config.json as transformers 4 and 5 read it. */
+static ptst_code ptst__config_write(ptst_ctx *c, const ptst_config *g, ptst_dtype dtype,
+                                    ptst_text *t) {
+    const ptst__family *family = ptst__family_find(g->model_type);
+    ptst_code code =
+        ptst__text_format(c, t, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n",
+                          family->architecture, g->model_type);
+    int i;
+    for (i = 0; i < PTST__CONFIG_WHOLES && code == PTST_OK; i++) {
+        const ptst__config_whole *w = &ptst__config_wholes[i];
+        int32_t value;
+        memcpy(&value, (const char *)g + w->place, sizeof value);
+        code = ptst__text_format(c, t, "  \"%s\": %ld,\n", w->key, (long)value);
+    }
+    if (code == PTST_OK && family->bias_flags) {
+        code =
+            ptst__text_format(c, t, "  \"attention_bias\": %s,\n  \"mlp_bias\": %s,\n",
+                              g->attention_bias ? "true" : "false", g->mlp_bias ? "true" : "false");
+    }
+    code = code != PTST_OK ? code : ptst__config_put_window(c, t, g, family);
+    code = code != PTST_OK ? code : ptst__config_put_rope(c, t, g);
+    code = code != PTST_OK ? code : ptst__config_put_float(c, t, "rms_norm_eps", g->rms_norm_eps);
+    code = code != PTST_OK
+               ? code
+               : ptst__config_put_float(c, t, "initializer_range", g->initializer_range);
+    code = code != PTST_OK ? code : ptst__config_put_ids(c, t, g);
+    for (i = 0; i < 2 && code == PTST_OK; i++) {
+        int32_t id = i == 0 ? g->bos_token_id : g->pad_token_id;
+        const char *key = i == 0 ? "bos_token_id" : "pad_token_id";
+        code = id < 0 ? ptst__text_format(c, t, "  \"%s\": null,\n", key)
+                      : ptst__text_format(c, t, "  \"%s\": %ld,\n", key, (long)id);
+    }
+    return code != PTST_OK
+               ? code
+               : ptst__text_format(c, t,
+                                   "  \"hidden_act\": \"silu\",\n  \"tie_word_embeddings\": %s,\n"
+                                   "  \"torch_dtype\": \"%s\"\n}\n",
+                                   g->tie_word_embeddings ? "true" : "false",
+                                   dtype == PTST_F16    ? "float16"
+                                   : dtype == PTST_BF16 ? "bfloat16"
+                                                        : "float32");
+}
+
+/* The bytes of a weight in another type, piece by piece into a file that is being written. */
+static ptst_code ptst__weight_put(ptst_ctx *c, ptst__tensors_writer *file, const ptst__weight *w,
+                                  ptst_dtype dtype) {
+    size_t i, n = ptst__weight_count(w), part;
+    float middle[PTST__CONVERT], out[PTST__CONVERT];
+    ptst_code code = PTST_OK;
+    if (dtype == w->dtype) {
+        return ptst__tensors_put(c, file, w->data, n * ptst__dtype_size(dtype));
+    }
+    for (i = 0; i < n && code == PTST_OK; i += part) {
+        part = ptst__min(n - i, PTST__CONVERT);
+        ptst__convert_to_f32(c, middle, ptst__element(w->data, w->dtype, i), w->dtype, part);
+        ptst__convert_from_f32(c, out, middle, dtype, part);
+        code = ptst__tensors_put(c, file, out, part * ptst__dtype_size(dtype));
+    }
+    return code;
+}
+
+static ptst_code ptst__model_save_weights(ptst_ctx *c, const ptst_model *m, const char *path,
+                                          ptst_dtype dtype) {
+    static const char *const metadata[] = {"format", "pt", NULL};
+    ptst__tensors_writer file;
+    size_t i;
+    ptst_code code;
+    ptst_tensor *list = (ptst_tensor *)ptst__calloc(c, m->weights_count, sizeof *list);
+    if (list == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < m->weights_count; i++) {
+        const ptst__weight *w = &m->weights[i];
+        list[i].name = w->name;
+        list[i].dtype = dtype == PTST_DTYPE_FILE ? w->file_dtype : dtype;
+        list[i].rank = w->vector ? 1 : 2;
+        list[i].shape[0] = w->vector ? w->cols : w->rows;
+        list[i].shape[1] = w->vector ? 0 : w->cols;
+    }
+    code = ptst__tensors_begin(c, &file, path, list, m->weights_count, metadata);
+    if (code == PTST_OK) {
+        while (code == PTST_OK && (i = ptst__tensors_next(&file)) < m->weights_count) {
+            code = ptst__weight_put(c, &file, &m->weights[i], list[i].dtype);
+        }
+        if (code == PTST_OK) {
+            code = ptst__tensors_commit(c, &file);
+        } else {
+            ptst__tensors_abort(c, &file);
+        }
+    }
+    ptst__free(c, list);
+    return code;
+}
+
+PTST_API ptst_code ptst_model_save(ptst_ctx *c, const ptst_model *m, const char *folder,
+                                   ptst_dtype dtype) {
+    ptst_text path = {NULL, 0, 0}, text = {NULL, 0, 0};
+    ptst_dtype named = dtype == PTST_DTYPE_FILE ? m->embedding->file_dtype : dtype;
+    ptst_code code;
+    if (dtype == PTST_I8 || dtype == PTST_I4 || (unsigned)dtype > (unsigned)PTST_I4) {
+        return ptst__fail(c, PTST_ERR_UNSUPPORTED,
+                          "a model can be saved as f32, bf16 or f16, not as int8 or int4");
+    }
+    code = ptst__make_folders(c, folder);
+    code = code != PTST_OK ? code : ptst__path_join(c, &path, folder, "model.safetensors");
+    code = code != PTST_OK ? code : ptst__model_save_weights(c, m, path.data, dtype);
+    code = code != PTST_OK ? code : ptst__path_join(c, &path, folder, "config.json");
+    code = code != PTST_OK ? code : ptst__config_write(c, &m->config, named, &text);
+    code = code != PTST_OK ? code : ptst__write_file(c, path.data, text.data, text.size);
+    ptst_text_free(c, &path);
+    ptst_text_free(c, &text);
+    return code;
+}
+
 /* ---- adapters: what the passes need of them; >>lora makes them ---- */
 
 /* The side branch of one linear layer; rank 0 = none. */
@@ -11138,13 +13694,2577 @@ PTST__UNUSED static ptst_code ptst__pass_run(ptst_ctx *c, ptst__pass *p, const p
 }
 
 /* >>lora ==========================================================================================
-   Not written yet. */
+   Adapters in the format of PEFT: made, read, written, merged. Their forward and backward steps
+   are the side branches of linear layers in >>model. Relies on >>model and >>safetensors.
+   Afterwards every tensor of an adapter lies at the layer that its name says, and none is left
+   over. Tested by tests/test_lora.c.
+
+   A folder holds adapter_config.json and adapter_model.safetensors with two tensors for each
+   linear layer that is adapted:
+
+       base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight     [rank, in]
+       base_model.model.model.layers.{i}.self_attn.q_proj.lora_B.weight     [out, rank]        */
+
+/* ---- making ---- */
+
+/* What is adapted, and how; one flag for each linear layer. */
+typedef struct ptst__lora_plan {
+    ptst_lora_desc desc;
+    bool hit[PTST_LAYERS_MAX * PTST__LINEARS];
+} ptst__lora_plan;
+
+enum { PTST__RANK_MAX = 1 << 16 };
+
+static const char ptst__lora_expected[] =
+    "expected q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj or all-linear";
+
+/* "q_proj" of "self_attn.q_proj". */
+static const char *ptst__linear_short(int kind) {
+    return strchr(ptst__linear_names[kind], '.') + 1;
+}
+
+/* Does a PEFT target (size bytes) mean this module? It does if it is its path or the end of it,
+   from a dot on. */
+static bool ptst__lora_matches(size_t layer, int kind, const char *target, size_t size) {
+    char path[PTST__NAME];
+    size_t n = (size_t)snprintf(path, sizeof path, "model.layers.%lu.%s", (unsigned long)layer,
+                                ptst__linear_names[kind]);
+    return size <= n && memcmp(path + n - size, target, size) == 0 &&
+           (size == n || path[n - size - 1] == '.');
+}
+
+/* Marks what a target means in a model of L layers; false if that is nothing. */
+static bool ptst__lora_mark(ptst__lora_plan *p, size_t L, const char *target, size_t size) {
+    size_t l;
+    int k;
+    bool all = size == 10 && memcmp(target, "all-linear", 10) == 0, found = false;
+    for (l = 0; l < L; l++) {
+        for (k = 0; k < PTST__LINEARS; k++) {
+            if (all || (size > 0 && ptst__lora_matches(l, k, target, size))) {
+                p->hit[l * PTST__LINEARS + (size_t)k] = found = true;
+            }
+        }
+    }
+    return found;
+}
+
+/* Marks a list by commas, each of which must mean something. */
+static ptst_code ptst__lora_parse(ptst_ctx *c, ptst__lora_plan *p, size_t L, const char *targets) {
+    while (*targets != 0) {
+        size_t n = strcspn(targets, ","), begin = strspn(targets, " "), end = n;
+        while (end > begin && targets[end - 1] == ' ') {
+            end--;
+        }
+        if (!ptst__lora_mark(p, L, targets + begin, end > begin ? end - begin : 0)) {
+            return ptst__fail(c, PTST_ERR_ARGUMENT, "target \"%.*s\": %s",
+                              (int)ptst__min(end > begin ? end - begin : 0, 100), targets + begin,
+                              ptst__lora_expected);
+        }
+        targets += n + (targets[n] == ',');
+    }
+    return PTST_OK;
+}
+
+/* The targets as text: short names if each is adapted in all layers or in none, otherwise paths. */
+static ptst_code ptst__lora_targets(ptst_ctx *c, const ptst_adapter *a, ptst_text *out) {
+    size_t l;
+    int k;
+    ptst_code code = PTST_OK;
+    out->size = 0;
+    for (k = 0; k < PTST__LINEARS && code == PTST_OK; k++) {
+        size_t count = 0;
+        for (l = 0; l < a->L; l++) {
+            count += ptst__branch_of(a, l, k) != NULL;
+        }
+        if (count == a->L) {
+            code =
+                ptst__text_format(c, out, "%s%s", out->size == 0 ? "" : ",", ptst__linear_short(k));
+        }
+        for (l = 0; l < a->L && count != a->L && code == PTST_OK; l++) {
+            if (ptst__branch_of(a, l, k) != NULL) {
+                code = ptst__text_format(c, out, "%smodel.layers.%lu.%s", out->size == 0 ? "" : ",",
+                                         (unsigned long)l, ptst__linear_names[k]);
+            }
+        }
+    }
+    return code;
+}
+
+/* The values and where each A and B lies among them, for branches whose sizes are known. */
+static ptst_code ptst__adapter_values(ptst_ctx *c, ptst_adapter *a) {
+    size_t i, n = 0, size;
+    for (i = 0; i < a->L * PTST__LINEARS; i++) {
+        const ptst__branch *b = &a->branches[i];
+        if (!ptst__mul(b->in + b->out, b->rank, &size) || !ptst__add(n, size, &n)) {
+            return ptst__fail_memory(c, SIZE_MAX);
+        }
+    }
+    a->values = (float *)ptst__calloc(c, n, sizeof *a->values);
+    if (a->values == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    a->values_count = n;
+    for (i = 0, n = 0; i < a->L * PTST__LINEARS; i++) {
+        ptst__branch *b = &a->branches[i];
+        if (b->rank != 0) {
+            b->A = a->values + n;
+            b->B = b->A + b->rank * b->in;
+            n += b->rank * (b->in + b->out);
+        }
+    }
+    return PTST_OK;
+}
+
+/* An adapter of zeros as planned. */
+static ptst_code ptst__adapter_make(ptst_ctx *c, ptst_adapter *a, const ptst_model *m,
+                                    const ptst__lora_plan *p) {
+    ptst_text targets = {NULL, 0, 0};
+    size_t i, rank = (size_t)p->desc.rank;
+    ptst_code code;
+    a->desc = p->desc;
+    a->L = m->L;
+    a->branches =
+        (ptst__branch *)ptst__arena_alloc(c, &a->arena, m->L * PTST__LINEARS, sizeof *a->branches);
+    if (a->branches == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < m->L * PTST__LINEARS; i++) {
+        ptst__branch *b = &a->branches[i];
+        if (p->hit[i]) {
+            b->rank = rank;
+            b->scale =
+                (float)(p->desc.alpha / (p->desc.rslora ? sqrt((double)rank) : (double)rank));
+            ptst__linear_shape(m, (int)(i % PTST__LINEARS), &b->in, &b->out);
+        }
+    }
+    code = ptst__lora_targets(c, a, &targets);
+    if (code == PTST_OK) {
+        a->desc.targets = ptst__arena_copy(c, &a->arena, targets.data, targets.size);
+        code = a->desc.targets == NULL ? PTST_ERR_MEMORY : ptst__adapter_values(c, a);
+    }
+    ptst_text_free(c, &targets);
+    return code;
+}
+
+/* PEFT's kaiming_uniform_(a = sqrt 5): uniform within +-1 / sqrt(in). Branch i draws from
+   stream i. */
+static void ptst__adapter_init(ptst_adapter *a) {
+    size_t i, k;
+    for (i = 0; i < a->L * PTST__LINEARS; i++) {
+        ptst__branch *b = &a->branches[i];
+        float bound = b->rank == 0 ? 0 : (float)(1 / sqrt((double)b->in));
+        ptst_rng r;
+        r.seed = a->desc.seed;
+        r.stream = i;
+        r.counter = 0;
+        for (k = 0; k < b->rank * b->in; k++) {
+            b->A[k] = bound * (2 * ptst_rng_uniform(&r) - 1);
+        }
+    }
+}
+
+/* ---- reading ---- */
+
+/* Keys of adapter_config.json that are read, or change nothing whatever their value. */
+static const char *const ptst__lora_known[] = {"peft_type",
+                                               "r",
+                                               "lora_alpha",
+                                               "lora_dropout",
+                                               "use_rslora",
+                                               "target_modules",
+                                               "bias",
+                                               "init_lora_weights",
+                                               "task_type",
+                                               "auto_mapping",
+                                               "peft_version",
+                                               "base_model_name_or_path",
+                                               "revision",
+                                               "inference_mode",
+                                               "megatron_core",
+                                               "qalora_group_size",
+                                               "layers_pattern",
+                                               "runtime_config",
+                                               "ensure_weight_tying"};
+
+/* null, false, "", [], {} and 0 switch a feature off. */
+static bool ptst__lora_inactive(const ptst_json *j, int32_t node) {
+    switch (ptst_json_kind(j, node)) {
+    case PTST_JSON_NULL:
+    case PTST_JSON_FALSE:
+        return true;
+    case PTST_JSON_TRUE:
+        return false;
+    case PTST_JSON_NUMBER:
+        return ptst_json_number(j, node, 1) == 0;
+    case PTST_JSON_STRING:
+    case PTST_JSON_ARRAY:
+    case PTST_JSON_OBJECT:
+        break;
+    }
+    return ptst_json_size(j, node) == 0;
+}
+
+/* Everything that is switched on must be known. */
+static void ptst__lora_refuse(ptst__config_reader *r) {
+    int32_t key, value;
+    size_t i, n = sizeof ptst__lora_known / sizeof ptst__lora_known[0];
+    for (key = ptst_json_first(r->json, 0); key >= 0; key = ptst_json_next(r->json, value)) {
+        const char *name = ptst_json_string(r->json, key, NULL);
+        value = ptst_json_next(r->json, key);
+        for (i = 0; i < n && strcmp(ptst__lora_known[i], name) != 0; i++) {
+        }
+        if (i == n && !ptst__lora_inactive(r->json, value)) {
+            char shown[100];
+            snprintf(shown, sizeof shown, "%.99s", name);
+            ptst__config_fail(r, PTST_ERR_UNSUPPORTED, shown, "is switched on and not supported");
+        }
+    }
+}
+
+/* A string value that must be one of two. */
+static void ptst__lora_expect(ptst__config_reader *r, const char *key, const char *expected,
+                              const char *sentence) {
+    int32_t node = ptst__config_get(r, 0, key);
+    const char *text = ptst_json_string(r->json, node, NULL);
+    if (node >= 0 && (text == NULL || strcmp(text, expected) != 0)) {
+        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, key, sentence);
+    }
+}
+
+/* target_modules: "all-linear", or a list of ends of module paths. */
+static void ptst__lora_read_targets(ptst__config_reader *r, ptst__lora_plan *p, size_t L) {
+    int32_t node = ptst__config_get(r, 0, "target_modules"), k;
+    bool found = false, list = ptst_json_kind(r->json, node) == PTST_JSON_ARRAY;
+    size_t size;
+    const char *text = ptst_json_string(r->json, node, &size);
+    if (text != NULL && strcmp(text, "all-linear") != 0) {
+        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "target_modules",
+                          "a regular expression is not supported, write the names as a list");
+    }
+    if (text == NULL && !list) {
+        ptst__config_fail(r, PTST_ERR_FORMAT, "target_modules", ptst__lora_expected);
+    }
+    found = text != NULL && ptst__lora_mark(p, L, text, size);
+    for (k = list ? ptst_json_first(r->json, node) : -1; k >= 0; k = ptst_json_next(r->json, k)) {
+        text = ptst_json_string(r->json, k, &size);
+        if (text == NULL) {
+            ptst__config_fail(r, PTST_ERR_FORMAT, "target_modules", "expected a list of names");
+        } else if (strstr(text, "lm_head") != NULL || strstr(text, "embed_tokens") != NULL) {
+            ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "target_modules",
+                              "adapters on lm_head or embed_tokens are not supported");
+        } else if (ptst__lora_mark(p, L, text, size)) {
+            found = true;
+        }
+    }
+    if (!found) {
+        ptst__config_fail(r, PTST_ERR_MISMATCH, "target_modules", ptst__lora_expected);
+    }
+}
+
+static ptst_code ptst__lora_read_config(ptst_ctx *c, const ptst_json *j, const char *path,
+                                        ptst__lora_plan *p, size_t L) {
+    ptst__config_reader r;
+    ptst_lora_desc *d = &p->desc;
+    int32_t node;
+    const char *init;
+    r.c = c;
+    r.json = j;
+    r.path = path;
+    r.code = PTST_OK;
+    if (ptst_json_kind(j, 0) != PTST_JSON_OBJECT) {
+        return ptst__fail(c, PTST_ERR_FORMAT, "%s: expected an object", path);
+    }
+    if (ptst__config_get(&r, 0, "peft_type") < 0) {
+        ptst__config_fail(&r, PTST_ERR_FORMAT, "peft_type", "is missing, expected \"LORA\"");
+    }
+    ptst__lora_expect(&r, "peft_type", "LORA", "only \"LORA\" is supported");
+    ptst__lora_expect(&r, "bias", "none", "only \"none\" is supported");
+    ptst__lora_refuse(&r);
+    d->rank = ptst__config_int(&r, 0, "r", 1, PTST__RANK_MAX, 8);
+    d->alpha = ptst__config_number(&r, 0, "lora_alpha", -1e9, 1e9, 8);
+    d->dropout = ptst__config_number(&r, 0, "lora_dropout", 0, 1, 0);
+    d->rslora = ptst__config_flag(&r, 0, "use_rslora", false);
+    node = ptst__config_get(&r, 0, "init_lora_weights");
+    init = ptst_json_string(j, node, NULL);
+    if (init != NULL && strcmp(init, "gaussian") != 0 && strcmp(init, "eva") != 0 &&
+        strcmp(init, "orthogonal") != 0) {
+        ptst__config_fail(&r, PTST_ERR_UNSUPPORTED, "init_lora_weights",
+                          "this kind changes the weights of the model and is not supported");
+    }
+    ptst__lora_read_targets(&r, p, L);
+    return r.code;
+}
+
+/* One tensor of a branch, as F32. */
+static ptst_code ptst__branch_read(ptst_ctx *c, const ptst_tensors *t, const char *folder,
+                                   const char *name, float *to, size_t rows, size_t cols) {
+    const ptst_tensor *v = ptst_tensors_find(t, name);
+    if (v == NULL) {
+        return ptst__fail(c, PTST_ERR_MISMATCH, "%s: tensor %s is missing", folder, name);
+    }
+    if (v->dtype == PTST_DTYPE_FILE) {
+        return ptst__fail(c, PTST_ERR_UNSUPPORTED, "%s: tensor %s is %s, expected F32, F16 or BF16",
+                          folder, name, v->dtype_name);
+    }
+    if (v->rank != 2 || v->shape[0] != rows || v->shape[1] != cols) {
+        return ptst__fail(c, PTST_ERR_MISMATCH,
+                          "%s: tensor %s has rank %d and shape [%llu, %llu], expected [%llu, %llu]",
+                          folder, name, v->rank,
+                          v->rank < 1 ? 0ull : (unsigned long long)v->shape[0],
+                          v->rank < 2 ? 0ull : (unsigned long long)v->shape[1],
+                          (unsigned long long)rows, (unsigned long long)cols);
+    }
+    ptst__convert_to_f32(c, to, v->data, v->dtype, rows * cols);
+    return PTST_OK;
+}
+
+/* Does a tensor belong to a branch of the adapter? */
+static bool ptst__adapter_has(const ptst_adapter *a, const char *name) {
+    char expected[PTST__NAME];
+    size_t i;
+    for (i = 0; i < 2 * a->L * PTST__LINEARS; i++) {
+        if (a->branches[i / 2].rank != 0) {
+            ptst__branch_name(expected, i / 2 / PTST__LINEARS, (int)(i / 2 % PTST__LINEARS),
+                              i % 2 == 0 ? 'A' : 'B');
+            if (strcmp(expected, name) == 0) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+/* Fills all branches from the file, and names the tensors that belong to none. */
+static ptst_code ptst__adapter_read(ptst_ctx *c, ptst_adapter *a, const ptst_tensors *t,
+                                    const char *folder) {
+    size_t i, used = 0;
+    ptst_text names = {NULL, 0, 0};
+    const ptst_tensor *v;
+    ptst_code code = PTST_OK;
+    for (i = 0; i < a->L * PTST__LINEARS && code == PTST_OK; i++) {
+        const ptst__branch *b = &a->branches[i];
+        char name[PTST__NAME];
+        if (b->rank == 0) {
+            continue;
+        }
+        ptst__branch_name(name, i / PTST__LINEARS, (int)(i % PTST__LINEARS), 'A');
+        code = ptst__branch_read(c, t, folder, name, b->A, b->rank, b->in);
+        ptst__branch_name(name, i / PTST__LINEARS, (int)(i % PTST__LINEARS), 'B');
+        code =
+            code != PTST_OK ? code : ptst__branch_read(c, t, folder, name, b->B, b->out, b->rank);
+        used += 2;
+    }
+    if (code != PTST_OK || used == ptst_tensors_count(t)) {
+        return code;
+    }
+    for (i = 0; code == PTST_OK && names.size < 600 && (v = ptst_tensors_at(t, i)) != NULL; i++) {
+        if (!ptst__adapter_has(a, v->name)) {
+            code = ptst__text_format(c, &names, "%s%.200s", names.size == 0 ? "" : ", ", v->name);
+        }
+    }
+    if (code == PTST_OK) {
+        code = ptst__fail(c, PTST_ERR_MISMATCH, "%s: %llu tensors belong to no target: %s", folder,
+                          (unsigned long long)(ptst_tensors_count(t) - used), names.data);
+    }
+    ptst_text_free(c, &names);
+    return code;
+}
+
+static ptst_code ptst__adapter_load(ptst_ctx *c, ptst_adapter *a, const ptst_model *m,
+                                    const char *folder) {
+    ptst__lora_plan p;
+    ptst_text path = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    ptst_tensors *t = NULL;
+    ptst_code code = ptst__path_join(c, &path, folder, "adapter_config.json");
+    memset(&p, 0, sizeof p);
+    if (code == PTST_OK) {
+        j = ptst_json_load(c, path.data);
+        code = j == NULL ? ptst_error_code(c) : ptst__lora_read_config(c, j, path.data, &p, m->L);
+    }
+    if (code == PTST_OK) {
+        code = ptst__path_join(c, &path, folder, "adapter_model.safetensors");
+    }
+    if (code == PTST_OK) {
+        t = ptst_tensors_open(c, path.data);
+        code = t == NULL ? ptst_error_code(c) : ptst__adapter_make(c, a, m, &p);
+    }
+    if (code == PTST_OK) {
+        code = ptst__adapter_read(c, a, t, path.data);
+    }
+    ptst_tensors_close(c, t);
+    ptst_json_free(c, j);
+    ptst_text_free(c, &path);
+    return code;
+}
+
+/* ---- writing ---- */
+
+/* adapter_config.json with nothing but what every version of PEFT knows. */
+static ptst_code ptst__lora_write_config(ptst_ctx *c, const ptst_adapter *a, const char *base,
+                                         ptst_text *t) {
+    const char *s = a->desc.targets;
+    ptst_code code = ptst__text_add(c, t, "{\n  \"base_model_name_or_path\": ");
+    code = code != PTST_OK ? code
+           : base == NULL  ? ptst__text_add(c, t, "null")
+                           : ptst__json_quote(c, t, base, strlen(base));
+    code = code != PTST_OK
+               ? code
+               : ptst__text_add(c, t,
+                                ",\n  \"bias\": \"none\",\n  \"fan_in_fan_out\": false,\n"
+                                "  \"inference_mode\": true,\n  \"init_lora_weights\": true,\n"
+                                "  \"lora_alpha\": ");
+    code = code != PTST_OK ? code : ptst__json_put_number(c, t, a->desc.alpha);
+    code = code != PTST_OK ? code : ptst__text_add(c, t, ",\n  \"lora_dropout\": ");
+    code = code != PTST_OK ? code : ptst__json_put_number(c, t, a->desc.dropout);
+    code = code != PTST_OK ? code
+                           : ptst__text_format(c, t,
+                                               ",\n  \"peft_type\": \"LORA\",\n  \"r\": %ld,\n"
+                                               "  \"target_modules\": [",
+                                               (long)a->desc.rank);
+    while (code == PTST_OK && *s != 0) {
+        size_t n = strcspn(s, ",");
+        code =
+            ptst__text_format(c, t, "%s\n    \"%.*s\"", s == a->desc.targets ? "" : ",", (int)n, s);
+        s += n + (s[n] == ',');
+    }
+    return code != PTST_OK
+               ? code
+               : ptst__text_format(c, t, "\n  ],\n  \"task_type\": \"CAUSAL_LM\"%s\n}\n",
+                                   a->desc.rslora ? ",\n  \"use_rslora\": true" : "");
+}
+
+static ptst_code ptst__adapter_write(ptst_ctx *c, const ptst_adapter *a, const char *path) {
+    static const char *const metadata[] = {"format", "pt", NULL};
+    size_t i, n = 0, most = 2 * a->L * PTST__LINEARS;
+    ptst_tensor *list = (ptst_tensor *)ptst__calloc(c, most, sizeof *list);
+    char *names = list == NULL ? NULL : (char *)ptst__alloc(c, most, PTST__NAME);
+    ptst_code code = names == NULL ? PTST_ERR_MEMORY : PTST_OK;
+    for (i = 0; i < most && code == PTST_OK; i++) {
+        const ptst__branch *b = &a->branches[i / 2];
+        bool A = i % 2 == 0;
+        if (b->rank == 0) {
+            continue;
+        }
+        ptst__branch_name(names + n * PTST__NAME, i / 2 / PTST__LINEARS,
+                          (int)(i / 2 % PTST__LINEARS), A ? 'A' : 'B');
+        list[n].name = names + n * PTST__NAME;
+        list[n].dtype = PTST_F32;
+        list[n].rank = 2;
+        list[n].shape[0] = A ? b->rank : b->out;
+        list[n].shape[1] = A ? b->in : b->rank;
+        list[n++].data = A ? b->A : b->B;
+    }
+    if (code == PTST_OK) {
+        code = ptst_tensors_write(c, path, list, n, metadata);
+    }
+    ptst__free(c, names);
+    ptst__free(c, list);
+    return code;
+}
+
+/* ---- merging ---- */
+
+/* The branch that belongs to a tensor of the model file, NULL if there is none. */
+static const ptst__branch *ptst__merge_branch(const ptst_model *m, const ptst_adapter *a,
+                                              const char *name) {
+    size_t i;
+    for (i = 0; i < a->L * PTST__LINEARS; i++) {
+        const ptst__linear *n = &m->layers[i / PTST__LINEARS].linears[i % PTST__LINEARS];
+        if (a->branches[i].rank != 0 && strcmp(n->w->name, name) == 0) {
+            return &a->branches[i];
+        }
+    }
+    return NULL;
+}
+
+enum { PTST__MERGE_ROWS = 64 };
+
+/* Writes W + scale B A, some rows at a time. */
+static ptst_code ptst__merge_put(ptst_ctx *c, ptst__tensors_writer *w, const ptst_tensor *t,
+                                 const ptst__branch *b) {
+    size_t row, rows, size = ptst__dtype_size(t->dtype);
+    float *sum = (float *)ptst__alloc(c, ptst__min(b->out, PTST__MERGE_ROWS) * b->in, sizeof *sum);
+    void *out = sum == NULL
+                    ? NULL
+                    : ptst__alloc(c, ptst__min(b->out, PTST__MERGE_ROWS) * b->in, sizeof *sum);
+    ptst_code code = out == NULL ? PTST_ERR_MEMORY : PTST_OK;
+    for (row = 0; row < b->out && code == PTST_OK; row += rows) {
+        rows = ptst__min(b->out - row, PTST__MERGE_ROWS);
+        ptst__convert_to_f32(c, sum, ptst__element(t->data, t->dtype, row * b->in), t->dtype,
+                             rows * b->in);
+        ptst__gemm(c, rows, b->in, b->rank, b->scale, b->B + row * b->rank, b->rank, false,
+                   ptst__matrix_f32(b->A, b->in, false), 1, sum, b->in);
+        ptst__convert_from_f32(c, out, sum, t->dtype, rows * b->in);
+        code = ptst__tensors_put(c, w, out, rows * b->in * size);
+    }
+    ptst__free(c, out);
+    ptst__free(c, sum);
+    return code;
+}
+
+/* Writes one weight file of the model again, with the adapter folded in. */
+static ptst_code ptst__merge_file(ptst_ctx *c, const ptst_model *m, const ptst_adapter *a,
+                                  uint32_t file, const char *path) {
+    static const char *const metadata[] = {"format", "pt", NULL};
+    const ptst_tensors *t = m->tensors;
+    ptst__tensors_writer w;
+    size_t i, n = 0;
+    ptst_code code;
+    ptst_tensor *list = (ptst_tensor *)ptst__alloc(c, t->count, sizeof *list);
+    if (list == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < t->count; i++) {
+        if (t->list[i].file == file) {
+            list[n++] = t->list[i].view;
+        }
+    }
+    code = ptst__tensors_begin(c, &w, path, list, n, metadata);
+    if (code == PTST_OK) {
+        while (code == PTST_OK && (i = ptst__tensors_next(&w)) < n) {
+            const ptst__branch *b = ptst__merge_branch(m, a, list[i].name);
+            code = b == NULL ? ptst__tensors_put(c, &w, list[i].data, list[i].bytes)
+                             : ptst__merge_put(c, &w, &list[i], b);
+        }
+        if (code == PTST_OK) {
+            code = ptst__tensors_commit(c, &w);
+        } else {
+            ptst__tensors_abort(c, &w);
+        }
+    }
+    ptst__free(c, list);
+    return code;
+}
+
+static ptst_code ptst__merge_files(ptst_ctx *c, const ptst_model *m, const ptst_adapter *a,
+                                   const char *folder, const char *out) {
+    ptst_text path = {NULL, 0, 0};
+    size_t i;
+    ptst_code code = ptst__make_folders(c, out);
+    if (code == PTST_OK && ptst__same_path(folder, out)) {
+        code = ptst__fail(c, PTST_ERR_ARGUMENT,
+                          "%s: is the folder of the model, the merged one needs another", out);
+    }
+    for (i = 0; i < m->tensors->files_count && code == PTST_OK; i++) {
+        code = ptst__path_join(c, &path, out, m->tensors->files[i].name);
+        code = code != PTST_OK ? code : ptst__merge_file(c, m, a, (uint32_t)i, path.data);
+    }
+    ptst_text_free(c, &path);
+    return code != PTST_OK ? code : ptst__copy_model_files(c, folder, out, true);
+}
+
+/* ---- public part ---- */
+
+PTST_API void ptst_adapter_free(ptst_ctx *c, ptst_adapter *a) {
+    if (a != NULL) {
+        ptst__free(c, a->values);
+        ptst__arena_free(c, &a->arena);
+        ptst__free(c, a);
+    }
+}
+
+PTST_API ptst_adapter *ptst_adapter_new(ptst_ctx *c, const ptst_model *m,
+                                        const ptst_lora_desc *desc) {
+    ptst_adapter *a;
+    ptst__lora_plan p;
+    ptst_lora_desc *d = &p.desc;
+    memset(&p, 0, sizeof p);
+    if (desc != NULL) {
+        *d = *desc;
+    }
+    d->rank = d->rank == 0 ? 8 : d->rank;
+    d->alpha = d->alpha == 0 ? 32 : d->alpha;
+    d->targets = d->targets == NULL ? "q_proj,v_proj" : d->targets;
+    if (d->rank < 1 || d->rank > PTST__RANK_MAX || !(d->dropout >= 0 && d->dropout < 1) ||
+        !(fabs(d->alpha) <= 1e9) || d->targets[0] == 0) {
+        ptst__fail(c, PTST_ERR_ARGUMENT,
+                   "an adapter needs a rank from 1 to 65536, a finite alpha, a dropout from 0 to "
+                   "less than 1, and a target");
+        return NULL;
+    }
+    if (ptst__lora_parse(c, &p, m->L, d->targets) != PTST_OK) {
+        return NULL;
+    }
+    a = (ptst_adapter *)ptst__calloc(c, 1, sizeof *a);
+    if (a != NULL && ptst__adapter_make(c, a, m, &p) != PTST_OK) {
+        ptst_adapter_free(c, a);
+        return NULL;
+    }
+    if (a != NULL) {
+        ptst__adapter_init(a);
+    }
+    return a;
+}
+
+PTST_API ptst_adapter *ptst_adapter_load(ptst_ctx *c, const ptst_model *m, const char *folder) {
+    ptst_adapter *a = (ptst_adapter *)ptst__calloc(c, 1, sizeof *a);
+    if (a != NULL && ptst__adapter_load(c, a, m, folder) != PTST_OK) {
+        ptst_adapter_free(c, a);
+        return NULL;
+    }
+    return a;
+}
+
+PTST_API ptst_adapter *ptst_adapter_copy(ptst_ctx *c, const ptst_adapter *a) {
+    size_t n = a->L * PTST__LINEARS;
+    ptst_adapter *b = (ptst_adapter *)ptst__calloc(c, 1, sizeof *b);
+    if (b == NULL) {
+        return NULL;
+    }
+    b->desc = a->desc;
+    b->L = a->L;
+    b->branches = (ptst__branch *)ptst__arena_alloc(c, &b->arena, n, sizeof *b->branches);
+    b->desc.targets = ptst__arena_copy(c, &b->arena, a->desc.targets, strlen(a->desc.targets));
+    if (b->branches == NULL || b->desc.targets == NULL) {
+        ptst_adapter_free(c, b);
+        return NULL;
+    }
+    memcpy(b->branches, a->branches, n * sizeof *b->branches);
+    if (ptst__adapter_values(c, b) != PTST_OK) {
+        ptst_adapter_free(c, b);
+        return NULL;
+    }
+    memcpy(b->values, a->values, a->values_count * sizeof *b->values);
+    return b;
+}
+
+PTST_API ptst_lora_desc ptst_adapter_about(const ptst_adapter *a) { return a->desc; }
+
+PTST_API uint64_t ptst_adapter_parameters(const ptst_adapter *a) { return a->values_count; }
+
+PTST_API ptst_code ptst_adapter_save(ptst_ctx *c, const ptst_adapter *a, const char *folder,
+                                     const char *base_model) {
+    ptst_text path = {NULL, 0, 0}, text = {NULL, 0, 0};
+    ptst_code code = ptst__make_folders(c, folder);
+    code = code != PTST_OK ? code : ptst__path_join(c, &path, folder, "adapter_model.safetensors");
+    code = code != PTST_OK ? code : ptst__adapter_write(c, a, path.data);
+    code = code != PTST_OK ? code : ptst__path_join(c, &path, folder, "adapter_config.json");
+    code = code != PTST_OK ? code : ptst__lora_write_config(c, a, base_model, &text);
+    code = code != PTST_OK ? code : ptst__write_file(c, path.data, text.data, text.size);
+    ptst_text_free(c, &path);
+    ptst_text_free(c, &text);
+    return code;
+}
+
+PTST_API ptst_code ptst_merge(ptst_ctx *c, const char *model_folder, const char *adapter_folder,
+                              const char *out) {
+    ptst_model *m = ptst_model_load(c, model_folder, PTST_DTYPE_FILE);
+    ptst_adapter *a = m == NULL ? NULL : ptst_adapter_load(c, m, adapter_folder);
+    ptst_code code = a == NULL ? ptst_error_code(c) : PTST_OK;
+    if (code == PTST_OK) {
+        code = ptst__merge_files(c, m, a, model_folder, out);
+    }
+    ptst_adapter_free(c, a);
+    ptst_model_free(c, m);
+    return code;
+}
 
 /* >>train =========================================================================================
-   Not written yet. */
+   Fine-tuning: rows become tokens, rows become batches, batches become steps of AdamW, and all of
+   it can be interrupted at any moment. Relies on the pass of >>model and >>lora (loss and gradients
+   of one batch), on ptst_adamw of >>kernels, and on >>safetensors for the checkpoint. Afterwards a
+   training is a pure function of model, rows, options and seed: the number of the next step is its
+   whole state besides weights and moments, so N steps equal k steps, a kill, a restore and N - k
+   steps bit by bit. Tested by tests/test_train.c, against PyTorch and PEFT among others.
+
+   A row and what is learned from it (P = tokens of the prompt, n = all tokens):
+
+       tokens   bos  p  p  p  a  a  eos        the model reads the first n - 1,
+       labels    -   -  -  a  a  eos           and position i predicts token i + 1 >= P
+
+   A batch without padding; the common head of its rows (the template) is computed once:
+
+       tokens    h h h | p p a a | p a a a a | p p p a
+       segment     0       1          2           3        1, 2, 3 see 0 and themselves */
+
+/* ---- rows as tokens ---- */
+
+typedef struct ptst__sample {
+    size_t begin;    /* in tokens */
+    uint32_t count;  /* at least prompt + 1 */
+    uint32_t prompt; /* tokens that are no labels, at least 1 */
+} ptst__sample;
+
+struct ptst_dataset {
+    ptst_dataset_desc desc;
+    ptst_dataset_info info;
+    ptst_ids tokens;
+    ptst__sample *rows;
+    size_t capacity;
+};
+
+/* What encoding many rows needs again and again. */
+typedef struct ptst__prompter {
+    const ptst_tokenizer *tokenizer;
+    int32_t eos;
+    bool adds_eos; /* the tokenizer itself ends every text with eos */
+    ptst_text text, marks;
+    ptst_ids prompt, row;
+} ptst__prompter;
+
+static void ptst__prompter_free(ptst_ctx *c, ptst__prompter *e) {
+    ptst_text_free(c, &e->text);
+    ptst_text_free(c, &e->marks);
+    ptst_ids_free(c, &e->prompt);
+    ptst_ids_free(c, &e->row);
+}
+
+/* eos: 0 = the tokenizer's; e->eos is -1 if there is none. */
+static ptst_code ptst__prompter_start(ptst_ctx *c, ptst__prompter *e, const ptst_tokenizer *t,
+                                      int32_t eos) {
+    ptst_code code;
+    memset(e, 0, sizeof *e);
+    e->tokenizer = t;
+    e->eos = eos != 0 ? eos : ptst_token_eos(t);
+    code = ptst_encode(c, t, "", 0, PTST_ADD_SPECIAL, &e->row);
+    e->adds_eos = e->row.count > 0 && e->row.data[e->row.count - 1] == e->eos &&
+                  !(e->row.count == 1 && ptst_token_bos(t) == e->eos);
+    return code;
+}
+
+/* Appends size bytes with one mark to the text that is encoded next. */
+static ptst_code ptst__prompter_add(ptst_ctx *c, ptst__prompter *e, const char *text, size_t size,
+                                    const char *marks, int mark) {
+    size_t at = e->marks.size;
+    ptst_code code = ptst_text_append(c, &e->text, text, size);
+    if (code == PTST_OK) {
+        code = ptst_text_append(c, &e->marks, marks == NULL ? text : marks, size);
+    }
+    if (code == PTST_OK && marks == NULL && size != 0) {
+        memset(e->marks.data + at, mark, size);
+    }
+    return code;
+}
+
+static ptst_code ptst__prompter_run(ptst_ctx *c, ptst__prompter *e, unsigned flags, ptst_ids *ids) {
+    size_t before = ids->count;
+    ptst_code code = ptst_encode_marked(c, e->tokenizer, e->text.data, e->text.size,
+                                        (const uint8_t *)e->marks.data, flags, ids);
+    if (code == PTST_OK && (flags & PTST_ADD_SPECIAL) && e->adds_eos && ids->count > before &&
+        ids->data[ids->count - 1] == e->eos) {
+        ids->count--;
+    }
+    return code;
+}
+
+/* Appends the tokens of a prompt (NULL = empty) to ids; its text stays in e->text. */
+static ptst_code ptst__prompter_prompt(ptst_ctx *c, ptst__prompter *e, const ptst_prompt *p,
+                                       ptst_ids *ids) {
+    unsigned flags = p != NULL && p->has_bos ? 0u : (unsigned)PTST_ADD_SPECIAL;
+    ptst_code code = PTST_OK;
+    e->text.size = e->marks.size = 0;
+    if (p != NULL) {
+        const char *marks = p->marks.size == p->text.size ? p->marks.data : NULL;
+        code = ptst__prompter_add(c, e, p->text.data, p->text.size, marks, PTST_TEMPLATE);
+    }
+    return code == PTST_OK ? ptst__prompter_run(c, e, flags, ids) : code;
+}
+
+/* Tokens of a row to e->row (eos included) and of its prompt to e->prompt. Template bytes may
+   become special tokens, what users and answers say may not. */
+static ptst_code ptst__prompter_example(ptst_ctx *c, ptst__prompter *e, ptst_mask mask,
+                                        const ptst_example *x) {
+    unsigned flags = x->prompt != NULL && x->prompt->has_bos ? 0u : (unsigned)PTST_ADD_SPECIAL;
+    size_t i;
+    ptst_code code;
+    e->prompt.count = e->row.count = 0;
+    code = ptst__prompter_prompt(c, e, x->prompt, &e->prompt);
+    if (mask == PTST_MASK_SEPARATE) {
+        for (i = 0; i < e->prompt.count && code == PTST_OK; i++) {
+            code = ptst_ids_append(c, &e->row, e->prompt.data[i]);
+        }
+        e->text.size = e->marks.size = 0;
+        flags = 0;
+    }
+    if (code == PTST_OK) {
+        code = ptst__prompter_add(c, e, x->answer, x->answer_size, NULL, PTST_CONTENT);
+    }
+    if (code == PTST_OK) {
+        code = ptst__prompter_run(c, e, flags, &e->row);
+    }
+    return code == PTST_OK ? ptst_ids_append(c, &e->row, e->eos) : code;
+}
+
+/* ---- batches ---- */
+
+typedef struct ptst__moments {
+    float *m, *v; /* means of the gradient and of its square */
+} ptst__moments;
+
+/* The next row to be learned. A function of step, but cheaper to carry along. */
+typedef struct ptst__cursor {
+    uint64_t step, epoch;
+    size_t row; /* in the order of the epoch */
+} ptst__cursor;
+
+struct ptst_trainer {
+    ptst_train_desc desc; /* resolved */
+    const ptst_dataset *data;
+    const char *extra; /* further options that must not change (JSON members), NULL = none */
+    ptst__pass *pass;
+    const ptst__param *params;
+    size_t params_count;
+    ptst__moments *moments; /* [params_count] */
+    ptst__arena arena;
+    ptst__cursor at;
+    uint64_t steps;       /* in all */
+    size_t budget;        /* packing: tokens of a batch */
+    uint32_t *order;      /* [rows] the order of epoch order_epoch */
+    uint64_t order_epoch; /* UINT64_MAX = none yet */
+    uint32_t *rows;       /* [rows] of the current batch */
+    int32_t *tokens, *labels;
+    ptst_segment *segments;
+    size_t tokens_max, labels_max, segments_max; /* of any batch */
+    char hash[65];                               /* of the rows */
+};
+
+/* Streams of random numbers that one seed feeds. */
+static const uint64_t ptst__stream_order = (uint64_t)0x6F72646572 << 24; /* + epoch */
+static const uint64_t ptst__stream_drop = (uint64_t)0x64726F70 << 32;    /* seed of dropout */
+
+/* Shorter heads are not worth a segment of their own. */
+enum { PTST__HEAD_MIN = 8 };
+
+/* Makes order the permutation of an epoch (Fisher and Yates). */
+static void ptst__train_order(ptst_trainer *t, uint64_t epoch) {
+    uint32_t i, n = (uint32_t)t->data->info.rows;
+    ptst_rng r;
+    if (t->order_epoch == epoch) {
+        return;
+    }
+    t->order_epoch = epoch;
+    r.seed = t->desc.seed;
+    r.stream = ptst__stream_order + epoch;
+    r.counter = 0;
+    for (i = 0; i < n; i++) {
+        t->order[i] = i;
+    }
+    for (i = n; i > 1 && !t->desc.no_shuffle; i--) {
+        uint32_t k = ptst_rng_below(&r, i), row = t->order[i - 1];
+        t->order[i - 1] = t->order[k];
+        t->order[k] = row;
+    }
+}
+
+/* Takes the rows of the next batch to t->rows; returns how many (0 at the end of the epoch). */
+static size_t ptst__train_take(ptst_trainer *t, ptst__cursor *at) {
+    size_t taken = 0, tokens = 0;
+    ptst__train_order(t, at->epoch);
+    for (; at->row < t->data->info.rows; at->row++) {
+        uint32_t row = t->order[at->row];
+        size_t count = t->data->rows[row].count;
+        if (t->desc.batching == PTST_BATCHING_PACKING ? taken > 0 && count > t->budget - tokens
+                                                      : taken == t->desc.batch) {
+            break;
+        }
+        t->rows[taken++] = row;
+        tokens = count > t->budget - tokens ? t->budget : tokens + count;
+    }
+    return taken;
+}
+
+/* Length of the common head of the rows of a batch: no label in it, and something left of each. */
+static size_t ptst__train_head(const ptst_trainer *t, size_t taken) {
+    const ptst_dataset *d = t->data;
+    const int32_t *first = d->tokens.data + d->rows[t->rows[0]].begin;
+    size_t head = d->rows[t->rows[0]].prompt - 1u, i, k;
+    if (taken < 2 || t->desc.no_prefix) {
+        return 0;
+    }
+    for (i = 1; i < taken; i++) {
+        const ptst__sample *row = &d->rows[t->rows[i]];
+        const int32_t *tokens = d->tokens.data + row->begin;
+        head = row->prompt - 1u < head ? row->prompt - 1u : head;
+        for (k = 0; k < head && tokens[k] == first[k]; k++) {
+        }
+        head = k;
+    }
+    return head < PTST__HEAD_MIN ? 0 : head;
+}
+
+/* Tokens, labels and segments of a batch of `taken` rows with a common head. */
+static ptst_batch ptst__train_fill(ptst_trainer *t, size_t taken, size_t head) {
+    const ptst_dataset *d = t->data;
+    ptst_batch b;
+    size_t at = 0, segments = 0, i, k;
+    if (head != 0) {
+        memcpy(t->tokens, d->tokens.data + d->rows[t->rows[0]].begin, head * sizeof *t->tokens);
+        for (; at < head; at++) {
+            t->labels[at] = -1;
+        }
+        t->segments[segments].begin = 0;
+        t->segments[segments].count = head;
+        t->segments[segments++].prefix = -1;
+    }
+    for (i = 0; i < taken; i++) {
+        const ptst__sample *row = &d->rows[t->rows[i]];
+        const int32_t *tokens = d->tokens.data + row->begin;
+        t->segments[segments].begin = at;
+        t->segments[segments].count = row->count - 1u - head;
+        t->segments[segments++].prefix = head != 0 ? 0 : -1;
+        for (k = head; k + 1 < row->count; k++) {
+            t->tokens[at] = tokens[k];
+            t->labels[at++] = k + 1 >= row->prompt ? tokens[k + 1] : -1;
+        }
+    }
+    b.tokens = t->tokens;
+    b.labels = t->labels;
+    b.count = at;
+    b.segments = t->segments;
+    b.segments_count = segments;
+    return b;
+}
+
+static bool ptst__train_at_end(const ptst_trainer *t, const ptst__cursor *at) {
+    return at->epoch >= t->desc.epochs || (t->desc.max_steps != 0 && at->step >= t->desc.max_steps);
+}
+
+/* After the last batch of a step. */
+static void ptst__train_next_step(const ptst_trainer *t, ptst__cursor *at) {
+    at->step++;
+    if (at->row == t->data->info.rows) {
+        at->epoch++;
+        at->row = 0;
+    }
+}
+
+/* Goes through the whole training without computing: the number of steps and the largest batch. */
+static void ptst__train_plan(ptst_trainer *t) {
+    ptst__cursor at = {0, 0, 0};
+    size_t batch, taken, i;
+    for (; !ptst__train_at_end(t, &at); ptst__train_next_step(t, &at)) {
+        for (batch = 0; batch < t->desc.accumulate; batch++) {
+            size_t head, tokens, labels = 0;
+            taken = ptst__train_take(t, &at);
+            if (taken == 0) {
+                break;
+            }
+            head = tokens = ptst__train_head(t, taken);
+            for (i = 0; i < taken; i++) {
+                const ptst__sample *row = &t->data->rows[t->rows[i]];
+                tokens += row->count - 1u - head;
+                labels += row->count - row->prompt;
+            }
+            t->tokens_max = tokens > t->tokens_max ? tokens : t->tokens_max;
+            t->labels_max = labels > t->labels_max ? labels : t->labels_max;
+            t->segments_max = taken + 1 > t->segments_max ? taken + 1 : t->segments_max;
+        }
+    }
+    t->steps = at.step;
+}
+
+/* ---- one step ---- */
+
+static double ptst__train_rate(const ptst_train_desc *d, uint64_t i, uint64_t n, uint64_t epoch) {
+    double warmup = (double)d->warmup, rest = n > d->warmup ? (double)(n - d->warmup) : 1;
+    double rate = d->lr;
+    uint64_t k;
+    if (d->schedule == PTST_SCHEDULE_STEP) {
+        for (k = 0; k < epoch; k++) {
+            rate *= d->gamma;
+        }
+    }
+    if (i < d->warmup) {
+        return rate * (double)i / warmup;
+    }
+    if (d->schedule == PTST_SCHEDULE_LINEAR) {
+        return rate * (i < n ? (double)(n - i) / rest : 0);
+    }
+    if (d->schedule == PTST_SCHEDULE_COSINE) {
+        return rate * 0.5 * (1 + cos(3.14159265358979323846 * ((double)i - warmup) / rest));
+    }
+    return rate;
+}
+
+/* Says what is not finite in a step: a weight, or else a gradient. */
+static ptst_code ptst__train_not_finite(ptst_ctx *c, const ptst_trainer *t, const char *what) {
+    size_t i;
+    int gradients;
+    for (gradients = 0; gradients < 2; gradients++) {
+        for (i = 0; i < t->params_count; i++) {
+            const ptst__param *p = &t->params[i];
+            if (!ptst__finite(ptst__sum_squares(c, p->count, gradients ? p->grad : p->value))) {
+                return ptst__fail(c, PTST_ERR_NUMERIC,
+                                  "step %llu: %s is not finite; the first such tensor is %s of %s",
+                                  (unsigned long long)t->at.step + 1, what,
+                                  gradients ? "the gradient" : "the value", p->name);
+            }
+        }
+    }
+    return ptst__fail(
+        c, PTST_ERR_NUMERIC,
+        "step %llu: %s is not finite; the trained tensors and their gradients are, so "
+        "a weight of the model or an activation is not",
+        (unsigned long long)t->at.step + 1, what);
+}
+
+/* Gradients of the sum of losses over the batches of one step. */
+static ptst_code ptst__train_gradients(ptst_ctx *c, ptst_trainer *t, ptst__cursor *at,
+                                       ptst_step *out, double *loss) {
+    uint64_t seed = t->desc.seed ^ ptst__stream_drop;
+    size_t i, k, labels, taken;
+    *loss = 0;
+    for (i = 0; i < t->params_count; i++) {
+        memset(t->params[i].grad, 0, t->params[i].count * sizeof *t->params[i].grad);
+    }
+    for (i = 0; i < t->desc.accumulate && (taken = ptst__train_take(t, at)) != 0; i++) {
+        size_t head = ptst__train_head(t, taken);
+        ptst_batch b = ptst__train_fill(t, taken, head);
+        double sum = 0;
+        ptst_code code = ptst__pass_run(c, t->pass, &b, true, t->desc.dropout, seed,
+                                        at->step * t->desc.accumulate + i, &sum, &labels);
+        if (code != PTST_OK) {
+            return code;
+        }
+        *loss += sum;
+        out->labels += labels;
+        for (k = 0; k < taken; k++) {
+            out->tokens += t->data->rows[t->rows[k]].count;
+        }
+    }
+    return PTST_OK;
+}
+
+/* ---- options, resolved and as text ---- */
+
+static ptst_train_desc ptst__train_resolve(const ptst_train_desc *desc) {
+    ptst_train_desc d;
+    memset(&d, 0, sizeof d);
+    if (desc != NULL) {
+        d = *desc;
+    }
+    d.lr = d.lr == 0 ? 1e-4 : d.lr;
+    d.gamma = d.gamma == 0 ? 0.85 : d.gamma;
+    d.epochs = d.epochs == 0 ? 3 : d.epochs;
+    d.batch = d.batch == 0 ? 4 : d.batch;
+    d.accumulate = d.accumulate == 0 ? 1 : d.accumulate;
+    d.context = d.context == 0 ? 4096 : d.context;
+    d.beta1 = d.beta1 == 0 ? 0.9 : d.beta1;
+    d.beta2 = d.beta2 == 0 ? 0.999 : d.beta2;
+    d.eps = d.eps == 0 ? 1e-8 : d.eps;
+    return d;
+}
+
+static ptst_code ptst__train_validate(ptst_ctx *c, const ptst_train_desc *d) {
+    const char *bad = !(d->lr > 0 && ptst__finite(d->lr))                        ? "lr"
+                      : !(d->gamma > 0 && ptst__finite(d->gamma))                ? "gamma"
+                      : !(d->beta1 > 0 && d->beta1 < 1)                          ? "beta1"
+                      : !(d->beta2 > 0 && d->beta2 < 1)                          ? "beta2"
+                      : !(d->eps > 0 && ptst__finite(d->eps))                    ? "eps"
+                      : !(d->weight_decay >= 0 && ptst__finite(d->weight_decay)) ? "weight_decay"
+                      : !(d->clip >= 0 && ptst__finite(d->clip))                 ? "clip"
+                      : !(d->dropout >= 0 && d->dropout < 1)                     ? "dropout"
+                      : (unsigned)d->schedule > PTST_SCHEDULE_STEP               ? "schedule"
+                      : (unsigned)d->batching > PTST_BATCHING_PACKING            ? "batching"
+                                                                                 : NULL;
+    return bad == NULL ? PTST_OK
+                       : ptst__fail(c, PTST_ERR_ARGUMENT, "training: %s is out of range", bad);
+}
+
+/* Writes the members of a JSON object; the first failure stays. */
+typedef struct ptst__members {
+    ptst_ctx *c;
+    ptst_text *out;
+    ptst_code code;
+} ptst__members;
+
+static void ptst__member_name(ptst__members *m, const char *name) {
+    if (m->code == PTST_OK) {
+        bool first = m->out->size == 0 || m->out->data[m->out->size - 1] == '{';
+        m->code = ptst__text_format(m->c, m->out, "%s\"%s\":", first ? "" : ",", name);
+    }
+}
+
+static void ptst__member(ptst__members *m, const char *name, double value) {
+    ptst__member_name(m, name);
+    if (m->code == PTST_OK) {
+        m->code = ptst__json_put_number(m->c, m->out, value);
+    }
+}
+
+static void ptst__member_count(ptst__members *m, const char *name, uint64_t value) {
+    ptst__member_name(m, name);
+    if (m->code == PTST_OK) {
+        m->code = ptst__text_format(m->c, m->out, "%llu", (unsigned long long)value);
+    }
+}
+
+static void ptst__member_text(ptst__members *m, const char *name, const char *value) {
+    ptst__member_name(m, name);
+    if (m->code == PTST_OK) {
+        m->code = ptst__json_quote(m->c, m->out, value, strlen(value));
+    }
+}
+
+static const char *const ptst__schedules[] = {"constant", "linear", "cosine", "step"};
+static const char *const ptst__batchings[] = {"examples", "packing"};
+static const char *const ptst__masks[] = {"joint", "separate"};
+
+/* All options that change the result, as a JSON object. */
+static ptst_code ptst__train_options_text(ptst_ctx *c, const ptst_trainer *t, ptst_text *out) {
+    const ptst_train_desc *d = &t->desc;
+    ptst__members m;
+    m.c = c;
+    m.out = out;
+    m.code = ptst__text_add(c, out, "{");
+    ptst__member(&m, "lr", d->lr);
+    ptst__member_text(&m, "schedule", ptst__schedules[d->schedule]);
+    ptst__member(&m, "gamma", d->gamma);
+    ptst__member_count(&m, "warmup", d->warmup);
+    ptst__member_count(&m, "epochs", d->epochs);
+    ptst__member_count(&m, "max_steps", d->max_steps);
+    ptst__member_count(&m, "batch", d->batch);
+    ptst__member_count(&m, "accumulate", d->accumulate);
+    ptst__member_text(&m, "batching", ptst__batchings[d->batching]);
+    ptst__member_count(&m, "context", d->context);
+    ptst__member(&m, "beta1", d->beta1);
+    ptst__member(&m, "beta2", d->beta2);
+    ptst__member(&m, "eps", d->eps);
+    ptst__member(&m, "weight_decay", d->weight_decay);
+    ptst__member(&m, "clip", d->clip);
+    ptst__member(&m, "dropout", d->dropout);
+    ptst__member_count(&m, "seed", d->seed);
+    ptst__member_count(&m, "no_shuffle", d->no_shuffle);
+    ptst__member_count(&m, "no_prefix", d->no_prefix);
+    ptst__member_text(&m, "rows", t->hash);
+    if (m.code == PTST_OK && t->extra != NULL) {
+        m.code = ptst__text_format(c, out, ",%s", t->extra);
+    }
+    return m.code == PTST_OK ? ptst__text_add(c, out, "}") : m.code;
+}
+
+/* Both objects must have the same members; says which one differs. */
+static ptst_code ptst__train_same_options(ptst_ctx *c, const char *path, const ptst_json *then,
+                                          const ptst_json *now) {
+    int32_t key, value;
+    for (key = ptst_json_first(now, 0); key >= 0; key = ptst_json_next(now, value)) {
+        const char *name = ptst_json_string(now, key, NULL), *a, *b;
+        size_t na = 0, nb = 0;
+        int32_t old = ptst_json_get(then, 0, name);
+        value = ptst_json_next(now, key);
+        a = ptst_json_string(then, old, &na);
+        a = a == NULL ? ptst_json_number_text(then, old, &na) : a;
+        b = ptst_json_string(now, value, &nb);
+        b = b == NULL ? ptst_json_number_text(now, value, &nb) : b;
+        if (a == NULL) {
+            a = "not there";
+            na = strlen(a);
+        }
+        if (b == NULL || na != nb || memcmp(a, b, na) != 0) {
+            return ptst__fail(c, PTST_ERR_MISMATCH,
+                              "%s: cannot go on from it: %s was %.*s and is %.*s now", path, name,
+                              (int)(na < 100 ? na : 100), a, (int)(nb < 100 ? nb : 100), b);
+        }
+    }
+    return PTST_OK;
+}
+
+/* ---- checkpoint: one file, so that it is there whole or not at all ----
+   Tensors "value.NAME", and while there are steps left "m.NAME" and "v.NAME", of each trained
+   tensor; U8 "log", the text of the log so far; in __metadata__ "ptst_trainer" = "1", "step" and
+   "options". */
+
+static const char ptst__state_name[] = "trainer_state.safetensors";
+
+typedef struct ptst__state {
+    ptst_tensor *list;
+    size_t count;
+    ptst__arena arena; /* names */
+} ptst__state;
+
+static ptst_code ptst__state_add(ptst_ctx *c, ptst__state *s, const char *prefix, const char *name,
+                                 const char *dtype, const void *data, size_t count) {
+    ptst_tensor *v = &s->list[s->count];
+    size_t size = strlen(prefix) + strlen(name);
+    char *text = (char *)ptst__arena_alloc(c, &s->arena, size + 1, 1);
+    if (text == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    memcpy(text, prefix, strlen(prefix));
+    memcpy(text + strlen(prefix), name, strlen(name));
+    memset(v, 0, sizeof *v);
+    v->name = text;
+    v->dtype_name = dtype;
+    v->rank = 1;
+    v->shape[0] = count;
+    v->data = data;
+    s->count++;
+    return PTST_OK;
+}
+
+static ptst_code ptst__state_list(ptst_ctx *c, const ptst_trainer *t, const ptst_text *log,
+                                  ptst__state *s) {
+    bool moments = t->at.step < t->steps;
+    size_t i;
+    ptst_code code = ptst__state_add(c, s, "log", "", "U8", log == NULL ? NULL : log->data,
+                                     log == NULL ? 0 : log->size);
+    for (i = 0; i < t->params_count && code == PTST_OK; i++) {
+        const ptst__param *p = &t->params[i];
+        code = ptst__state_add(c, s, "value.", p->name, "F32", p->value, p->count);
+        if (code == PTST_OK && moments) {
+            code = ptst__state_add(c, s, "m.", p->name, "F32", t->moments[i].m, p->count);
+        }
+        if (code == PTST_OK && moments) {
+            code = ptst__state_add(c, s, "v.", p->name, "F32", t->moments[i].v, p->count);
+        }
+    }
+    return code;
+}
+
+/* log may be NULL. Weights that are not finite are never written. */
+static ptst_code ptst__state_save(ptst_ctx *c, const ptst_trainer *t, const char *path,
+                                  const ptst_text *log) {
+    ptst_text options = {NULL, 0, 0};
+    ptst__state s;
+    char step[32];
+    const char *metadata[7];
+    size_t i;
+    ptst_code code;
+    for (i = 0; i < t->params_count; i++) {
+        if (!ptst__finite(ptst__sum_squares(c, t->params[i].count, t->params[i].value))) {
+            return ptst__fail(c, PTST_ERR_NUMERIC,
+                              "%s: not written, %s is not finite after step "
+                              "%llu",
+                              path, t->params[i].name, (unsigned long long)t->at.step);
+        }
+    }
+    memset(&s, 0, sizeof s);
+    s.list = (ptst_tensor *)ptst__alloc(c, 3 * t->params_count + 1, sizeof *s.list);
+    code = s.list == NULL ? PTST_ERR_MEMORY : ptst__train_options_text(c, t, &options);
+    if (code == PTST_OK) {
+        code = ptst__state_list(c, t, log, &s);
+    }
+    if (code == PTST_OK) {
+        snprintf(step, sizeof step, "%llu", (unsigned long long)t->at.step);
+        metadata[0] = "ptst_trainer";
+        metadata[1] = "1";
+        metadata[2] = "step";
+        metadata[3] = step;
+        metadata[4] = "options";
+        metadata[5] = options.data;
+        metadata[6] = NULL;
+        code = ptst_tensors_write(c, path, s.list, s.count, metadata);
+    }
+    ptst_text_free(c, &options);
+    ptst__free(c, s.list);
+    ptst__arena_free(c, &s.arena);
+    return code;
+}
+
+/* The data of an F32 tensor "prefix + name" of count elements, NULL (and the error) if there is no
+   such tensor. */
+static const float *ptst__state_find(ptst_ctx *c, const ptst_tensors *f, const char *path,
+                                     const char *prefix, const ptst__param *p) {
+    ptst_text name = {NULL, 0, 0};
+    const ptst_tensor *v = NULL;
+    if (ptst__text_add(c, &name, prefix) == PTST_OK &&
+        ptst__text_add(c, &name, p->name) == PTST_OK) {
+        v = ptst_tensors_find(f, name.data);
+        if (v == NULL || v->dtype != PTST_F32 || v->count != p->count) {
+            ptst__fail(c, PTST_ERR_MISMATCH,
+                       "%s: cannot go on from it: no F32 tensor %s of %llu "
+                       "numbers",
+                       path, name.data, (unsigned long long)p->count);
+            v = NULL;
+        }
+    }
+    ptst_text_free(c, &name);
+    return v == NULL ? NULL : (const float *)v->data;
+}
+
+static ptst_code ptst__state_check(ptst_ctx *c, const ptst_trainer *t, const ptst_tensors *f,
+                                   const char *path, uint64_t *step) {
+    const char *version = ptst_tensors_metadata(f, "ptst_trainer");
+    const char *text = ptst_tensors_metadata(f, "options");
+    const char *digits = ptst_tensors_metadata(f, "step");
+    ptst_text options = {NULL, 0, 0};
+    ptst_json *then = NULL, *now = NULL;
+    ptst_code code;
+    if (version == NULL || strcmp(version, "1") != 0 || text == NULL || digits == NULL ||
+        strlen(digits) > 18 || digits[0] == 0 || digits[strspn(digits, "0123456789")] != 0) {
+        return ptst__fail(c, PTST_ERR_FORMAT, "%s: is no checkpoint of this version", path);
+    }
+    for (*step = 0; *digits != 0; digits++) {
+        *step = *step * 10 + (uint64_t)(*digits - '0');
+    }
+    code = ptst__train_options_text(c, t, &options);
+    if (code == PTST_OK) {
+        then = ptst_json_parse(c, text, strlen(text), path);
+        now = then == NULL ? NULL : ptst_json_parse(c, options.data, options.size, path);
+        code = now == NULL ? c->code : ptst__train_same_options(c, path, then, now);
+    }
+    if (code == PTST_OK && *step > t->steps) {
+        code = ptst__fail(c, PTST_ERR_MISMATCH, "%s: is at step %llu of %llu", path,
+                          (unsigned long long)*step, (unsigned long long)t->steps);
+    }
+    ptst_json_free(c, now);
+    ptst_json_free(c, then);
+    ptst_text_free(c, &options);
+    return code;
+}
+
+/* First all tensors are found, then all are copied, so that a failure changes nothing. */
+static ptst_code ptst__state_copy(ptst_ctx *c, ptst_trainer *t, const ptst_tensors *f,
+                                  const char *path, bool moments) {
+    size_t i;
+    int copy;
+    for (copy = 0; copy < 2; copy++) {
+        for (i = 0; i < t->params_count; i++) {
+            const ptst__param *p = &t->params[i];
+            const float *value = ptst__state_find(c, f, path, "value.", p), *m = NULL, *v = NULL;
+            if (moments && value != NULL) {
+                m = ptst__state_find(c, f, path, "m.", p);
+                v = m == NULL ? NULL : ptst__state_find(c, f, path, "v.", p);
+            }
+            if (value == NULL || (moments && v == NULL)) {
+                return c->code;
+            }
+            if (copy) {
+                memcpy(p->value, value, p->count * sizeof *value);
+            }
+            if (copy && moments) {
+                memcpy(t->moments[i].m, m, p->count * sizeof *m);
+                memcpy(t->moments[i].v, v, p->count * sizeof *v);
+            }
+        }
+    }
+    return PTST_OK;
+}
+
+/* Goes on from a file of ptst__state_save; log (may be NULL) becomes the log so far. */
+static ptst_code ptst__state_restore(ptst_ctx *c, ptst_trainer *t, const char *path,
+                                     ptst_text *log) {
+    ptst_tensors *f = ptst_tensors_open(c, path);
+    const ptst_tensor *text;
+    uint64_t step = 0;
+    size_t i;
+    ptst_code code;
+    if (f == NULL) {
+        return c->code;
+    }
+    code = ptst__state_check(c, t, f, path, &step);
+    text = ptst_tensors_find(f, "log");
+    if (code == PTST_OK && log != NULL && text != NULL) {
+        log->size = 0;
+        code = ptst_text_append(c, log, text->data == NULL ? "" : (const char *)text->data,
+                                text->bytes);
+    }
+    if (code == PTST_OK) {
+        code = ptst__state_copy(c, t, f, path, step < t->steps);
+    }
+    if (code == PTST_OK) {
+        memset(&t->at, 0, sizeof t->at);
+        for (; t->at.step < step; ptst__train_next_step(t, &t->at)) {
+            for (i = 0; i < t->desc.accumulate && ptst__train_take(t, &t->at) != 0; i++) {
+            }
+        }
+    }
+    ptst_tensors_close(c, f);
+    return code;
+}
+
+/* ---- one call ---- */
+
+typedef struct ptst__finetune {
+    const ptst_finetune_desc *d;
+    ptst_dataset *data;
+    ptst_adapter *adapter; /* NULL with full */
+    ptst_trainer *trainer;
+    ptst_text state, log_path, log, extra; /* paths of checkpoint and log; text of the log */
+    ptst_finetune_info info;
+} ptst__finetune;
+
+/* Files of a model folder that ptst_model_save does not write. */
+static const char *const ptst__folder_files[] = {"tokenizer.json",
+                                                 "tokenizer_config.json",
+                                                 "special_tokens_map.json",
+                                                 "generation_config.json",
+                                                 "chat_template.jinja",
+                                                 "added_tokens.json",
+                                                 "vocab.json",
+                                                 "merges.txt",
+                                                 "tokenizer.model"};
+
+/* Copies what is there of these files. */
+static ptst_code ptst__copy_folder_files(ptst_ctx *c, const char *from, const char *to) {
+    ptst_text path = {NULL, 0, 0}, bytes = {NULL, 0, 0};
+    size_t i, n = sizeof ptst__folder_files / sizeof ptst__folder_files[0];
+    ptst_code code = PTST_OK;
+    for (i = 0; i < n && code == PTST_OK; i++) {
+        code = ptst__path_join(c, &path, from, ptst__folder_files[i]);
+        if (code != PTST_OK || ptst__path_kind(path.data) != 1) {
+            continue;
+        }
+        bytes.size = 0;
+        code = ptst__read_file(c, path.data, &bytes);
+        if (code == PTST_OK) {
+            code = ptst__path_join(c, &path, to, ptst__folder_files[i]);
+        }
+        if (code == PTST_OK) {
+            code = ptst__write_file(c, path.data, bytes.data, bytes.size);
+        }
+    }
+    ptst_text_free(c, &path);
+    ptst_text_free(c, &bytes);
+    return code;
+}
+
+static ptst_code ptst__finetune_check(ptst_ctx *c, const ptst_finetune_desc *d) {
+    const char *missing = d->model == NULL                                ? "a model"
+                          : d->tokenizer == NULL                          ? "a tokenizer"
+                          : d->out == NULL                                ? "an output folder"
+                          : d->examples_count == 0 || d->examples == NULL ? "a row to train on"
+                                                                          : NULL;
+    if (missing != NULL) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "fine-tuning needs %s", missing);
+    }
+    if (d->full && (d->init_adapter != NULL || d->lora != NULL)) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT,
+                          "full fine-tuning trains the weights themselves, not an adapter");
+    }
+    return PTST_OK;
+}
+
+static ptst_code ptst__finetune_rows(ptst_ctx *c, ptst__finetune *f) {
+    const ptst_finetune_desc *d = f->d;
+    ptst_code code;
+    f->data = ptst_dataset_new(c, &d->dataset);
+    if (f->data == NULL) {
+        return c->code;
+    }
+    code = ptst_dataset_add(c, f->data, d->tokenizer, d->examples, d->examples_count);
+    if (code == PTST_OK && d->mix_count != 0) {
+        code = ptst_dataset_add(c, f->data, d->tokenizer, d->mix, d->mix_count);
+    }
+    f->info.data = f->data->info;
+    if (code == PTST_OK && f->info.data.not_prefix != 0) {
+        ptst__log(c, PTST_LOG_WARNING,
+                  "in %llu of %llu rows the tokens of the prompt are no prefix of the tokens of "
+                  "prompt and answer; their first labels may begin inside the prompt's last word",
+                  (unsigned long long)f->info.data.not_prefix,
+                  (unsigned long long)f->info.data.rows);
+    }
+    if (code == PTST_OK && f->info.data.cut + f->info.data.dropped != 0) {
+        ptst__log(c, PTST_LOG_WARNING,
+                  "%llu rows were too long and lost their end, %llu were left out because nothing "
+                  "of their answer remained",
+                  (unsigned long long)f->info.data.cut, (unsigned long long)f->info.data.dropped);
+    }
+    return code;
+}
+
+/* A hash that tells models apart without reading all of them: names, shapes and the first bytes of
+   each tensor. */
+static ptst_code ptst__model_mark(ptst_ctx *c, const char *folder, char hash[65]) {
+    ptst_tensors *f = ptst_tensors_open(c, folder);
+    ptst__sha256 h;
+    size_t i;
+    if (f == NULL) {
+        return c->code;
+    }
+    ptst__sha256_start(&h);
+    for (i = 0; i < ptst_tensors_count(f); i++) {
+        const ptst_tensor *v = ptst_tensors_at(f, i);
+        ptst__sha256_add(&h, v->name, strlen(v->name) + 1);
+        ptst__sha256_add(&h, v->shape, sizeof v->shape);
+        ptst__sha256_add(&h, v->data, v->bytes < 256 ? v->bytes : 256);
+    }
+    ptst__sha256_end(&h, hash);
+    ptst_tensors_close(c, f);
+    return PTST_OK;
+}
+
+/* Makes or loads what is trained, and the trainer. */
+static ptst_code ptst__finetune_trainer(ptst_ctx *c, ptst__finetune *f) {
+    const ptst_finetune_desc *d = f->d;
+    ptst_lora_desc lora;
+    memset(&lora, 0, sizeof lora);
+    if (d->lora != NULL) {
+        lora = *d->lora;
+    }
+    lora.seed = lora.seed == 0 ? d->train.seed : lora.seed;
+    lora.dropout = d->train.dropout;
+    if (!d->full) {
+        f->adapter = d->init_adapter != NULL ? ptst_adapter_load(c, d->model, d->init_adapter)
+                                             : ptst_adapter_new(c, d->model, &lora);
+        if (f->adapter == NULL) {
+            return c->code;
+        }
+    }
+    f->trainer = ptst_trainer_new(c, d->model, f->adapter, f->data, &d->train);
+    return f->trainer == NULL ? c->code : PTST_OK;
+}
+
+/* Options beside the trainer's own: what is trained, where it starts, on which model. */
+static ptst_code ptst__finetune_options(ptst_ctx *c, ptst__finetune *f) {
+    const ptst_finetune_desc *d = f->d;
+    char hash[65];
+    ptst__sha256 h;
+    ptst__members m;
+    size_t i;
+    m.c = c;
+    m.out = &f->extra;
+    m.code = PTST_OK;
+    ptst__member_text(&m, "trains", d->full ? "all weights" : "an adapter");
+    ptst__member_text(&m, "mask", ptst__masks[d->dataset.mask]);
+    if (f->adapter != NULL) {
+        ptst_lora_desc lora = ptst_adapter_about(f->adapter);
+        ptst__member_count(&m, "rank", (uint64_t)lora.rank);
+        ptst__member(&m, "alpha", lora.alpha);
+        ptst__member_text(&m, "targets", lora.targets);
+    }
+    if (m.code == PTST_OK && d->model_dir != NULL) {
+        m.code = ptst__model_mark(c, d->model_dir, hash);
+        ptst__member_text(&m, "model", hash);
+    }
+    ptst__sha256_start(&h);
+    for (i = 0; i < f->trainer->params_count; i++) {
+        const ptst__param *p = &f->trainer->params[i];
+        ptst__sha256_add(&h, p->value, p->count * sizeof *p->value);
+    }
+    ptst__sha256_end(&h, hash);
+    ptst__member_text(&m, "first weights", hash);
+    f->trainer->extra = f->extra.data;
+    return m.code;
+}
+
+/* Are the files there that a finished training leaves? */
+static ptst_code ptst__finetune_complete(ptst_ctx *c, ptst__finetune *f, bool *complete) {
+    static const char *const names[2][2] = {{"adapter_config.json", "adapter_model.safetensors"},
+                                            {"config.json", "model.safetensors"}};
+    ptst_text path = {NULL, 0, 0};
+    size_t i;
+    ptst_code code = PTST_OK;
+    *complete = true;
+    for (i = 0; i < 2 && code == PTST_OK; i++) {
+        code = ptst__path_join(c, &path, f->d->out, names[f->d->full ? 1 : 0][i]);
+        *complete = *complete && code == PTST_OK && ptst__path_kind(path.data) == 1;
+    }
+    ptst_text_free(c, &path);
+    return code;
+}
+
+/* Goes on from a checkpoint, or starts anew. */
+static ptst_code ptst__finetune_begin(ptst_ctx *c, ptst__finetune *f) {
+    ptst_code code;
+    if (f->d->resume && ptst__path_kind(f->state.data) != 0) {
+        code = ptst__state_restore(c, f->trainer, f->state.data, &f->log);
+        f->info.resumed = code == PTST_OK;
+        if (code == PTST_OK && f->trainer->at.step == f->trainer->steps) {
+            code = ptst__finetune_complete(c, f, &f->info.finished);
+        }
+        if (code != PTST_OK || (f->info.finished && ptst__path_kind(f->log_path.data) != 0)) {
+            return code;
+        }
+    } else {
+        code = ptst__remove_file(c, f->state.data);
+        if (code != PTST_OK) {
+            return code;
+        }
+    }
+    return ptst__append_file(c, f->log_path.data, f->log.data, f->log.size, true);
+}
+
+static ptst_code ptst__finetune_log(ptst_ctx *c, ptst__finetune *f, const ptst_step *s) {
+    size_t before = f->log.size;
+    ptst__members m;
+    m.c = c;
+    m.out = &f->log;
+    m.code = ptst__text_add(c, &f->log, "{");
+    ptst__member_count(&m, "step", s->step);
+    ptst__member(&m, "epoch", s->epoch);
+    ptst__member(&m, "loss", s->loss);
+    ptst__member(&m, "grad_norm", s->grad_norm);
+    ptst__member(&m, "learning_rate", s->learning_rate);
+    ptst__member_count(&m, "tokens", s->tokens);
+    ptst__member(&m, "tokens_per_second", s->tokens_per_second);
+    if (m.code == PTST_OK) {
+        m.code = ptst__text_add(c, &f->log, "}\n");
+    }
+    return m.code != PTST_OK ? m.code
+                             : ptst__append_file(c, f->log_path.data, f->log.data + before,
+                                                 f->log.size - before, false);
+}
+
+static ptst_code ptst__finetune_report(ptst_ctx *c, const ptst__finetune *f, const ptst_step *s) {
+    ptst_progress p;
+    memset(&p, 0, sizeof p);
+    p.stage = "train";
+    p.item = f->d->item;
+    p.done = (double)s->step;
+    p.total = (double)s->steps;
+    p.unit = "step";
+    p.loss = s->loss;
+    p.rate = s->tokens_per_second;
+    return ptst__report(c, &p);
+}
+
+/* The steps that are left. The state is saved when the caller wants to stop, and now and then. */
+static ptst_code ptst__finetune_steps(ptst_ctx *c, ptst__finetune *f) {
+    ptst_trainer *t = f->trainer;
+    ptst_code code = PTST_OK, saved;
+    while (code == PTST_OK && t->at.step < t->steps) {
+        code = ptst_trainer_step(c, t, &f->info.last);
+        if (code == PTST_OK) {
+            code = ptst__finetune_log(c, f, &f->info.last);
+        }
+        if (code != PTST_OK) {
+            return code;
+        }
+        if (f->d->on_step != NULL) {
+            f->d->on_step(f->d->user, &f->info.last);
+        }
+        code = ptst__finetune_report(c, f, &f->info.last);
+        if (t->at.step < t->steps &&
+            (code != PTST_OK || (f->d->save_every != 0 && t->at.step % f->d->save_every == 0))) {
+            saved = ptst__state_save(c, t, f->state.data, &f->log);
+            code = saved != PTST_OK ? saved : code;
+        }
+        if (t->at.step == t->steps) {
+            code = PTST_OK; /* nothing is left that could be stopped */
+        }
+    }
+    return code == PTST_ERR_STOPPED ? ptst__fail(c, code,
+                                                 "stopped on request after step %llu of "
+                                                 "%llu; the state is saved in %s",
+                                                 (unsigned long long)t->at.step,
+                                                 (unsigned long long)t->steps, f->state.data)
+                                    : code;
+}
+
+/* The result first, then the state that says that it is there. */
+static ptst_code ptst__finetune_finish(ptst_ctx *c, ptst__finetune *f) {
+    const ptst_finetune_desc *d = f->d;
+    size_t i;
+    ptst_code code = PTST_OK;
+    for (i = 0; i < f->trainer->params_count; i++) {
+        const ptst__param *p = &f->trainer->params[i];
+        if (!ptst__finite(ptst__sum_squares(c, p->count, p->value))) {
+            return ptst__fail(c, PTST_ERR_NUMERIC, "%s: not written, %s is not finite", d->out,
+                              p->name);
+        }
+    }
+    if (d->full) {
+        code = d->model_dir == NULL ? PTST_OK : ptst__copy_folder_files(c, d->model_dir, d->out);
+        code = code != PTST_OK ? code : ptst_model_save(c, d->model, d->out, d->dtype);
+    } else {
+        code = ptst_adapter_save(c, f->adapter, d->out, d->model_dir);
+    }
+    code = code != PTST_OK ? code : ptst__state_save(c, f->trainer, f->state.data, &f->log);
+    f->info.finished = code == PTST_OK;
+    return code;
+}
+
+static ptst_code ptst__finetune_paths(ptst_ctx *c, ptst__finetune *f) {
+    ptst_code code = ptst__make_folders(c, f->d->out);
+    if (code == PTST_OK) {
+        code = ptst__path_join(c, &f->state, f->d->out, ptst__state_name);
+    }
+    if (code == PTST_OK) {
+        code = f->d->log != NULL ? ptst__text_add(c, &f->log_path, f->d->log)
+                                 : ptst__path_join(c, &f->log_path, f->d->out, "log.jsonl");
+    }
+    return code;
+}
+
+/* ---- public part ---- */
+
+PTST_API ptst_dataset *ptst_dataset_new(ptst_ctx *c, const ptst_dataset_desc *desc) {
+    ptst_dataset *d = (ptst_dataset *)ptst__calloc(c, 1, sizeof *d);
+    if (d != NULL && desc != NULL) {
+        d->desc = *desc;
+    }
+    return d;
+}
+
+PTST_API void ptst_dataset_free(ptst_ctx *c, ptst_dataset *d) {
+    if (d != NULL) {
+        ptst_ids_free(c, &d->tokens);
+        ptst__free(c, d->rows);
+        ptst__free(c, d);
+    }
+}
+
+PTST_API ptst_code ptst_dataset_add_tokens(ptst_ctx *c, ptst_dataset *d, const int32_t *tokens,
+                                           size_t count, size_t prompt) {
+    void *rows = d->rows;
+    ptst__sample *row;
+    size_t i;
+    ptst_code code;
+    if (d->desc.max_tokens != 0 && count > d->desc.max_tokens) {
+        count = d->desc.max_tokens;
+        d->info.cut++;
+    }
+    if (count > INT32_MAX || d->info.rows >= UINT32_MAX - 1) {
+        return ptst__fail(c, PTST_ERR_LIMIT, "row %llu: more than 2^31 tokens, or 2^32 rows",
+                          (unsigned long long)d->info.rows + 1);
+    }
+    prompt = prompt == 0 ? 1 : prompt;
+    if (count <= prompt) {
+        d->info.dropped++;
+        return PTST_OK;
+    }
+    code = ptst__grow(c, &rows, &d->capacity, d->info.rows + 1, sizeof *row);
+    d->rows = (ptst__sample *)rows;
+    if (code != PTST_OK) {
+        return code;
+    }
+    row = &d->rows[d->info.rows];
+    row->begin = d->tokens.count;
+    row->count = (uint32_t)count;
+    row->prompt = (uint32_t)prompt;
+    for (i = 0; i < count && code == PTST_OK; i++) {
+        code = ptst_ids_append(c, &d->tokens, tokens[i]);
+    }
+    if (code != PTST_OK) {
+        d->tokens.count = row->begin;
+        return code;
+    }
+    d->info.rows++;
+    d->info.tokens += count;
+    d->info.labels += count - prompt;
+    return PTST_OK;
+}
+
+PTST_API ptst_code ptst_dataset_add(ptst_ctx *c, ptst_dataset *d, const ptst_tokenizer *t,
+                                    const ptst_example *examples, size_t count) {
+    ptst__prompter e;
+    size_t i, k;
+    ptst_code code = ptst__prompter_start(c, &e, t, d->desc.eos);
+    if (code == PTST_OK && e.eos < 0) {
+        code = ptst__fail(c, PTST_ERR_MISMATCH,
+                          "the tokenizer names no end-of-text token and none "
+                          "is given, so an answer would have no end");
+    }
+    for (i = 0; i < count && code == PTST_OK; i++) {
+        code = ptst__prompter_example(c, &e, d->desc.mask, &examples[i]);
+        if (code != PTST_OK) {
+            break;
+        }
+        for (k = 0; k < e.prompt.count && k < e.row.count && e.row.data[k] == e.prompt.data[k];) {
+            k++;
+        }
+        d->info.not_prefix += k < e.prompt.count;
+        code = ptst_dataset_add_tokens(c, d, e.row.data, e.row.count, e.prompt.count);
+    }
+    ptst__prompter_free(c, &e);
+    return code;
+}
+
+PTST_API ptst_dataset_info ptst_dataset_about(const ptst_dataset *d) { return d->info; }
+
+PTST_API const int32_t *ptst_dataset_row(const ptst_dataset *d, size_t i, size_t *count,
+                                         size_t *prompt) {
+    if (i >= d->info.rows) {
+        return NULL;
+    }
+    if (count != NULL) {
+        *count = d->rows[i].count;
+    }
+    if (prompt != NULL) {
+        *prompt = d->rows[i].prompt;
+    }
+    return d->tokens.data + d->rows[i].begin;
+}
+
+PTST_API ptst_code ptst_schedule_parse(ptst_ctx *c, const char *text, ptst_train_desc *out) {
+    int i;
+    for (i = 0; i < 3; i++) {
+        if (strcmp(text, ptst__schedules[i]) == 0) {
+            out->schedule = (ptst_schedule)i;
+            return PTST_OK;
+        }
+    }
+    if (strncmp(text, "step:", 5) == 0) {
+        ptst_json *j = ptst_json_parse(c, text + 5, strlen(text + 5), "schedule");
+        double gamma = j == NULL ? 0 : ptst_json_number(j, 0, 0);
+        ptst_json_free(c, j);
+        if (gamma > 0 && ptst__finite(gamma)) {
+            out->schedule = PTST_SCHEDULE_STEP;
+            out->gamma = gamma;
+            return PTST_OK;
+        }
+        if (c->code == PTST_ERR_MEMORY) {
+            return c->code;
+        }
+    }
+    return ptst__fail(c, PTST_ERR_ARGUMENT,
+                      "schedule %.100s: must be constant, linear, cosine or "
+                      "step:GAMMA",
+                      text);
+}
+
+PTST_API void ptst_trainer_free(ptst_ctx *c, ptst_trainer *t) {
+    if (t != NULL) {
+        ptst__pass_free(c, t->pass);
+        ptst__arena_free(c, &t->arena);
+        ptst__free(c, t);
+    }
+}
+
+/* Do the rows fit the model? Also makes their hash. */
+static ptst_code ptst__trainer_rows(ptst_ctx *c, ptst_trainer *t, const ptst_config *config) {
+    const ptst_dataset *d = t->data;
+    ptst__sha256 h;
+    size_t i, k;
+    if (d->info.rows == 0) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "training: there is no row with an answer");
+    }
+    ptst__sha256_start(&h);
+    for (i = 0; i < d->info.rows; i++) {
+        const ptst__sample *row = &d->rows[i];
+        const int32_t *tokens = d->tokens.data + row->begin;
+        if (row->count - 1u > (uint32_t)config->max_position_embeddings) {
+            return ptst__fail(c, PTST_ERR_LIMIT, "row %llu has %lu tokens, the model can take %ld",
+                              (unsigned long long)i + 1, (unsigned long)row->count,
+                              (long)config->max_position_embeddings);
+        }
+        for (k = 0; k < row->count; k++) {
+            if (tokens[k] < 0 || tokens[k] >= config->vocab_size) {
+                return ptst__fail(c, PTST_ERR_MISMATCH,
+                                  "row %llu has token %ld, the model's "
+                                  "vocabulary ends at %ld",
+                                  (unsigned long long)i + 1, (long)tokens[k],
+                                  (long)config->vocab_size - 1);
+            }
+        }
+        ptst__sha256_add(&h, &row->count, sizeof row->count);
+        ptst__sha256_add(&h, &row->prompt, sizeof row->prompt);
+        ptst__sha256_add(&h, tokens, row->count * sizeof *tokens);
+    }
+    ptst__sha256_end(&h, t->hash);
+    return PTST_OK;
+}
+
+/* Everything is sized here. */
+static ptst_code ptst__trainer_memory(ptst_ctx *c, ptst_trainer *t, ptst_model *model,
+                                      ptst_adapter *adapter) {
+    size_t i, n = t->data->info.rows;
+    t->order = (uint32_t *)ptst__arena_alloc(c, &t->arena, n, sizeof *t->order);
+    t->rows = (uint32_t *)ptst__arena_alloc(c, &t->arena, n, sizeof *t->rows);
+    if (t->order == NULL || t->rows == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    ptst__train_plan(t);
+    t->tokens = (int32_t *)ptst__arena_alloc(c, &t->arena, t->tokens_max, sizeof *t->tokens);
+    t->labels = (int32_t *)ptst__arena_alloc(c, &t->arena, t->tokens_max, sizeof *t->labels);
+    t->segments =
+        (ptst_segment *)ptst__arena_alloc(c, &t->arena, t->segments_max, sizeof *t->segments);
+    if (t->tokens == NULL || t->labels == NULL || t->segments == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    t->pass = ptst__pass_new(c, model, adapter, t->tokens_max, t->labels_max, t->segments_max);
+    if (t->pass == NULL) {
+        return c->code;
+    }
+    t->params_count = ptst__pass_params(t->pass, &t->params);
+    t->moments =
+        (ptst__moments *)ptst__arena_alloc(c, &t->arena, t->params_count, sizeof *t->moments);
+    for (i = 0; i < t->params_count && t->moments != NULL; i++) {
+        size_t count = t->params[i].count;
+        t->moments[i].m = (float *)ptst__arena_alloc(c, &t->arena, count, sizeof(float));
+        t->moments[i].v = (float *)ptst__arena_alloc(c, &t->arena, count, sizeof(float));
+        if (t->moments[i].m == NULL || t->moments[i].v == NULL) {
+            return PTST_ERR_MEMORY;
+        }
+    }
+    return t->moments == NULL ? PTST_ERR_MEMORY : PTST_OK;
+}
+
+PTST_API ptst_trainer *ptst_trainer_new(ptst_ctx *c, ptst_model *model, ptst_adapter *adapter,
+                                        const ptst_dataset *data, const ptst_train_desc *desc) {
+    const ptst_config *config = ptst_model_config(model);
+    ptst_trainer *t = (ptst_trainer *)ptst__calloc(c, 1, sizeof *t);
+    ptst_code code;
+    if (t == NULL) {
+        return NULL;
+    }
+    t->desc = ptst__train_resolve(desc);
+    t->data = data;
+    t->order_epoch = UINT64_MAX;
+    if (t->desc.context > (size_t)config->max_position_embeddings) {
+        t->desc.context = (size_t)config->max_position_embeddings;
+    }
+    code = ptst__train_validate(c, &t->desc);
+    if (code == PTST_OK && !ptst__mul(t->desc.batch, t->desc.context, &t->budget)) {
+        code = ptst__fail(c, PTST_ERR_ARGUMENT, "training: batch is out of range");
+    }
+    if (code == PTST_OK) {
+        code = ptst__trainer_rows(c, t, config);
+    }
+    if (code == PTST_OK) {
+        code = ptst__trainer_memory(c, t, model, adapter);
+    }
+    if (code != PTST_OK) {
+        ptst_trainer_free(c, t);
+        return NULL;
+    }
+    return t;
+}
+
+PTST_API ptst_train_desc ptst_trainer_options(const ptst_trainer *t) { return t->desc; }
+
+PTST_API uint64_t ptst_trainer_done(const ptst_trainer *t) { return t->at.step; }
+
+PTST_API uint64_t ptst_trainer_steps(const ptst_trainer *t) { return t->steps; }
+
+PTST_API ptst_code ptst_trainer_step(ptst_ctx *c, ptst_trainer *t, ptst_step *out) {
+    const ptst_train_desc *d = &t->desc;
+    ptst__cursor at = t->at;
+    double start = ptst__seconds(), loss, squares = 0, scale;
+    size_t i;
+    ptst_code code;
+    memset(out, 0, sizeof *out);
+    if (t->at.step >= t->steps) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "training: all %llu steps are done",
+                          (unsigned long long)t->steps);
+    }
+    code = ptst__train_gradients(c, t, &at, out, &loss);
+    if (code != PTST_OK) {
+        return code;
+    }
+    out->step = at.step + 1;
+    out->steps = t->steps;
+    out->loss = loss / (double)out->labels;
+    for (i = 0; i < t->params_count; i++) {
+        squares += ptst__sum_squares(c, t->params[i].count, t->params[i].grad);
+    }
+    out->grad_norm = sqrt(squares) / (double)out->labels;
+    if (!ptst__finite(out->loss) || !ptst__finite(squares)) {
+        return ptst__train_not_finite(c, t, ptst__finite(out->loss) ? "the gradient" : "the loss");
+    }
+    scale = 1 / (double)out->labels;
+    if (d->clip != 0 && out->grad_norm > 0) { /* as torch.nn.utils.clip_grad_norm_ */
+        double factor = d->clip / (out->grad_norm + 1e-6);
+        scale *= factor < 1 ? factor : 1;
+    }
+    out->learning_rate = ptst__train_rate(d, at.step, t->steps, at.epoch);
+    for (i = 0; i < t->params_count; i++) {
+        const ptst__param *p = &t->params[i];
+        ptst_adamw(c, p->count, p->value, p->grad, t->moments[i].m, t->moments[i].v,
+                   out->learning_rate, d->beta1, d->beta2, d->eps, p->decay ? d->weight_decay : 0,
+                   out->step, scale);
+    }
+    ptst__train_next_step(t, &at);
+    t->at = at;
+    out->epoch = (double)at.epoch + (double)at.row / (double)t->data->info.rows;
+    out->tokens_per_second = (double)out->tokens / (ptst__seconds() - start);
+    return PTST_OK;
+}
+
+PTST_API ptst_code ptst_trainer_save(ptst_ctx *c, ptst_trainer *t, const char *path) {
+    return ptst__state_save(c, t, path, NULL);
+}
+
+PTST_API ptst_code ptst_trainer_restore(ptst_ctx *c, ptst_trainer *t, const char *path) {
+    return ptst__state_restore(c, t, path, NULL);
+}
+
+PTST_API ptst_code ptst_finetune(ptst_ctx *c, const ptst_finetune_desc *desc,
+                                 ptst_finetune_info *info) {
+    ptst__finetune f;
+    ptst_code code;
+    memset(&f, 0, sizeof f);
+    f.d = desc;
+    code = ptst__finetune_check(c, desc);
+    code = code != PTST_OK ? code : ptst__finetune_paths(c, &f);
+    code = code != PTST_OK ? code : ptst__finetune_rows(c, &f);
+    code = code != PTST_OK ? code : ptst__finetune_trainer(c, &f);
+    code = code != PTST_OK ? code : ptst__finetune_options(c, &f);
+    code = code != PTST_OK ? code : ptst__finetune_begin(c, &f);
+    if (code == PTST_OK && !f.info.finished) {
+        code = ptst__finetune_steps(c, &f);
+        code = code != PTST_OK ? code : ptst__finetune_finish(c, &f);
+    }
+    ptst_trainer_free(c, f.trainer);
+    ptst_adapter_free(c, f.adapter);
+    ptst_dataset_free(c, f.data);
+    ptst_text_free(c, &f.state);
+    ptst_text_free(c, &f.log_path);
+    ptst_text_free(c, &f.log);
+    ptst_text_free(c, &f.extra);
+    if (info != NULL) {
+        *info = f.info;
+    }
+    return code;
+}
 
 /* >>generate ======================================================================================
-   Not written yet. */
+   From logits to text: choosing a token, and answering many prompts at once. Relies on sessions
+   (ptst_eval of >>model) and on the encoder of >>train, so that prompts become the same tokens in
+   training and in use. Afterwards each answer is a function of model, prompt, options and seed
+   alone: not of the other prompts, of their order, or of how many are answered at a time. Tested by
+   tests/test_generate.c.
+
+   Slots of a session, each busy with one prompt; slot 0 holds the common head, computed once:
+
+       slot 0   h h h h h h
+       slot 1              | p p p a a a            decodes one token a round
+       slot 2              | p p p p p              has just been refilled: reads its prompt
+       slot 3              | p a a a a a a */
+
+/* ---- choosing a token ---- */
+
+/* Larger logit first; of equal ones the lower id. */
+static bool ptst__candidate_before(const ptst_candidate *a, const ptst_candidate *b) {
+    return a->logit != b->logit ? a->logit > b->logit : a->id < b->id;
+}
+
+/* Restores the heap (best on top) below `parent`. */
+static void ptst__candidate_sink(ptst_candidate *heap, size_t n, size_t parent) {
+    ptst_candidate moved = heap[parent];
+    size_t child;
+    for (; (child = 2 * parent + 1) < n; parent = child) {
+        if (child + 1 < n && ptst__candidate_before(&heap[child + 1], &heap[child])) {
+            child++;
+        }
+        if (!ptst__candidate_before(&heap[child], &moved)) {
+            break;
+        }
+        heap[parent] = heap[child];
+    }
+    heap[parent] = moved;
+}
+
+/* Moves the best of n candidates to heap[n - 1]; the others stay a heap. */
+static void ptst__candidate_pop(ptst_candidate *heap, size_t n) {
+    ptst_candidate best = heap[0];
+    heap[0] = heap[n - 1];
+    heap[n - 1] = best;
+    ptst__candidate_sink(heap, n - 1, 0);
+}
+
+/* The highest logit, of equal ones the lowest id. */
+static int32_t ptst__sample_greedy(const float *logits, size_t vocab) {
+    size_t i, best = 0;
+    for (i = 1; i < vocab; i++) {
+        best = logits[i] > logits[best] ? i : best;
+    }
+    return (int32_t)best;
+}
+
+/* Makes seen tokens less likely: positive logits are divided, negative ones multiplied, once each
+   (Keskar et al. 2019). */
+static void ptst__sample_penalty(double penalty, float *logits, size_t vocab, const int32_t *seen,
+                                 size_t count, ptst_candidate *scratch) {
+    float factor = (float)penalty;
+    size_t i;
+    for (i = 0; i < vocab; i++) {
+        scratch[i].logit = logits[i];
+    }
+    for (i = 0; i < count; i++) {
+        if (seen[i] >= 0 && (size_t)seen[i] < vocab) {
+            float old = scratch[seen[i]].logit;
+            logits[seen[i]] = old < 0 ? old * factor : old / factor;
+        }
+    }
+}
+
+/* Uniform in [0, 1) with 53 bits. */
+static double ptst__sample_uniform(ptst_rng *rng) {
+    uint32_t high = ptst_rng_u32(rng) >> 5, low = ptst_rng_u32(rng) >> 6;
+    return ((double)high * 67108864.0 + (double)low) / 9007199254740992.0;
+}
+
+/* Draws from softmax(logits) restricted to the top-k (ties with the last one included), and then to
+   the fewest best ones whose probability reaches top_p. The best m candidates lie at the end of the
+   heap, the very best last. */
+static int32_t ptst__sample_draw(const ptst_sample_desc *d, size_t vocab, ptst_candidate *heap,
+                                 ptst_rng *rng) {
+    size_t i, kept = vocab, m = 0;
+    double best, total = 0, sum = 0, draw;
+    for (i = vocab / 2; i > 0; i--) {
+        ptst__candidate_sink(heap, vocab, i - 1);
+    }
+    best = heap[0].logit;
+    if (d->top_k != 0 && d->top_k < vocab) {
+        for (kept = 0;
+             kept < vocab && (kept < d->top_k || heap[0].logit == heap[vocab - kept].logit);
+             kept++) {
+            ptst__candidate_pop(heap, vocab - kept);
+        }
+        m = kept;
+    }
+    for (i = 0; i < kept; i++) {
+        total += exp((double)heap[m != 0 ? vocab - 1 - i : i].logit - best);
+    }
+    if (d->top_p < 1) { /* token j stays if those before it have less than top_p */
+        for (i = 0; i < kept && sum < d->top_p * total; i++) {
+            if (i >= m) {
+                ptst__candidate_pop(heap, vocab - m++);
+            }
+            sum += exp((double)heap[vocab - 1 - i].logit - best);
+        }
+        kept = i;
+        total = sum;
+    }
+    draw = ptst__sample_uniform(rng) * total;
+    for (i = 0, sum = 0; i + 1 < kept; i++) {
+        sum += exp((double)heap[m != 0 ? vocab - 1 - i : i].logit - best);
+        if (draw < sum) {
+            break;
+        }
+    }
+    return heap[m != 0 ? vocab - 1 - i : i].id;
+}
+
+/* ---- prompts ---- */
+
+typedef struct ptst__question {
+    size_t begin, count; /* in tokens */
+    uint64_t stream;     /* of random numbers */
+} ptst__question;
+
+/* One sequence in the making. */
+typedef struct ptst__speaker {
+    bool busy;
+    size_t index; /* of the prompt */
+    int32_t *ids; /* [limit] prompt and answer */
+    size_t count; /* of ids */
+    size_t fed;   /* ids that the session has seen, head included */
+    size_t told;  /* bytes of the answer's text that the caller has got */
+    ptst_rng rng;
+} ptst__speaker;
+
+typedef struct ptst__generator {
+    const ptst_generate_desc *d;
+    ptst_sample_desc sample;
+    const ptst_tokenizer *tokenizer;
+    ptst_answer *answers;
+    size_t vocab, count, batch, limit, max_new, head;
+    ptst_ids tokens;
+    ptst__question *questions; /* [count] */
+    ptst__speaker *speakers;   /* [batch] */
+    ptst_chunk *chunks;        /* [batch] */
+    ptst_candidate *scratch;   /* [vocab], NULL if greedy without penalty */
+    int32_t stops[PTST_EOS_MAX * 2 + 1];
+    size_t stops_count;
+    ptst_text text; /* an answer so far */
+    ptst__arena arena;
+    ptst_session *session;
+    size_t next, done; /* prompts begun and answered */
+    double start, produced;
+} ptst__generator;
+
+/* Encodes all prompts. Each gets a stream of random numbers that depends on its tokens, and on how
+   often the same ones came before, but not on the place among the others. */
+static ptst_code ptst__generate_encode(ptst_ctx *c, ptst__generator *g,
+                                       const ptst_prompt *prompts) {
+    ptst__prompter e;
+    ptst__map seen = {NULL, 0, 0};
+    size_t i, begin;
+    ptst_code code = ptst__prompter_start(c, &e, g->tokenizer, 0);
+    for (i = 0; i < g->count && code == PTST_OK; i++) {
+        g->questions[i].begin = begin = g->tokens.count;
+        code = ptst__prompter_prompt(c, &e, &prompts[i], &g->tokens);
+        g->questions[i].count = g->answers[i].prompt_tokens = g->tokens.count - begin;
+        if (code == PTST_OK && g->tokens.count == begin) {
+            code = ptst__fail(c, PTST_ERR_ARGUMENT, "prompt %llu has no tokens",
+                              (unsigned long long)i + 1);
+        }
+    }
+    for (i = 0; i < g->count && code == PTST_OK; i++) {
+        ptst__question *q = &g->questions[i];
+        const char *key = (const char *)(g->tokens.data + q->begin);
+        size_t size = q->count * sizeof *g->tokens.data;
+        int32_t before = ptst__map_get(&seen, key, size, 0);
+        q->stream = ptst__hash(key, size) + (uint64_t)before * 0x9E3779B97F4A7C15u;
+        code = ptst__map_put(c, &seen, key, size, before + 1);
+    }
+    ptst__map_free(c, &seen);
+    ptst__prompter_free(c, &e);
+    return code;
+}
+
+/* Common head of all prompts; each keeps a token of its own, whose logits are needed. */
+static size_t ptst__generate_head(const ptst__generator *g) {
+    const int32_t *first = g->tokens.data;
+    size_t head = g->questions[0].count - 1, i, k;
+    if (g->count < 2 || g->d->no_prefix) {
+        return 0;
+    }
+    for (i = 1; i < g->count; i++) {
+        const int32_t *ids = g->tokens.data + g->questions[i].begin;
+        head = g->questions[i].count - 1 < head ? g->questions[i].count - 1 : head;
+        for (k = 0; k < head && ids[k] == first[k];) {
+            k++;
+        }
+        head = k;
+    }
+    return head < PTST__HEAD_MIN ? 0 : head;
+}
+
+static void ptst__generate_stop(ptst__generator *g, int32_t id) {
+    size_t i;
+    for (i = 0; i < g->stops_count && g->stops[i] != id; i++) {
+    }
+    if (id >= 0 && i == g->stops_count && i < sizeof g->stops / sizeof g->stops[0]) {
+        g->stops[g->stops_count++] = id;
+    }
+}
+
+/* All tokens that end an answer, besides the caller's. */
+static void ptst__generate_stops(ptst__generator *g, const ptst_model *m) {
+    const ptst_generation_config *config = ptst_model_generation(m);
+    size_t i;
+    if (!g->d->ignore_eos) {
+        ptst__generate_stop(g, ptst_token_eos(g->tokenizer));
+        for (i = 0; i < config->eos_count; i++) {
+            ptst__generate_stop(g, config->eos_token_id[i]);
+        }
+    }
+}
+
+static bool ptst__generate_ends(const ptst__generator *g, int32_t id) {
+    size_t i;
+    for (i = 0; i < g->stops_count; i++) {
+        if (g->stops[i] == id) {
+            return true;
+        }
+    }
+    for (i = 0; i < g->d->stop_ids_count; i++) {
+        if (g->d->stop_ids[i] == id) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* How long sequences may become, and the memory for them. */
+static ptst_code ptst__generate_memory(ptst_ctx *c, ptst__generator *g, const ptst_model *m,
+                                       const ptst_adapter *a) {
+    const ptst_config *config = ptst_model_config(m);
+    bool greedy = g->sample.temperature == 0 || g->sample.top_p == 0 || g->sample.top_k == 1;
+    size_t i, longest = 0;
+    ptst_session_desc s;
+    memset(&s, 0, sizeof s);
+    g->limit = (size_t)config->max_position_embeddings;
+    g->limit = g->d->capacity != 0 && g->d->capacity < g->limit ? g->d->capacity : g->limit;
+    for (i = 0; i < g->count; i++) {
+        const ptst__question *q = &g->questions[i];
+        if (q->count >= g->limit) {
+            return ptst__fail(c, PTST_ERR_LIMIT,
+                              "prompt %llu has %llu tokens and needs one more, there is room for "
+                              "%llu",
+                              (unsigned long long)i + 1, (unsigned long long)q->count,
+                              (unsigned long long)g->limit);
+        }
+        longest = q->count > longest ? q->count : longest;
+    }
+    g->limit = g->max_new < g->limit - longest ? longest + g->max_new : g->limit;
+    s.slots = g->batch + (g->head != 0);
+    s.capacity = g->limit - g->head > g->head ? g->limit - g->head : g->head;
+    s.logit_rows = g->batch;
+    g->session = ptst_session_new(c, m, a, &s);
+    if (g->session == NULL) {
+        return c->code;
+    }
+    g->speakers = (ptst__speaker *)ptst__arena_alloc(c, &g->arena, g->batch, sizeof *g->speakers);
+    g->chunks = (ptst_chunk *)ptst__arena_alloc(c, &g->arena, g->batch, sizeof *g->chunks);
+    if (g->speakers == NULL || g->chunks == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < g->batch; i++) {
+        g->speakers[i].ids = (int32_t *)ptst__arena_alloc(c, &g->arena, g->limit, sizeof(int32_t));
+        if (g->speakers[i].ids == NULL) {
+            return PTST_ERR_MEMORY;
+        }
+    }
+    if (!greedy || g->sample.repetition_penalty != 1) {
+        g->scratch =
+            (ptst_candidate *)ptst__arena_alloc(c, &g->arena, g->vocab, sizeof *g->scratch);
+        return g->scratch == NULL ? PTST_ERR_MEMORY : PTST_OK;
+    }
+    return PTST_OK;
+}
+
+/* ---- answers ---- */
+
+/* Bytes of text that are final: no half character (which decodes to U+FFFD) at the end, and no
+   beginning of a stop string. */
+static size_t ptst__generate_settled(const ptst__generator *g) {
+    size_t n = g->text.size, i, k;
+    while (n >= 3 && memcmp(g->text.data + n - 3, "\xEF\xBF\xBD", 3) == 0) {
+        n -= 3;
+    }
+    for (i = 0; i < g->d->stop_strings_count; i++) {
+        size_t size = strlen(g->d->stop_strings[i]);
+        for (k = size < n ? size : n; k > 0; k--) {
+            if (memcmp(g->text.data + n - k, g->d->stop_strings[i], k) == 0) {
+                n -= k;
+                break;
+            }
+        }
+    }
+    return n;
+}
+
+/* Start of the first stop string in the text; its size if there is none. */
+static size_t ptst__generate_cut(const ptst__generator *g) {
+    size_t i, k, cut = g->text.size;
+    for (i = 0; i < g->d->stop_strings_count; i++) {
+        size_t size = strlen(g->d->stop_strings[i]);
+        for (k = 0; size != 0 && k + size <= g->text.size && k < cut; k++) {
+            if (memcmp(g->text.data + k, g->d->stop_strings[i], size) == 0) {
+                cut = k;
+            }
+        }
+    }
+    return cut;
+}
+
+/* Decodes the answer so far to g->text. An end token is no part of it. */
+static ptst_code ptst__generate_text(ptst_ctx *c, ptst__generator *g, const ptst_answer *a) {
+    size_t n = a->ids.count;
+    n -= n != 0 && ptst__generate_ends(g, a->ids.data[n - 1]);
+    g->text.size = 0;
+    return ptst_decode(c, g->tokenizer, a->ids.data, n, PTST_SKIP_SPECIAL, &g->text);
+}
+
+/* Looks for stop strings and hands out new text; called only if the caller wants one of them. */
+static ptst_code ptst__generate_follow(ptst_ctx *c, ptst__generator *g, ptst__speaker *s,
+                                       ptst_answer *a) {
+    size_t end;
+    ptst_code code = ptst__generate_text(c, g, a);
+    if (code != PTST_OK) {
+        return code;
+    }
+    end = ptst__generate_cut(g);
+    if (end < g->text.size) {
+        a->finish = PTST_FINISH_EOS;
+    } else if (a->finish == PTST_FINISH_NONE) {
+        end = ptst__generate_settled(g);
+    }
+    if (g->d->on_text != NULL && end > s->told) {
+        g->d->on_text(g->d->user, s->index, g->text.data + s->told, end - s->told);
+        s->told = end;
+    }
+    return PTST_OK;
+}
+
+/* Keeps the text of a finished (or abandoned) answer. */
+static ptst_code ptst__generate_close(ptst_ctx *c, ptst__generator *g, ptst_answer *a) {
+    ptst_code code = ptst__generate_text(c, g, a);
+    a->text.size = 0;
+    return code != PTST_OK ? code
+                           : ptst_text_append(c, &a->text, g->text.data, ptst__generate_cut(g));
+}
+
+/* Takes the token that follows in a sequence, and finishes the answer if it is the last one. */
+static ptst_code ptst__generate_accept(ptst_ctx *c, ptst__generator *g, ptst__speaker *s,
+                                       int32_t id) {
+    ptst_answer *a = &g->answers[s->index];
+    ptst_code code = ptst_ids_append(c, &a->ids, id);
+    if (code != PTST_OK) {
+        return code;
+    }
+    s->ids[s->count++] = id;
+    g->produced++;
+    a->finish = ptst__generate_ends(g, id)                           ? PTST_FINISH_EOS
+                : a->ids.count == g->max_new || s->count >= g->limit ? PTST_FINISH_LENGTH
+                                                                     : PTST_FINISH_NONE;
+    if (g->d->on_text != NULL || g->d->stop_strings_count != 0) {
+        code = ptst__generate_follow(c, g, s, a);
+    }
+    if (code == PTST_OK && a->finish != PTST_FINISH_NONE) {
+        code = ptst__generate_close(c, g, a);
+        s->busy = false;
+        g->done++;
+        if (code == PTST_OK && g->d->on_answer != NULL) {
+            g->d->on_answer(g->d->user, s->index, a);
+        }
+    }
+    return code;
+}
+
+/* Gives the next prompts to the free slots; returns the number of busy ones. */
+static ptst_code ptst__generate_refill(ptst_ctx *c, ptst__generator *g, size_t *busy) {
+    size_t i;
+    *busy = 0;
+    for (i = 0; i < g->batch; i++) {
+        ptst__speaker *s = &g->speakers[i];
+        int32_t slot = (int32_t)(i + (g->head != 0));
+        if (!s->busy && g->next < g->count) {
+            const ptst__question *q = &g->questions[g->next];
+            ptst_code code = ptst_session_reset(c, g->session, slot, g->head != 0 ? 0 : -1);
+            if (code != PTST_OK) {
+                return code;
+            }
+            memcpy(s->ids, g->tokens.data + q->begin, q->count * sizeof *s->ids);
+            s->busy = true;
+            s->index = g->next++;
+            s->count = q->count;
+            s->fed = g->head;
+            s->told = 0;
+            s->rng.seed = g->d->seed;
+            s->rng.stream = q->stream;
+            s->rng.counter = 0;
+        }
+        if (s->busy) {
+            ptst_chunk *k = &g->chunks[(*busy)++];
+            k->slot = slot;
+            k->tokens = s->ids + s->fed;
+            k->count = s->count - s->fed;
+            k->logits = PTST_LOGITS_LAST;
+        }
+    }
+    return PTST_OK;
+}
+
+/* One token for each busy slot. */
+static ptst_code ptst__generate_round(ptst_ctx *c, ptst__generator *g) {
+    size_t i, k, row = 0, busy = 0;
+    ptst_code code = ptst__generate_refill(c, g, &busy);
+    if (code == PTST_OK) {
+        code = ptst_eval(c, g->session, g->chunks, busy);
+    }
+    for (i = 0; i < g->batch && code == PTST_OK; i++) {
+        ptst__speaker *s = &g->speakers[i];
+        float *logits;
+        double sum = 0;
+        if (!s->busy) {
+            continue;
+        }
+        s->fed = s->count;
+        logits = ptst_logits(g->session, row++);
+        for (k = 0; k < g->vocab; k++) {
+            sum += logits[k];
+        }
+        if (!ptst__finite(sum)) {
+            return ptst__fail(c, PTST_ERR_NUMERIC,
+                              "prompt %llu: after %llu tokens of the answer "
+                              "the logits are not finite",
+                              (unsigned long long)s->index + 1,
+                              (unsigned long long)g->answers[s->index].ids.count);
+        }
+        code = ptst__generate_accept(
+            c, g, s,
+            ptst_sample(&g->sample, logits, g->vocab, s->ids, s->count, &s->rng, g->scratch));
+    }
+    return code;
+}
+
+static ptst_code ptst__generate_report(ptst_ctx *c, const ptst__generator *g) {
+    ptst_progress p;
+    memset(&p, 0, sizeof p);
+    p.stage = "generate";
+    p.item = g->d->item;
+    p.done = (double)g->done;
+    p.total = (double)g->count;
+    p.unit = "answer";
+    p.rate = g->produced / (ptst__seconds() - g->start + 1e-9);
+    return ptst__report(c, &p);
+}
+
+static ptst_code ptst__generate_all(ptst_ctx *c, ptst__generator *g) {
+    ptst_chunk head;
+    size_t i;
+    ptst_code code = PTST_OK, closed;
+    if (g->head != 0) {
+        head.slot = 0;
+        head.tokens = g->tokens.data;
+        head.count = g->head;
+        head.logits = PTST_LOGITS_NONE;
+        code = ptst_session_reset(c, g->session, 0, -1);
+        code = code != PTST_OK ? code : ptst_eval(c, g->session, &head, 1);
+    }
+    while (code == PTST_OK && g->done < g->count) {
+        code = ptst__generate_round(c, g);
+        code = code != PTST_OK ? code : ptst__generate_report(c, g);
+    }
+    for (i = 0; i < g->batch && code == PTST_ERR_STOPPED; i++) {
+        if (g->speakers[i].busy) { /* what there is of unfinished answers */
+            closed = ptst__generate_close(c, g, &g->answers[g->speakers[i].index]);
+            code = closed != PTST_OK ? closed : code;
+        }
+    }
+    return code;
+}
+
+static ptst_code ptst__generate_check(ptst_ctx *c, const ptst_sample_desc *s) {
+    const char *bad = !(s->temperature >= 0 && ptst__finite(s->temperature)) ? "temperature"
+                      : !(s->top_p >= 0 && s->top_p <= 1)                    ? "top_p"
+                      : !(s->repetition_penalty > 0 && ptst__finite(s->repetition_penalty))
+                          ? "repetition_penalty"
+                          : NULL;
+    return bad == NULL ? PTST_OK
+                       : ptst__fail(c, PTST_ERR_ARGUMENT, "generation: %s is out of range", bad);
+}
+
+/* ---- public part ---- */
+
+PTST_API int32_t ptst_sample(const ptst_sample_desc *desc, float *logits, size_t vocab,
+                             const int32_t *seen, size_t seen_count, ptst_rng *rng,
+                             ptst_candidate *scratch) {
+    size_t i;
+    if (desc->repetition_penalty != 0 && desc->repetition_penalty != 1) {
+        ptst__sample_penalty(desc->repetition_penalty, logits, vocab, seen, seen_count, scratch);
+    }
+    if (desc->temperature == 0 || desc->top_p == 0 || desc->top_k == 1) {
+        return ptst__sample_greedy(logits, vocab);
+    }
+    for (i = 0; i < vocab; i++) {
+        scratch[i].logit = (float)(logits[i] / desc->temperature);
+        scratch[i].id = (int32_t)i;
+    }
+    return ptst__sample_draw(desc, vocab, scratch, rng);
+}
+
+PTST_API ptst_code ptst_generate(ptst_ctx *c, const ptst_model *model, const ptst_adapter *adapter,
+                                 const ptst_tokenizer *tokenizer, const ptst_prompt *prompts,
+                                 size_t count, const ptst_generate_desc *desc,
+                                 ptst_answer *answers) {
+    ptst_generate_desc none;
+    ptst__generator g;
+    size_t i;
+    ptst_code code;
+    memset(&none, 0, sizeof none);
+    memset(&g, 0, sizeof g);
+    g.d = desc != NULL ? desc : &none;
+    g.sample = g.d->sample;
+    g.sample.repetition_penalty =
+        g.sample.repetition_penalty == 0 ? 1 : g.sample.repetition_penalty;
+    g.tokenizer = tokenizer;
+    g.answers = answers;
+    g.count = count;
+    g.vocab = (size_t)ptst_model_config(model)->vocab_size;
+    g.max_new = g.d->max_new_tokens == 0 ? 512 : g.d->max_new_tokens;
+    g.batch = g.d->batch == 0 ? 16 : g.d->batch;
+    g.batch = g.batch > count ? count : g.batch;
+    g.start = ptst__seconds();
+    for (i = 0; i < count; i++) {
+        answers[i].ids.count = answers[i].text.size = 0;
+        answers[i].finish = PTST_FINISH_NONE;
+    }
+    if (count == 0) {
+        return PTST_OK;
+    }
+    code = ptst__generate_check(c, &g.sample);
+    g.questions = (ptst__question *)ptst__arena_alloc(c, &g.arena, count, sizeof *g.questions);
+    code = code == PTST_OK && g.questions == NULL ? PTST_ERR_MEMORY : code;
+    code = code != PTST_OK ? code : ptst__generate_encode(c, &g, prompts);
+    if (code == PTST_OK) {
+        g.head = ptst__generate_head(&g);
+        ptst__generate_stops(&g, model);
+        code = ptst__generate_memory(c, &g, model, adapter);
+    }
+    code = code != PTST_OK ? code : ptst__generate_all(c, &g);
+    ptst_session_free(c, g.session);
+    ptst_ids_free(c, &g.tokens);
+    ptst_text_free(c, &g.text);
+    ptst__arena_free(c, &g.arena);
+    return code;
+}
+
+PTST_API void ptst_answers_free(ptst_ctx *c, ptst_answer *answers, size_t count) {
+    size_t i;
+    for (i = 0; i < count && answers != NULL; i++) {
+        ptst_text_free(c, &answers[i].text);
+        ptst_ids_free(c, &answers[i].ids);
+        memset(&answers[i], 0, sizeof answers[i]);
+    }
+}
 
 /* >>data ==========================================================================================
    Files of questions and answers: .jsonl, .json, .csv, .txt to rows. Owns the readers and the rule
