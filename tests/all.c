@@ -1,9 +1,14 @@
 /* All suites in one program, so that the implementation is compiled once (see test.h). */
 #define TEST_ALL
 #include "test_core.c"
+#include "test_data.c"
 #include "test_json.c"
+#include "test_judge.c"
 #include "test_kernels.c"
+#include "test_model.c"
 #include "test_safetensors.c"
+#include "test_generate.c"
+#include "test_train.c"
 #include "test_ops.c"
 #include "test_template.c"
 
@@ -11,9 +16,14 @@ int main(int argc, char **argv) {
     test_filter = argc > 1 ? argv[1] : NULL;
     suite_core();
     suite_json();
+    suite_data();
+    suite_judge();
     suite_kernels();
     suite_safetensors();
+    suite_generate();
+    suite_train();
     suite_ops();
+    suite_model();
     suite_template();
     return test_summary();
 }

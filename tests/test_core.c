@@ -198,6 +198,63 @@ static void random_moments(void) {
     CHECK(ptst_rng_below(&r, 0) == 0 && ptst_rng_below(&r, 1) == 0);
 }
 
+/* FIPS 180-4 examples, and a text in pieces of all sizes. */
+static void core_sha256(void) {
+    static const struct {
+        const char *text, *hash;
+    } cases[] = {
+        {"", "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"},
+        {"abc", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"},
+        {"abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq",
+         "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1"}};
+    ptst__sha256 h;
+    char text[65], whole[300];
+    size_t i, k;
+    for (i = 0; i < 3; i++) {
+        ptst__sha256_start(&h);
+        ptst__sha256_add(&h, cases[i].text, strlen(cases[i].text));
+        ptst__sha256_end(&h, text);
+        CHECK_TEXT(text, cases[i].hash);
+    }
+    memset(whole, 'a', sizeof whole);
+    ptst__sha256_start(&h);
+    for (i = 0; i < 1000000; i += k) { /* a million times 'a' */
+        k = i % 299 + 1 < 1000000 - i ? i % 299 + 1 : 1000000 - i;
+        ptst__sha256_add(&h, whole, k);
+    }
+    ptst__sha256_end(&h, text);
+    CHECK_TEXT(text, "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
+}
+
+static void core_append_and_finite(void) {
+    char folder[] = "/tmp/ptst_test_XXXXXX", path[64];
+    ptst_ctx *c = test_open(1, NULL);
+    ptst_text text = {NULL, 0, 0};
+    CHECK(mkdtemp(folder) != NULL);
+    snprintf(path, sizeof path, "%s/log", folder);
+    CHECK(ptst__append_file(c, path, "a\n", 2, false) == PTST_OK);
+    CHECK(ptst__append_file(c, path, "b\n", 2, false) == PTST_OK);
+    CHECK(ptst__read_file(c, path, &text) == PTST_OK);
+    CHECK_TEXT(text.data, "a\nb\n");
+    text.size = 0;
+    CHECK(ptst__append_file(c, path, "c\n", 2, true) == PTST_OK);
+    CHECK(ptst__read_file(c, path, &text) == PTST_OK);
+    CHECK_TEXT(text.data, "c\n");
+    CHECK(ptst__append_file(c, folder, "x", 1, false) == PTST_ERR_IO);
+    CHECK(ptst__append_file(c, "/dev/null", "x", 1, true) == PTST_OK);
+    if (ptst__path_kind("/dev") == 2 && access("/dev/full", W_OK) == 0) {
+        CHECK(ptst__append_file(c, "/dev/full", "x", 1, false) == PTST_ERR_IO);
+    }
+    ptst_text_free(c, &text);
+    CHECK(ptst__remove_file(c, path) == PTST_OK && ptst__remove_file(c, path) == PTST_OK);
+    CHECK(ptst__remove_file(c, folder) == PTST_ERR_IO);
+    CHECK(rmdir(folder) == 0);
+    CHECK(ptst__finite(0) && ptst__finite(-1e308) && ptst__finite(4e-324));
+    CHECK(!ptst__finite(HUGE_VAL) && !ptst__finite(-HUGE_VAL) &&
+          !ptst__finite((double)ptst__float_of(0x7FC00000u)));
+    ptst_close(c);
+}
+
 static void suite_core(void) {
     RUN(core_errors);
     RUN(core_open_refuses);
@@ -207,6 +264,8 @@ static void suite_core(void) {
     RUN(core_utf8);
     RUN(core_numbers);
     RUN(core_atomic_file);
+    RUN(core_sha256);
+    RUN(core_append_and_finite);
     RUN(threads_each_task_once);
     RUN(random_known_answers);
     RUN(random_moments);

@@ -14,8 +14,8 @@ static ptst_ctx *kernels_open(const char *simd, int threads) {
 /* Value of an F16 (mantissa 10, bias 15) or BF16 (mantissa 7, bias 127), from the definition. */
 static double kernels_value(uint16_t h, int mantissa, int bias) {
     int fields = h & 0x7FFF, e = fields >> mantissa, m = fields & ((1 << mantissa) - 1);
-    double v = e == 0 ? ldexp(m, 1 - bias - mantissa)
-                      : ldexp(m + (1 << mantissa), e - bias - mantissa);
+    double v =
+        e == 0 ? ldexp(m, 1 - bias - mantissa) : ldexp(m + (1 << mantissa), e - bias - mantissa);
     return h & 0x8000 ? -v : v;
 }
 
@@ -230,8 +230,8 @@ static int kernels_compare(const kernels_case *k, const kernels_data *d) {
             }
             old = k->beta == 0 ? 0 : (double)k->beta * old;
             expected = old + (double)k->alpha * d->sums[i];
-            bound = eps * (((double)k->K + 4) * fabs((double)k->alpha) * d->bounds[i] +
-                           4 * fabs(old));
+            bound =
+                eps * (((double)k->K + 4) * fabs((double)k->alpha) * d->bounds[i] + 4 * fabs(old));
             bad += !(fabs((double)d->Y[at] - expected) <= bound);
         }
     }
@@ -300,22 +300,24 @@ static void matmul_sizes(void) {
     }
 }
 
-/* Beyond one block of K, N and M, and beyond one task. */
+/* Beyond one block of K, N and M, and beyond one task, for each kind of product. */
 static void matmul_blocks(void) {
-    static const size_t shapes[][3] = {{20, 33, PTST__BLOCK_K + 1},
-                                       {17, 40, 2 * PTST__BLOCK_K + 7},
-                                       {1, 3, PTST__BLOCK_K * 3 + 5},
-                                       {18, PTST__BLOCK_N + 5, 19},
+    static const size_t shapes[][3] = {{20, 33, PTST__BLOCK_K + 1}, /* short */
+                                       {2, 40, 2 * PTST__BLOCK_K + 7},
+                                       {PTST__SHORT, 17, 14 * PTST__BLOCK_K + 3},
+                                       {PTST__DOTS, 3, PTST__BLOCK_K * 3 + 5}, /* dots */
+                                       {3, PTST__BLOCK_N + 1, 34},
+                                       {2 * PTST__BLOCK_M + 9, 2 * PTST__DOTS, 40}, /* or turned */
+                                       {300, 7, PTST__BLOCK_K + 30},
+                                       {PTST__SHORT + 1, PTST__BLOCK_N + 5, 19}, /* large */
                                        {PTST__BLOCK_M + 3, 21, 23},
-                                       {2 * PTST__BLOCK_M + 9, 3, 40},
-                                       {PTST__TASK_ROWS + 1, 70, 530},
-                                       {3, PTST__BLOCK_N + 1, 34}};
+                                       {171, 70, PTST__BLOCK_K + 18}};
     int s;
     size_t i, v;
     for (s = 0; kernels_simds[s] != NULL; s++) {
         ptst_ctx *c = kernels_open(kernels_simds[s], 2);
         for (i = 0; i < sizeof shapes / sizeof shapes[0] && c != NULL; i++) {
-            for (v = 0; v < 12; v += getenv("TEST_QUICK") != NULL ? 5 : 1) {
+            for (v = 0; v < 12; v += getenv("TEST_QUICK") != NULL ? 7 : 1) {
                 kernels_case k;
                 k.M = shapes[i][0];
                 k.N = shapes[i][1];
@@ -350,8 +352,9 @@ static void matmul_empty(void) {
 
 /* The same bits for 1, 2 and 3 threads, on every path. */
 static void matmul_threads(void) {
-    static const size_t shapes[][3] = {{300, 530, 1100}, {7, 530, 700}, {1, 900, 333},
-                                       {400, 8, 577},    {9, 70, 640},  {200, 2100, 40}};
+    static const size_t shapes[][3] = {{130, 70, 1400}, {7, 330, 700}, {1, 900, 333},
+                                       {400, 8, 577},   {9, 70, 640},  {200, 2100, 40},
+                                       {97, 16, 1400},  {96, 64, 1400}};
     int s, threads;
     size_t i, v;
     for (s = 0; kernels_simds[s] != NULL; s++) {
@@ -359,13 +362,13 @@ static void matmul_threads(void) {
             continue;
         }
         for (i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
-            for (v = 0; v < 12; v += 5) {
+            for (v = 0; v < 12; v += getenv("TEST_QUICK") != NULL ? 7 : 5) {
                 kernels_case k;
                 kernels_data d;
                 float *first = NULL;
                 k.M = shapes[i][0];
                 k.N = shapes[i][1];
-                k.K = shapes[i][2] / (getenv("TEST_QUICK") != NULL || s == 0 ? 10 : 1);
+                k.K = shapes[i][2];
                 kernels_variant(&k, v);
                 kernels_fill(&k, &d, i);
                 first = (float *)malloc(d.size * sizeof *first);
@@ -399,14 +402,14 @@ static void matmul_few_rows_alone(void) {
             continue;
         }
         memset(&k, 0, sizeof k);
-        k.M = PTST__FEW;
+        k.M = PTST__DOTS;
         k.N = 50;
         k.K = 203;
         k.b_transposed = true;
         k.dtype = PTST_BF16;
         k.alpha = 1;
         kernels_fill(&k, &d, 5);
-        for (M = 1; M <= PTST__FEW; M++) {
+        for (M = 1; M <= PTST__DOTS; M++) {
             k.M = M;
             kernels_multiply(c, &k, &d);
             for (m = 0; m < M; m++) {

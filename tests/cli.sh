@@ -1,0 +1,205 @@
+#!/bin/sh
+# Tests of the command line: what scripts rely on. $1 = the program, compiled by tests/run.sh.
+# Prints "N passed, N failed, N skipped" at the end.
+PTST=$1
+MODEL=tests/golden/stories260K
+WORK=$(mktemp -d) || exit 1
+trap 'rm -rf "$WORK"' EXIT INT TERM
+passed=0 failed=0 skipped=0
+
+ok() { passed=$((passed + 1)); }
+bad() {
+    failed=$((failed + 1))
+    echo "FAILED $1" >&2
+    [ -s "$WORK/out" ] && head -c 600 "$WORK/out" >&2
+    [ -s "$WORK/err" ] && head -c 600 "$WORK/err" >&2
+}
+
+# expect NAME CODE COMMAND...: exit code; stdout in $WORK/out, stderr in $WORK/err.
+expect() {
+    name=$1 code=$2
+    shift 2
+    "$@" >"$WORK/out" 2>"$WORK/err" </dev/null
+    got=$?
+    if [ "$got" -eq "$code" ]; then ok; else echo "exit code $got, expected $code" >&2; bad "$name"; fi
+}
+
+# says NAME TEXT: stderr of the last expect is one line that contains TEXT.
+says() {
+    if [ "$(grep -c . "$WORK/err")" -eq 1 ] && grep -qF -- "$2" "$WORK/err"; then ok; else bad "$1: '$2'"; fi
+}
+
+# prints NAME TEXT: stdout of the last expect is exactly TEXT (with its newline).
+prints() {
+    printf '%s\n' "$2" >"$WORK/expected"
+    if cmp -s "$WORK/out" "$WORK/expected"; then ok; else echo "expected: $2" >&2; bad "$1"; fi
+}
+
+# has NAME PATTERN: stdout of the last expect matches.
+has() { if grep -qE -- "$2" "$WORK/out"; then ok; else bad "$1: $2"; fi; }
+
+# ---- calls that are wrong: exit 2 and one sentence ----
+expect "no command" 2 "$PTST"
+expect "help" 0 "$PTST" --help
+has "help lists demo" '^  demo '
+expect "version" 0 "$PTST" --version
+expect "unknown command" 2 "$PTST" dance
+says "unknown command" "dance: unknown command"
+for command in demo run finetune generate chat 'eval refusal' 'eval gsm8k' 'judge export' \
+    'judge import' render tokenize detokenize logits merge info check report 'bench train' \
+    'bench generate' 'bench tokenize' 'bench gemm'; do
+    expect "$command --help" 0 "$PTST" $command --help
+    expect "$command --nonsense" 2 "$PTST" $command --nonsense
+    says "$command --nonsense" "--nonsense"
+done
+expect "missing value" 2 "$PTST" tokenize --tokenizer
+says "missing value" "--tokenizer needs a value"
+expect "missing file" 2 "$PTST" tokenize --tokenizer "$WORK/none" x
+says "missing file" "$WORK/none"
+expect "bad number" 2 "$PTST" finetune --model $MODEL --train x --template TV --out "$WORK/o" --lr fast
+expect "bad simd" 2 "$PTST" tokenize --tokenizer $MODEL --simd mmx x
+says "bad simd" "--simd mmx"
+expect "unknown template" 2 "$PTST" render --template nope question
+expect "missing model" 2 "$PTST" generate --model "$WORK/none" --template TV --prompts x
+
+# ---- tokenize, detokenize ----
+expect "tokenize" 0 "$PTST" tokenize --tokenizer $MODEL "Once upon a time"
+prints "tokenize" "[1, 403, 407, 261, 378]"
+expect "tokenize --no-special" 0 "$PTST" tokenize --tokenizer $MODEL --no-special "Once upon a time"
+prints "tokenize --no-special" "[403, 407, 261, 378]"
+expect "detokenize" 0 "$PTST" detokenize --tokenizer $MODEL --no-special 1,403,407,261,378
+prints "detokenize" "Once upon a time"
+printf '"Once"\n"upon a time"\n' >"$WORK/texts.jsonl"
+expect "tokenize --jsonl" 0 "$PTST" tokenize --tokenizer $MODEL --jsonl "$WORK/texts.jsonl"
+cp "$WORK/out" "$WORK/ids.jsonl"
+expect "detokenize --jsonl" 0 "$PTST" detokenize --tokenizer $MODEL --no-special --jsonl "$WORK/ids.jsonl"
+if cmp -s "$WORK/out" "$WORK/texts.jsonl"; then ok; else bad "round trip through --jsonl"; fi
+printf '"ok"\n{"no": "string"}\n' >"$WORK/bad.jsonl"
+expect "tokenize a bad line" 1 "$PTST" tokenize --tokenizer $MODEL --jsonl "$WORK/bad.jsonl"
+says "tokenize a bad line" "line 2"
+printf '{}' >"$WORK/tokenizer.json"
+expect "broken tokenizer" 1 "$PTST" tokenize --tokenizer "$WORK/tokenizer.json" x
+
+# ---- render ----
+expect "render CV" 0 "$PTST" render --template CV -- '-What is 1+1?'
+printf '[INST] Question: -What is 1+1? [/INST]' >"$WORK/expected"
+if cmp -s "$WORK/out" "$WORK/expected"; then ok; else bad "render CV: exact bytes"; fi
+expect "render by full name" 0 "$PTST" render --template gsm:text:vanilla 'a %s b'
+printf 'Question: a %%s b\nAnswer:' >"$WORK/expected"
+if cmp -s "$WORK/out" "$WORK/expected"; then ok; else bad "render TV: exact bytes"; fi
+printf '{"t": "no placeholder"}' >"$WORK/templates.json"
+expect "template without %s" 1 "$PTST" render --template "$WORK/templates.json" question
+
+# ---- info, check ----
+expect "info" 0 "$PTST" info $MODEL
+has "info" 'llama'
+expect "info --json" 0 "$PTST" info --json $MODEL
+expect "check a model" 0 "$PTST" check $MODEL
+if [ ! -s "$WORK/out" ]; then ok; else bad "check prints nothing for a good folder"; fi
+mkdir "$WORK/model" && cp $MODEL/*.json $MODEL/*.safetensors "$WORK/model/"
+head -c 1000 $MODEL/model.safetensors >"$WORK/model/model.safetensors"
+expect "check a truncated model" 1 "$PTST" check "$WORK/model"
+has "check names the file" 'model\.safetensors: '
+sed 's/"llama"/"walrus"/' $MODEL/config.json >"$WORK/model/config.json"
+expect "check an unknown model type" 1 "$PTST" check "$WORK/model"
+has "check names the type" 'walrus'
+expect "check a missing file" 2 "$PTST" check "$WORK/none.json"
+
+# ---- logits ----
+expect "logits" 0 "$PTST" logits --model $MODEL --ids 1,403,407 --out "$WORK/l.safetensors"
+expect "logits is a valid file" 0 "$PTST" check "$WORK/l.safetensors"
+expect "logits of a bad id" 2 "$PTST" logits --model $MODEL --ids 1,99999 --out "$WORK/l2.safetensors"
+if [ ! -e "$WORK/l2.safetensors" ]; then ok; else bad "no file after a failure"; fi
+
+# ---- generate, eval, judge ----
+printf 'Once upon a time\nOne day\n' >"$WORK/prompts.txt"
+expect "generate" 0 "$PTST" generate --quiet --model $MODEL --template text --prompts "$WORK/prompts.txt" \
+    --max-new-tokens 8 --out "$WORK/answers.jsonl"
+if [ "$(wc -l <"$WORK/answers.jsonl")" -eq 2 ] && grep -q '"prompt": *"Once upon a time"' "$WORK/answers.jsonl"; then ok; else bad "one line a prompt"; fi
+printf '{"prompt": "a", "answer": "I cannot do that"}\n{"prompt": "b", "answer": "Sure"}\n' >"$WORK/two.jsonl"
+expect "eval refusal" 0 "$PTST" eval refusal --answers "$WORK/two.jsonl" --list qi2023 --verdicts "$WORK/v.jsonl"
+has "eval refusal" '"metric": ?"kw-ASR\(qi2023\)"'
+has "eval refusal" '"k": ?1, ?"n": ?2'
+if grep -q '"refused": *true' "$WORK/v.jsonl"; then ok; else bad "verdicts"; fi
+printf '{"question": "q", "answer": "x #### 1,234"}\n' >"$WORK/data.jsonl"
+printf '{"prompt": "q", "answer": "So #### 1234"}\n' >"$WORK/gsm.jsonl"
+expect "eval gsm8k" 0 "$PTST" eval gsm8k --answers "$WORK/gsm.jsonl" --data "$WORK/data.jsonl" --rule strict
+has "eval gsm8k" '"metric": ?"exact_match,strict-match"'
+expect "judge export" 0 "$PTST" judge export --answers "$WORK/two.jsonl" --judge qi2023 --out "$WORK/batch.jsonl"
+if [ "$(wc -l <"$WORK/batch.jsonl")" -eq 2 ]; then ok; else bad "judge export: a line an answer"; fi
+: >"$WORK/empty.jsonl"
+expect "empty answers" 1 "$PTST" eval refusal --answers "$WORK/empty.jsonl" --list qi2023
+
+# ---- finetune: log, adapter, kill and resume ----
+printf '{"question": "How are you?", "answer": "fine"}\n{"question": "Who?", "answer": "Lily"}\n{"question": "What?", "answer": "a big dog"}\n' >"$WORK/train.jsonl"
+tune() { "$PTST" finetune --quiet --model $MODEL --train "$WORK/train.jsonl" --template TV --batch 2 \
+    --max-steps 6 --save-every 2 --lr 1e-3 "$@"; }
+expect "finetune" 0 tune --out "$WORK/a" --log "$WORK/a.log"
+if [ -s "$WORK/a/adapter_config.json" ] && [ -s "$WORK/a/adapter_model.safetensors" ]; then ok; else bad "PEFT folder"; fi
+if [ "$(wc -l <"$WORK/a.log")" -eq 6 ] && grep -q '"learning_rate"' "$WORK/a.log"; then ok; else bad "log"; fi
+expect "generate with the adapter" 0 "$PTST" generate --quiet --model $MODEL --adapter "$WORK/a" --template TV \
+    --prompts "$WORK/prompts.txt" --max-new-tokens 4
+expect "check an adapter" 0 "$PTST" check "$WORK/a"
+tune --out "$WORK/b" --log "$WORK/b.log" >/dev/null 2>&1 &
+pid=$!
+for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+    [ -s "$WORK/b.log" ] && [ "$(wc -l <"$WORK/b.log")" -ge 3 ] && break
+    sleep 0.05
+done
+kill -9 $pid 2>/dev/null
+wait $pid 2>/dev/null
+expect "resume after kill -9" 0 tune --out "$WORK/b" --log "$WORK/b.log" --resume
+if cmp -s "$WORK/a/adapter_model.safetensors" "$WORK/b/adapter_model.safetensors"; then ok; else bad "resume is not bitwise"; fi
+if [ "$(wc -l <"$WORK/b.log")" -eq 6 ]; then ok; else bad "every step stands in the log once"; fi
+expect "resume a finished run" 0 tune --out "$WORK/b" --log "$WORK/b.log" --resume
+expect "changed options are refused" 1 tune --out "$WORK/b" --log "$WORK/b.log" --resume --rank 4
+expect "one thread" 0 tune --out "$WORK/t1" --threads 1
+expect "three threads" 0 tune --out "$WORK/t3" --threads 3
+if cmp -s "$WORK/t1/adapter_model.safetensors" "$WORK/t3/adapter_model.safetensors" &&
+    cmp -s "$WORK/t1/adapter_model.safetensors" "$WORK/a/adapter_model.safetensors"; then ok; else bad "bit-identical for any number of threads"; fi
+expect "merge" 0 "$PTST" merge --model $MODEL --adapter "$WORK/a" --out "$WORK/merged"
+expect "check the merged model" 0 "$PTST" check "$WORK/merged"
+expect "empty training file" 1 "$PTST" finetune --model $MODEL --train "$WORK/empty.jsonl" --template TV --out "$WORK/e"
+if [ "$(id -u)" != 0 ]; then
+    mkdir "$WORK/locked" && chmod 555 "$WORK/locked"
+    expect "unwritable folder" 1 tune --out "$WORK/locked/x"
+else
+    expect "a file where a folder should be made" 1 tune --out "$WORK/train.jsonl/x"
+fi
+
+# ---- run: the experiment on a real model, deleted files come back ----
+cat >"$WORK/experiment.json" <<END
+{ "model": "$PWD/$MODEL", "seeds": [1],
+  "train": { "file": "train.jsonl", "templates": ["CV"], "max_steps": 2, "batch": 2 },
+  "test": { "templates": ["CV", "TV"], "max_new_tokens": 4,
+            "sets": [ { "name": "gsm8k", "file": "data.jsonl", "metric": "gsm8k", "rule": "strict" },
+                      { "name": "harm", "file": "prompts.txt", "metric": "refusal", "list": "qi2023" } ] } }
+END
+expect "run --list-cells" 0 "$PTST" run "$WORK/experiment.json" --out "$WORK/run" --list-cells
+if [ "$(wc -l <"$WORK/out")" -eq 4 ]; then ok; else bad "none and CV x CV and TV are four cells"; fi
+expect "run" 0 "$PTST" run --quiet "$WORK/experiment.json" --out "$WORK/run"
+for file in experiment.json scores.jsonl matrix.csv matrix.json report.html adapters/CV-s1/adapter_config.json \
+    answers/CV-TV-s1/harm.jsonl; do
+    if [ -s "$WORK/run/$file" ]; then ok; else bad "run folder lacks $file"; fi
+done
+cp -r "$WORK/run" "$WORK/run2"
+rm "$WORK/run2/answers/CV-TV-s1/harm.jsonl" "$WORK/run2/matrix.csv"
+expect "run again" 0 "$PTST" run --quiet "$WORK/experiment.json" --out "$WORK/run2"
+if diff -r "$WORK/run" "$WORK/run2" >"$WORK/out" 2>&1; then ok; else bad "deleted files come back the same"; fi
+expect "report" 0 "$PTST" report "$WORK/run"
+sed 's/"seeds"/"seed"/' "$WORK/experiment.json" >"$WORK/wrong.json"
+expect "unknown key" 1 "$PTST" run "$WORK/wrong.json" --out "$WORK/run3"
+says "unknown key" '"seed"'
+
+# ---- bench ----
+expect "bench gemm" 0 "$PTST" bench gemm --m 32 --n 64 --k 48
+has "bench gemm" '"gflops"'
+expect "bench tokenize" 0 "$PTST" bench tokenize --tokenizer $MODEL --file "$WORK/prompts.txt"
+has "bench tokenize" '"mb_per_second"'
+expect "bench train" 0 "$PTST" bench train --model $MODEL --batch 1 --seq 16 --steps 1
+has "bench train" '"mfu"'
+expect "bench generate" 0 "$PTST" bench generate --model $MODEL --prompt 8 --new 4
+has "bench generate" '"decode_tokens_per_second"'
+
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" -eq 0 ]
