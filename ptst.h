@@ -6353,7 +6353,7 @@ static size_t ptst__j_float_text(char *buffer, double f) {
             break;
         }
     }
-    exponent = atoi(strchr(digits, 'e') + 1);
+    exponent = (int)strtol(strchr(digits, 'e') + 1, NULL, 10);
     for (i = 0, k = 0; digits[i] != 'e'; i++) { /* keep the digits only; the point may be a comma */
         if (digits[i] == '-') {
             buffer[n++] = '-';
@@ -7071,7 +7071,7 @@ static void ptst__j_pad(ptst__jrun *r, ptst__jsink *o, const ptst__jspec *p, pts
     ptst__j_put_points(r, o, fill, right, text.mark);
 }
 
-/* Digits of a number in base 2, 8, 10, 16 at the end of a buffer of 72; returns where they start. */
+/* Digits of a number in base 2, 8, 10 or 16 at the end of 72 bytes; returns where they start. */
 static char *ptst__j_digits(char *buffer, uint64_t n, unsigned base, bool upper) {
     char *p = buffer + 71;
     *p = 0;
@@ -8191,14 +8191,6 @@ static ptst__jvalue ptst__j_m_title(ptst__jrun *r, ptst__jvalue self, const ptst
 
 /* ---- the rest of str ---- */
 
-static bool ptst__j_is_alpha(uint32_t p) {
-    return (p >= 'a' && p <= 'z') || (p >= 'A' && p <= 'Z') || p == 0xAA || p == 0xB5 ||
-           p == 0xBA ||
-           (p >= 0xC0 && p != 0xD7 && p != 0xF7 && !ptst__j_space(p) &&
-            !(p >= 0x2000 && p <= 0x2BFF) && !(p >= 0x3000 && p <= 0x3004) &&
-            !(p >= 0x3008 && p <= 0x3030) && !(p >= 0xFF00 && p <= 0xFF20) && p < 0x1F000);
-}
-
 static bool ptst__j_is_digit(uint32_t p) {
     return (p >= '0' && p <= '9') || (p >= 0x660 && p <= 0x669) || (p >= 0x966 && p <= 0x96F) ||
            (p >= 0xFF10 && p <= 0xFF19);
@@ -8224,9 +8216,9 @@ static bool ptst__j_all(ptst__jrun *r, const ptst__jstring *s, ptst__jclass clas
         bool digit = ptst__j_is_digit(p);
         bool upper = ptst__j_is_upper(p), lower = ptst__j_is_lower(p);
         cased = cased || upper || lower;
-        good = class_of == PTST__J_ALPHA      ? ptst__j_is_alpha(p) && !digit
+        good = class_of == PTST__J_ALPHA      ? ptst__is_letter(p) && !digit
                : class_of == PTST__J_DIGIT    ? digit
-               : class_of == PTST__J_ALNUM    ? digit || ptst__j_is_alpha(p)
+               : class_of == PTST__J_ALNUM    ? digit || ptst__is_letter(p)
                : class_of == PTST__J_SPACE    ? ptst__j_space(p)
                : class_of == PTST__J_ASCII    ? p < 0x80
                : class_of == PTST__J_IS_LOWER ? !upper
@@ -9173,7 +9165,7 @@ static ptst__jvalue ptst__j_f_wordcount(ptst__jrun *r, ptst__jvalue self, const 
     ptst__j_pay(r, s->size / 8);
     for (i = 0; i < s->size; i += n) {
         uint32_t point = ptst__j_point(s, i, &n);
-        bool word = point == '_' || ptst__j_is_alpha(point) || ptst__j_is_digit(point);
+        bool word = point == '_' || ptst__is_letter(point) || ptst__is_number(point);
         words += word && !inside;
         inside = word;
     }
@@ -10694,7 +10686,7 @@ static void ptst__jl_number(ptst__jparser *p) {
 static size_t ptst__jl_name_size(const ptst__jparser *p, size_t i) {
     uint32_t point = 0;
     size_t n = i < p->size ? ptst__utf8_read(p->s + i, p->size - i, &point) : 0;
-    return point == '_' || ptst__j_is_alpha(point) || ptst__j_is_digit(point) ? n : 0;
+    return point == '_' || ptst__is_letter(point) || ptst__is_number(point) ? n : 0;
 }
 
 static void ptst__jl_name(ptst__jparser *p) {
