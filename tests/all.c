@@ -2,6 +2,7 @@
 #define TEST_ALL
 #include "test_core.c"
 #include "test_data.c"
+#include "test_experiment.c"
 #include "test_json.c"
 #include "test_judge.c"
 #include "test_kernels.c"
@@ -20,6 +21,7 @@ int main(int argc, char **argv) {
     suite_json();
     suite_data();
     suite_judge();
+    suite_experiment();
     suite_kernels();
     suite_safetensors();
     suite_generate();
