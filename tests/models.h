@@ -20,7 +20,7 @@ typedef struct models_case {
     int32_t labels[MODELS_TOKENS];
     ptst_segment segments[8];
     ptst_batch batch;
-    char folder[MODELS_PATH];
+    char folder[200];
 } models_case;
 
 static bool models_open(ptst_ctx *c, models_case *k, const char *name, bool adapter) {
