@@ -452,20 +452,26 @@ static void train_threads(void) {
     free(reference);
 }
 
-/* It learns: the loss of the rows falls far below where it began. */
+/* It learns: the mean loss of an epoch falls far below where it began. */
 static void train_learns(void) {
     tr_world w;
     ptst_dataset *d;
     ptst_train_desc desc;
-    double losses[128];
+    double losses[120], first = 0, last = 0;
     float *weights;
+    size_t i;
     tr_open(&w, 2);
     d = tr_dataset(&w);
     memset(&desc, 0, sizeof desc);
     desc.epochs = 40;
-    desc.lr = 2e-2;
+    desc.lr = 5e-3;
+    desc.schedule = PTST_SCHEDULE_LINEAR;
     tr_train(&w, d, &desc, losses, &weights);
-    CHECK(losses[119] < 0.7 * losses[0]); /* the base is random and frozen */
+    for (i = 0; i < 3; i++) {
+        first += losses[i] / 3;
+        last += losses[117 + i] / 3;
+    }
+    CHECK_NEAR(last / first, 0.4, 0.15); /* measured 0.4; the base is random and frozen */
     free(weights);
     ptst_dataset_free(w.c, d);
     tr_close(&w);
@@ -622,6 +628,12 @@ static void train_resume_bits(void) {
     tr_close(&w);
 }
 
+/* A plain file, without waiting for the disk. */
+static void tr_write(const char *path, const char *data, size_t size) {
+    FILE *f = fopen(path, "wb");
+    CHECK(f != NULL && fwrite(data, 1, size, f) == size && fclose(f) == 0);
+}
+
 /* A cut or changed state file is refused, and leaves the trainer as it was. */
 static void train_bad_state(void) {
     tr_world w;
@@ -633,23 +645,27 @@ static void train_bad_state(void) {
     ptst_step s;
     size_t n, header;
     float before;
+    ptst_lora_desc lora;
     tr_open(&w, 1);
     d = tr_dataset(&w);
-    a = tr_adapter(&w);
+    memset(&lora, 0, sizeof lora);
+    lora.rank = 1; /* a small file */
+    lora.targets = "q_proj";
+    a = ptst_adapter_new(w.c, w.model, &lora);
     t = ptst_trainer_new(w.c, w.model, a, d, &desc);
     CHECK(ptst_trainer_step(w.c, t, &s) == PTST_OK);
     CHECK(ptst_trainer_save(w.c, t, tiny_path("state")) == PTST_OK);
     CHECK(ptst__read_file(w.c, tiny_path("state"), &state) == PTST_OK);
     before = t->params[0].value[0];
     header = 8 + (unsigned char)state.data[0] + 256u * (unsigned char)state.data[1];
-    for (n = 0; n < state.size; n += n < header ? 7 : 4001) {
-        CHECK(ptst__write_file(w.c, tiny_path("cut"), state.data, n) == PTST_OK);
+    for (n = 0; n < state.size; n += n < header ? 7 : 401) {
+        tr_write(tiny_path("cut"), state.data, n);
         CHECK(ptst_trainer_restore(w.c, t, tiny_path("cut")) == PTST_ERR_FORMAT);
     }
-    for (n = 8; n < header; n++) { /* any change of the header: refused, or without effect */
+    for (n = 8; n < header; n += 3) { /* any change of the header: refused, or without effect */
         char old = state.data[n];
         state.data[n] = old == '1' ? '2' : '1';
-        CHECK(ptst__write_file(w.c, tiny_path("cut"), state.data, state.size) == PTST_OK);
+        tr_write(tiny_path("cut"), state.data, state.size);
         if (ptst_trainer_restore(w.c, t, tiny_path("cut")) != PTST_OK) {
             CHECK(ptst_trainer_done(t) == 1 && t->params[0].value[0] == before);
         } else {
