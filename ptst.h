@@ -9348,12 +9348,17 @@ static void ptst__attention_row_backward__scalar(const ptst_attention *a, const 
 
 /* Sizes of the tiles of the SIMD versions, see there. */
 enum {
-    PTST__QUERIES = 48,    /* 3 vectors of 16, 6 of 8 */
-    PTST__KEYS = 48,       /* 8 strips of 6 */
-    PTST__GROUP = 4,       /* tiles of queries that meet a tile of keys while it is in the cache */
-    PTST__DEPTH = 512,     /* floats of a head, over the tiles of a group, that have room */
-    PTST__FEW_QUERIES = 3, /* spans of so few go another way */
-    PTST__FEW_KEYS = 64
+    PTST__QUERIES = 48, /* 3 vectors of 16, 6 of 8 */
+    PTST__KEYS = 48,    /* 8 strips of 6 */
+    PTST__GROUP = 4,    /* tiles of queries that meet a tile of keys while it is in the cache */
+    PTST__DEPTH = 512,  /* floats of a head, over the tiles of a group, that have room */
+    PTST__FEW = 3,      /* spans of so few queries go another way (decoding), with so many heads */
+    PTST__FEW_HEADS = 4096,
+    PTST__FEW_KEYS = 32,        /* keys of all heads at a time */
+    PTST__FEW_PARTS = 16,       /* a row's keys are cut in at most so many parts */
+    PTST__FEW_PART = 256,       /* of at least about so many keys, until there are */
+    PTST__FEW_TASKS = 64,       /* so many tasks */
+    PTST__FEW_ROOM = 256 * 1024 /* floats for what the parts found */
 };
 
 /* The state of a tile of queries. */
@@ -9380,6 +9385,8 @@ typedef struct ptst__attention_job {
     float *out, *lse, *dq;
     const struct ptst__attention_plan *plan;
     size_t tiles; /* of queries in the longest span */
+    size_t parts; /* of the keys of spans of few queries */
+    float *few;   /* what the parts found */
 } ptst__attention_job;
 
 /* Task: one span and head. */
@@ -10037,20 +10044,16 @@ static void ptst__tile_hide(const ptst__view *v, float value, float *tile) {
     }
 }
 
-/* Ends the softmax of R rows: out (rows ld apart) /= sum, and lse. */
-static void ptst__tile_finish(const ptst__attention_job *job, const ptst__rows *rows, size_t R,
-                              float *out, size_t ld, float *lse, size_t ld_lse) {
-    size_t r;
-    for (r = 0; r < R; r++) {
-        if (rows->max[r] == -INFINITY) { /* no key */
-            memset(out + r * ld, 0, job->a->D * sizeof *out);
-        } else {
-            job->kernels->scale(job->a->D, 1 / rows->sum[r], out + r * ld);
-        }
-        if (lse != NULL) {
-            lse[r * ld_lse] =
-                rows->max[r] == -INFINITY ? -INFINITY : rows->max[r] + logf(rows->sum[r]);
-        }
+/* Ends the softmax of a row: out /= sum, and lse (or NULL). */
+static void ptst__row_finish(const ptst__attention_job *job, float max, float sum, float *out,
+                             float *lse) {
+    if (max == -INFINITY) { /* no key */
+        memset(out, 0, job->a->D * sizeof *out);
+    } else {
+        job->kernels->scale(job->a->D, 1 / sum, out);
+    }
+    if (lse != NULL) {
+        *lse = max == -INFINITY ? -INFINITY : max + logf(sum);
     }
 }
 
@@ -10108,94 +10111,195 @@ static void ptst__attention_group(const ptst__attention_job *job, ptst__room *ro
         }
     }
     for (i = 0; i < n; i++) {
-        size_t row = s->query + r0 + i * PTST__QUERIES;
-        ptst__tile_finish(job, &room->rows[i], v[i].R, t[i].C, ld,
-                          job->lse == NULL ? NULL : job->lse + row * a->H + h, a->H);
+        for (j = 0; j < v[i].R; j++) {
+            size_t row = s->query + r0 + i * PTST__QUERIES + j;
+            ptst__row_finish(job, room->rows[i].max[j], room->rows[i].sum[j], t[i].C + j * ld,
+                             job->lse == NULL ? NULL : job->lse + row * a->H + h);
+        }
     }
 }
 
-/* Row i of a span and heads h ... h + n - 1 (n <= 4) that share a key head: for decoding, where a
-   tile of queries would be almost empty. Lanes are floats of a head, then keys. */
-static void ptst__attention_few(const ptst__attention_job *job, ptst__room *room,
-                                const ptst_span *s, size_t i, size_t h, size_t n) {
+/* ---- attention of few queries ----
+   Decoding has one query a span, so a tile of queries would be almost empty, and what counts is to
+   read keys and values once, in the order in which they lie. A task takes one row with all its
+   heads and a part of its keys; lanes are floats of a head, then keys. What the parts found is put
+   together afterwards. How a row is cut depends on the spans alone, not on the threads. */
+
+/* Asks for n rows of `floats` floats, ld apart. */
+static void ptst__prefetch(const float *x, size_t n, size_t floats, size_t ld) {
+#if defined(__GNUC__) || defined(__clang__)
+    size_t r, i;
+    for (r = 0; r < n; r++) {
+        for (i = 0; i < floats; i += 16) {
+            __builtin_prefetch(x + r * ld + i);
+        }
+    }
+#else
+    (void)x;
+    (void)n;
+    (void)floats;
+    (void)ld;
+#endif
+}
+
+/* n <= 4 heads from h on, which share a key head, against the first FEW_KEYS of `left` keys k and
+   values v: the softmax so far (max, sum, out) goes on. first: there is none so far. */
+static void ptst__few_heads(const ptst__attention_job *job, ptst__room *room, const float *q,
+                            size_t n, const float *k, const float *v, size_t left, float *max,
+                            float *sum, float *out, bool first) {
     const ptst_attention *a = job->a;
-    size_t at = h / (a->H / a->K) * a->D, row = s->query + i, begin[2], end[2], j, z, r;
-    ptst__rows *rows = &room->rows[0];
-    const float *q[4];
-    const void *k[4];
-    float sums[16];
+    const float *queries[4];
+    const void *keys[4];
+    float sums[16], keep[4];
+    size_t J = ptst__min(left, PTST__FEW_KEYS), j, i, r;
     ptst__patch t;
-    int b;
+    for (r = 0; r < 4; r++) {
+        queries[r] = q + ptst__min(r, n - 1) * a->D;
+    }
+    for (j = 0; j < J; j += 4) {
+        for (i = 0; i < 4; i++) {
+            keys[i] = k + ptst__min(j + i, J - 1) * a->kv_ld;
+        }
+        if (j + 4 + PTST__FEW_KEYS <= left) { /* a little with each step, memory is the limit */
+            size_t later = (j + PTST__FEW_KEYS) * a->kv_ld;
+            ptst__prefetch(k + later, 4, a->D, a->kv_ld);
+            ptst__prefetch(v + later, 4, a->D, a->kv_ld);
+        }
+        job->kernels->dots(sums, a->D, queries, n == 1 ? 1 : 4, keys, PTST_F32, 0);
+        for (r = 0; r < n; r++) {
+            memcpy(room->s + r * PTST__FEW_KEYS + j, sums + 4 * r, 4 * sizeof *sums);
+        }
+    }
+    for (r = 0; r < n; r++) {
+        float *x = room->s + r * PTST__FEW_KEYS, m, safe;
+        job->kernels->scale(J, a->scale, x);
+        m = fmaxf(max[r], job->kernels->row_max(J, x));
+        safe = m == -INFINITY ? 0 : m;
+        keep[r] = expf(max[r] - safe);
+        sum[r] = sum[r] * keep[r] + (float)job->kernels->row_exp(J, x, safe, x);
+        max[r] = m;
+    }
+    memset(&t, 0, sizeof t);
     t.M = n;
     t.N = a->D;
-    t.A = room->s; /* [4, FEW_KEYS] */
-    t.cut = PTST__CUT_NONE;
+    t.K = J;
+    t.A = room->s;
     t.a_row = PTST__FEW_KEYS;
     t.a_col = 1;
+    t.B = v;
     t.ldb = a->kv_ld;
-    t.keep = NULL;
-    t.C = job->out + (row * a->H + h) * a->D;
+    t.keep = first ? NULL : keep;
+    t.C = out;
     t.ldc = a->D;
-    for (r = 0; r < 4; r++) {
-        q[r] = job->q + row * a->q_ld + (h + ptst__min(r, n - 1)) * a->D;
-        rows->max[r] = -INFINITY;
-        rows->sum[r] = 0;
+    job->kernels->multiply(&t);
+}
+
+/* Row i of a span, its part of the keys: out [H, D] not yet divided by sum [H], max [H]. */
+static void ptst__few_row(const ptst__attention_job *job, ptst__room *room, const ptst_span *s,
+                          size_t i, size_t part, float *out, float *max, float *sum) {
+    const ptst_attention *a = job->a;
+    size_t group = a->H / a->K, total = s->keys[0] + s->keys[1], begin[2], end[2], j, h, J;
+    size_t size =
+        ptst__ceil_div(ptst__ceil_div(total, job->parts), PTST__FEW_KEYS) * PTST__FEW_KEYS;
+    const float *q = job->q + (s->query + i) * a->q_ld;
+    bool first = true;
+    int b;
+    for (h = 0; h < a->H; h++) {
+        max[h] = -INFINITY;
+        sum[h] = 0;
     }
     ptst__attention_sees(a, s, i, begin, end);
     for (b = 0; b < 2; b++) {
-        for (j = begin[b]; j < end[b]; j += PTST__FEW_KEYS) {
-            const float *keys = s->k[b] + j * a->kv_ld + at;
-            size_t J = ptst__min(PTST__FEW_KEYS, end[b] - j);
-            for (z = 0; z < 4 * ptst__ceil_div(J, 4); z++) {
-                k[z % 4] = keys + ptst__min(z, J - 1) * a->kv_ld;
-                if (z % 4 == 3) {
-                    job->kernels->dots(sums, a->D, q, n == 1 ? 1 : 4, k, PTST_F32, 16 * a->kv_ld);
-                    for (r = 0; r < n; r++) {
-                        memcpy(room->s + r * PTST__FEW_KEYS + z - 3, sums + 4 * r,
-                               4 * sizeof *sums);
-                    }
-                }
+        size_t before = b == 0 ? 0 : s->keys[0], low = part * size, high = low + size;
+        low = low > before ? low - before : 0;
+        high = high > before ? high - before : 0;
+        low = low > begin[b] ? low : begin[b];
+        high = ptst__min(high, end[b]);
+        for (j = low; j < high; j += J) {
+            const float *k = s->k[b] + j * a->kv_ld, *v = s->v[b] + j * a->kv_ld;
+            J = ptst__min(PTST__FEW_KEYS, high - j);
+            for (h = 0; h < a->H; h += ptst__min(4, group - h % group)) {
+                size_t at = h / group * a->D, n = ptst__min(4, group - h % group);
+                ptst__few_heads(job, room, q + h * a->D, n, k + at, v + at, high - j, max + h,
+                                sum + h, out + h * a->D, first);
             }
-            for (r = 0; r < n; r++) {
-                float *x = room->s + r * PTST__FEW_KEYS, max;
-                job->kernels->scale(J, a->scale, x);
-                max = fmaxf(rows->max[r], job->kernels->row_max(J, x));
-                rows->keep[r] = max == -INFINITY ? 1 : expf(rows->max[r] - max);
-                rows->sum[r] *= rows->keep[r];
-                rows->sum[r] += (float)job->kernels->row_exp(J, x, max == -INFINITY ? 0 : max, x);
-                rows->max[r] = max;
-            }
-            t.K = J;
-            t.B = s->v[b] + j * a->kv_ld + at;
-            job->kernels->multiply(&t);
-            t.keep = rows->keep;
+            first = false;
         }
     }
-    ptst__tile_finish(job, rows, n, t.C, t.ldc, job->lse == NULL ? NULL : job->lse + row * a->H + h,
-                      1);
 }
 
-/* Task: a tile of queries of a span and head (or, if it begins a group, that; or nothing); the
-   last ones, which see most, come first. For spans of few
-   queries the first head of a group does it all. */
+/* Where part `part` of row i of span n puts out [H, D], max [H] and sum [H]. */
+static float *ptst__few_part(const ptst__attention_job *job, size_t n, size_t i, size_t part) {
+    return job->few + ((n * PTST__FEW + i) * job->parts + part) * job->a->H * (job->a->D + 2);
+}
+
+/* Task: a part of the rows of a span of few queries. */
+static void ptst__few_task(const ptst__attention_job *job, ptst__room *room, size_t n,
+                           size_t part) {
+    const ptst_attention *a = job->a;
+    const ptst_span *s = &a->spans[n];
+    size_t i, h, size = a->H * a->D;
+    float *max = room->q_turned, *sum = max + a->H, *out, *p;
+    for (i = 0; i < s->count; i++) {
+        size_t row = s->query + i;
+        out = job->out + row * size;
+        if (job->parts != 1) {
+            p = ptst__few_part(job, n, i, part);
+            ptst__few_row(job, room, s, i, part, p, p + size, p + size + a->H);
+            continue;
+        }
+        ptst__few_row(job, room, s, i, 0, out, max, sum);
+        for (h = 0; h < a->H; h++) {
+            ptst__row_finish(job, max[h], sum[h], out + h * a->D,
+                             job->lse == NULL ? NULL : job->lse + row * a->H + h);
+        }
+    }
+}
+
+/* Task: puts the parts of a row and head together. */
+static void ptst__few_join_task(void *arg, size_t task, int thread) {
+    const ptst__attention_job *job = (const ptst__attention_job *)arg;
+    const ptst_attention *a = job->a;
+    size_t h = task % a->H, i = task / a->H % PTST__FEW, n = task / a->H / PTST__FEW, part;
+    const ptst_span *s = &a->spans[n];
+    size_t row = s->query + i, size = a->H * a->D;
+    float max = -INFINITY, sum = 0, *out = job->out + row * size + h * a->D;
+    (void)thread;
+    if (s->count > PTST__FEW || i >= s->count) {
+        return;
+    }
+    for (part = 0; part < job->parts; part++) {
+        max = fmaxf(max, ptst__few_part(job, n, i, part)[size + h]);
+    }
+    memset(out, 0, a->D * sizeof *out);
+    for (part = 0; part < job->parts; part++) {
+        const float *p = ptst__few_part(job, n, i, part);
+        float keep = expf(p[size + h] - max);
+        if (p[size + h] != -INFINITY) {
+            sum += keep * p[size + a->H + h];
+            job->kernels->axpy(a->D, keep, p + h * a->D, out);
+        }
+    }
+    ptst__row_finish(job, max, sum, out, job->lse == NULL ? NULL : job->lse + row * a->H + h);
+}
+
+/* Task: a tile of queries of a span and head; the last ones, which see most, come first. If tiles
+   go in groups, the first of a group takes them all. Spans of few queries count parts of keys
+   instead of tiles, for all heads at once. */
 static void ptst__attention_task(void *arg, size_t task, int thread) {
     const ptst__attention_job *job = (const ptst__attention_job *)arg;
     const ptst_attention *a = job->a;
-    size_t h = task % a->H, group = a->H / a->K, i, g;
-    const ptst_span *s = &a->spans[task / a->H % a->spans_count];
+    size_t h = task % a->H, n = task / a->H % a->spans_count, group = ptst__view_group(a);
     size_t tile = job->tiles - 1 - task / a->H / a->spans_count;
-    if (s->count > PTST__FEW_QUERIES) {
-        size_t n = ptst__view_group(a), tiles = ptst__ceil_div(s->count, PTST__QUERIES);
-        if (tile < tiles && tile % n == 0) {
-            ptst__attention_group(job, job->rooms + thread, s, h, tile * PTST__QUERIES,
-                                  ptst__min(n, tiles - tile));
+    const ptst_span *s = &a->spans[n];
+    size_t tiles = ptst__ceil_div(s->count, PTST__QUERIES);
+    if (s->count <= PTST__FEW && a->H <= PTST__FEW_HEADS) {
+        if (h == 0 && tile < job->parts) {
+            ptst__few_task(job, job->rooms + thread, n, tile);
         }
-    } else if (tile == 0 && h % group == 0) {
-        for (i = 0; i < s->count; i++) {
-            for (g = 0; g < group; g += 4) {
-                ptst__attention_few(job, job->rooms + thread, s, i, h + g, ptst__min(4, group - g));
-            }
-        }
+    } else if (tile < tiles && tile % group == 0) {
+        ptst__attention_group(job, job->rooms + thread, s, h, tile * PTST__QUERIES,
+                              ptst__min(group, tiles - tile));
     }
 }
 
@@ -10494,9 +10598,18 @@ static void ptst__attention_slots_task(void *arg, size_t task, int thread) {
     }
 }
 
+/* Parts of the keys of `rows` rows with at most `keys` keys each. */
+static size_t ptst__few_parts(const ptst_attention *a, size_t rows, size_t keys) {
+    size_t n = PTST__FEW_PARTS, room = a->spans_count * PTST__FEW * a->H * (a->D + 2);
+    n = ptst__min(n, ptst__ceil_div(keys, PTST__FEW_PART));
+    n = rows == 0 || room == 0 ? 1 : ptst__min(n, ptst__ceil_div(PTST__FEW_TASKS, rows));
+    n = room == 0 ? 1 : ptst__min(n, PTST__FEW_ROOM / room);
+    return n == 0 ? 1 : n;
+}
+
 static void ptst__attention_job_open(ptst_ctx *c, ptst__attention_job *j, const ptst_attention *a,
                                      const float *q) {
-    size_t n, longest = 0;
+    size_t n, longest = 0, rows = 0, keys = 0;
     memset(j, 0, sizeof *j);
     j->kernels = c->kernels;
     j->a = a;
@@ -10505,10 +10618,17 @@ static void ptst__attention_job_open(ptst_ctx *c, ptst__attention_job *j, const 
     for (n = 0; n < (size_t)c->threads * PTST__QUERIES; n++) {
         j->rooms[n / PTST__QUERIES].ones[n % PTST__QUERIES] = 1;
     }
+    j->few = (float *)(void *)(j->rooms + c->threads);
     for (n = 0; n < a->spans_count; n++) {
-        longest = a->spans[n].count > longest ? a->spans[n].count : longest;
+        const ptst_span *s = &a->spans[n];
+        longest = s->count > longest ? s->count : longest;
+        if (s->count <= PTST__FEW && s->keys[0] + s->keys[1] > keys) {
+            keys = s->keys[0] + s->keys[1];
+        }
+        rows += s->count <= PTST__FEW ? s->count : 0;
     }
     j->tiles = ptst__ceil_div(longest, PTST__QUERIES);
+    j->parts = ptst__few_parts(a, rows, keys);
 }
 
 PTST_API void ptst_attention_forward(ptst_ctx *c, const ptst_attention *a, const float *q,
@@ -10519,8 +10639,14 @@ PTST_API void ptst_attention_forward(ptst_ctx *c, const ptst_attention *a, const
     j.lse = lse;
     if (c->kernels->multiply == NULL) {
         ptst__parallel_for(c, a->spans_count * a->H, ptst__attention_task__scalar, &j);
-    } else {
-        ptst__parallel_for(c, j.tiles * a->spans_count * a->H, ptst__attention_task, &j);
+        return;
+    }
+    if (j.parts > j.tiles && j.tiles != 0) {
+        j.tiles = j.parts;
+    }
+    ptst__parallel_for(c, j.tiles * a->spans_count * a->H, ptst__attention_task, &j);
+    if (j.parts > 1) {
+        ptst__parallel_for(c, a->spans_count * PTST__FEW * a->H, ptst__few_join_task, &j);
     }
 }
 
@@ -10976,7 +11102,7 @@ PTST_API ptst_code ptst_open(const ptst_desc *desc, ptst_ctx **out) {
     c->threads = c->desc.threads == 0 ? ptst__core_count() : c->desc.threads;
     c->threads = c->threads > PTST__THREADS_MAX ? PTST__THREADS_MAX : c->threads;
     /* what the matrix products need, then a room for each thread of attention */
-    rooms = (size_t)c->threads * sizeof(ptst__room);
+    rooms = (size_t)c->threads * sizeof(ptst__room) + PTST__FEW_ROOM * sizeof(float);
     c->scratch_size = ptst__scratch_floats(kernels, c->threads) * sizeof(float);
     c->scratch = ptst__alloc(c, c->scratch_size + rooms, 1);
     if (c->scratch == NULL || ptst__pool_open(c) != PTST_OK) {

@@ -5,6 +5,7 @@
 #include "test_json.c"
 #include "test_judge.c"
 #include "test_kernels.c"
+#include "test_lora.c"
 #include "test_model.c"
 #include "test_safetensors.c"
 #include "test_generate.c"
@@ -24,6 +25,7 @@ int main(int argc, char **argv) {
     suite_train();
     suite_ops();
     suite_model();
+    suite_lora();
     suite_template();
     return test_summary();
 }
