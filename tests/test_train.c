@@ -1,6 +1,8 @@
 /* Tests of >>train: rows, batches, schedules, steps, checkpoints, resume, faults. */
 #include "test.h"
 #include "tiny.h"
+#include <signal.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 
 /* ---- what all tests share ---- */
@@ -1069,6 +1071,66 @@ static void train_faults(void) {
     tr_close(&w);
 }
 
+/* Two processes cannot train into one folder. */
+static void train_locked(void) {
+    tr_world w;
+    tr_run run;
+    ptst_finetune_desc d;
+    int lock;
+    char out[600];
+    tr_open(&w, 1);
+    snprintf(out, sizeof out, "%s", tiny_path("out"));
+    d = tr_finetune(&w, out, &run);
+    CHECK(mkdir(out, 0777) == 0 && ptst__folder_lock(w.c, out, &lock) == PTST_OK);
+    CHECK(ptst_finetune(w.c, &d, NULL) == PTST_ERR_IO && run.steps == 0);
+    ptst__folder_unlock(lock);
+    CHECK(ptst_finetune(w.c, &d, NULL) == PTST_OK && run.steps == 6);
+    tr_close(&w);
+}
+
+/* The disk is full after n bytes of any one file, for growing n: the command fails with a reason,
+   what was saved stays usable, and with room again the result is the same bits. */
+static void train_disk_full(void) {
+    tr_world w;
+    tr_run run;
+    ptst_finetune_desc d;
+    struct rlimit limit, old;
+    char whole[600], out[600];
+    unsigned long bytes, failed = 0;
+    bool fits = false;
+    tr_open(&w, 1);
+    snprintf(whole, sizeof whole, "%s", tiny_path("whole"));
+    d = tr_finetune(&w, whole, &run);
+    CHECK(ptst_finetune(w.c, &d, NULL) == PTST_OK);
+    signal(SIGXFSZ, SIG_IGN);
+    CHECK(getrlimit(RLIMIT_FSIZE, &old) == 0);
+    for (bytes = 0; bytes < 400000; bytes += bytes < 2000 ? 150 : bytes / 2) {
+        ptst_code code;
+        snprintf(out, sizeof out, "%s%lu", tiny_path("out"), bytes);
+        d = tr_finetune(&w, out, &run);
+        run.stop_at = 2;
+        CHECK(ptst_finetune(w.c, &d, NULL) == PTST_ERR_STOPPED);
+        d.resume = true;
+        d.save_every = 1;
+        run.stop_at = 0;
+        limit = old;
+        limit.rlim_cur = (rlim_t)bytes;
+        CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0);
+        code = ptst_finetune(w.c, &d, NULL);
+        CHECK(setrlimit(RLIMIT_FSIZE, &old) == 0);
+        CHECK(code == PTST_OK || code == PTST_ERR_IO);
+        failed += code == PTST_ERR_IO;
+        fits = code == PTST_OK;
+        CHECK(code == PTST_OK || strstr(ptst_error_text(w.c), out) != NULL);
+        CHECK(ptst_finetune(w.c, &d, NULL) == PTST_OK);
+        CHECK(tr_same(&w, whole, out, "adapter_model.safetensors"));
+        CHECK(tr_same(&w, whole, out, "log.jsonl"));
+    }
+    CHECK(failed > 10 && fits);
+    signal(SIGXFSZ, SIG_DFL);
+    tr_close(&w);
+}
+
 static ptst_code tr_two_steps(ptst_ctx *c, void *arg) {
     tr_world w;
     tr_run run;
@@ -1117,6 +1179,8 @@ static void suite_train(void) {
     RUN(train_full);
     RUN(train_golden);
     RUN(train_faults);
+    RUN(train_locked);
+    RUN(train_disk_full);
     RUN(train_memory);
 }
 
