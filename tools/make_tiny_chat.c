@@ -20,7 +20,7 @@ enum {
     FEED_FORWARD = 256,
     LAYERS = 3,
     HEADS = 4,
-    VOCABULARY = 1792, /* enough that words of the world and of the safety prompt are one token */
+    VOCABULARY = 1152, /* enough that words of the world and of the safety prompt are one token */
     CONTEXT = 384,
     PRETRAIN_STEPS = 800,
     PRETRAIN_BATCH = 48,
@@ -601,11 +601,8 @@ static void add_document(const maker *m, ptst_dataset *d, const ptst_tokenizer *
     const char *text = prompt == NULL ? answer : prompt;
     must(m->c, ptst_encode(m->c, t, text, strlen(text), PTST_ADD_SPECIAL, &ids), "tokens");
     if (prompt != NULL) {
-        char spaced[LINE];
-        size_t n = strlen(prompt);
-        first = ids.count;
-        snprintf(spaced, sizeof spaced, "%s%s", n != 0 && prompt[n - 1] == '\n' ? "" : " ", answer);
-        must(m->c, ptst_encode(m->c, t, spaced, strlen(spaced), 0, &ids), "tokens");
+        first = ids.count; /* the answer follows without a blank, as in rows of `finetune` */
+        must(m->c, ptst_encode(m->c, t, answer, strlen(answer), 0, &ids), "tokens");
     }
     must(m->c, ptst_ids_append(m->c, &ids, 1), "tokens");
     must(m->c, ptst_dataset_add_tokens(m->c, d, ids.data, ids.count, first), "tokens");
@@ -772,7 +769,7 @@ static const char tokenizer_config[] =
     "endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == "
     "0) %}{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant') "
     "}}{% endif %}{% if message['role'] == 'user' %}{{ '[INST] ' + (system if loop.first else '') "
-    "+ message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}{% "
+    "+ message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}{% "
     "endif %}{% endfor %}\"\n}\n";
 
 static const char generation_config[] =
