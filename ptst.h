@@ -675,15 +675,9 @@ PTST_API ptst_code ptst_merge(ptst_ctx *c, const char *model_folder, const char 
 
 /* ---- api >>train ----------------------------------------------------------------------------- */
 
-struct ptst_prompt; /* >>template, >>tokenizer, >>model, >>lora */
-struct ptst_tokenizer;
-struct ptst_model;
-struct ptst_adapter;
-struct ptst_lora_desc;
-
 /* One row to learn: after the prompt the model should write the answer (and end-of-text). */
 typedef struct ptst_example {
-    const struct ptst_prompt *prompt; /* NULL = empty: the answer is learned from its first token */
+    const ptst_prompt *prompt; /* NULL = empty: the answer is learned from its first token */
     const char *answer;
     size_t answer_size;
 } ptst_example;
@@ -731,13 +725,14 @@ typedef struct ptst_dataset ptst_dataset;
 PTST_API ptst_dataset *ptst_dataset_new(ptst_ctx *c, const ptst_dataset_desc *desc);
 PTST_API void ptst_dataset_free(ptst_ctx *c, ptst_dataset *d);
 /* Adds rows. Each begins with the tokenizer's bos (once) and ends with eos (once), unless cut. */
-PTST_API ptst_code ptst_dataset_add(ptst_ctx *c, ptst_dataset *d, const struct ptst_tokenizer *t,
+PTST_API ptst_code ptst_dataset_add(ptst_ctx *c, ptst_dataset *d, const ptst_tokenizer *t,
                                     const ptst_example *examples, size_t count);
 /* Adds one row of tokens as they are; the first `prompt` (at least 1) are no labels. */
 PTST_API ptst_code ptst_dataset_add_tokens(ptst_ctx *c, ptst_dataset *d, const int32_t *tokens,
                                            size_t count, size_t prompt);
 PTST_API ptst_dataset_info ptst_dataset_about(const ptst_dataset *d);
-/* Tokens of row i, NULL if out of range; count and prompt (tokens that are no labels) may be NULL. */
+/* Tokens of row i, NULL if out of range; count and prompt (how many of them are no labels) may be
+   NULL. */
 PTST_API const int32_t *ptst_dataset_row(const ptst_dataset *d, size_t i, size_t *count,
                                          size_t *prompt);
 
@@ -753,7 +748,7 @@ typedef struct ptst_train_desc {
     size_t batch;       /* rows (or contexts) of a batch; 0 = 4 */
     size_t accumulate;  /* batches of a step; 0 = 1 */
     ptst_batching batching;
-    size_t context;      /* tokens, for packing; 0 = 4096, but what the model can take at most */
+    size_t context;      /* tokens, for packing; 0 = 4096; at most what the model takes */
     double beta1, beta2; /* AdamW; 0 = 0.9, 0.999 */
     double eps;          /* 0 = 1e-8 */
     double weight_decay; /* 0 = none */
@@ -763,6 +758,9 @@ typedef struct ptst_train_desc {
     bool no_shuffle;     /* rows in the order of the dataset */
     bool no_prefix;      /* compute the common head of the rows of a batch for each row again */
 } ptst_train_desc;
+
+/* Reads "constant", "linear", "cosine" or "step:GAMMA" into out->schedule and out->gamma. */
+PTST_API ptst_code ptst_schedule_parse(ptst_ctx *c, const char *text, ptst_train_desc *out);
 
 /* One optimiser step. */
 typedef struct ptst_step {
@@ -782,9 +780,8 @@ typedef struct ptst_step {
 typedef struct ptst_trainer ptst_trainer;
 
 /* desc may be NULL. Sizes all memory; steps allocate nothing. */
-PTST_API ptst_trainer *ptst_trainer_new(ptst_ctx *c, struct ptst_model *model,
-                                        struct ptst_adapter *adapter, const ptst_dataset *data,
-                                        const ptst_train_desc *desc);
+PTST_API ptst_trainer *ptst_trainer_new(ptst_ctx *c, ptst_model *model, ptst_adapter *adapter,
+                                        const ptst_dataset *data, const ptst_train_desc *desc);
 PTST_API void ptst_trainer_free(ptst_ctx *c, ptst_trainer *t);
 /* The options with all defaults filled in. */
 PTST_API ptst_train_desc ptst_trainer_options(const ptst_trainer *t);
@@ -802,20 +799,22 @@ PTST_API ptst_code ptst_trainer_restore(ptst_ctx *c, ptst_trainer *t, const char
 /* ---- one call: fine-tune, with log, checkpoints and resume ---- */
 
 typedef struct ptst_finetune_desc {
-    struct ptst_model *model; /* with `full` it must be trainable, and changes */
-    const char *model_dir;    /* base model named in adapter_config.json; with `full` the
+    ptst_model *model;     /* with `full` it must be trainable, and changes */
+    const char *model_dir; /* base model named in adapter_config.json; with `full` the
                                      tokenizer files are copied from here; may be NULL */
-    const struct ptst_tokenizer *tokenizer;
+    const ptst_tokenizer *tokenizer;
     const ptst_example *examples;
     size_t examples_count;
     const ptst_example *mix; /* safety rows: the first mix_count of them take part in each epoch */
     size_t mix_count;
-    const char *out;                   /* folder, is made */
-    const char *init_adapter;          /* PEFT folder to start from; NULL = new adapter */
-    const struct ptst_lora_desc *lora; /* of a new adapter; NULL = defaults */
-    bool full;                         /* all weights instead of an adapter */
+    const char *out;            /* folder, is made */
+    const char *init_adapter;   /* PEFT folder to start from; NULL = new adapter */
+    const ptst_lora_desc *lora; /* of a new adapter; NULL = defaults */
+    bool full;                  /* all weights instead of an adapter */
     ptst_dataset_desc dataset;
     ptst_train_desc train;
+    ptst_dtype dtype;    /* of the weights that `full` writes; PTST_DTYPE_FILE = the model's own */
+    const char *item;    /* ptst_progress.item; may be NULL */
     uint64_t save_every; /* steps between checkpoints; 0 = only when stopped */
     bool resume;         /* go on from OUT's checkpoint; without one start anew */
     const char *log;     /* one JSON object a step; NULL = OUT/log.jsonl */
@@ -847,11 +846,17 @@ typedef struct ptst_sample_desc {
     double repetition_penalty; /* on tokens of prompt and answer; 0 or 1 = off */
 } ptst_sample_desc;
 
+typedef struct ptst_candidate {
+    float logit;
+    int32_t id;
+} ptst_candidate;
+
 /* Chooses the next token from logits [vocab], which it may overwrite. seen: the tokens so far, for
-   the repetition penalty. scratch: 2 * vocab floats, may be NULL if greedy. rng may be NULL if
-   greedy. As transformers' logits processors, in this order: penalty, temperature, top-k, top-p. */
+   the repetition penalty. rng may be NULL if greedy; scratch [vocab] too, if there is no penalty.
+   As transformers' logits processors, in this order: penalty, temperature, top-k, top-p. */
 PTST_API int32_t ptst_sample(const ptst_sample_desc *desc, float *logits, size_t vocab,
-                             const int32_t *seen, size_t seen_count, ptst_rng *rng, float *scratch);
+                             const int32_t *seen, size_t seen_count, ptst_rng *rng,
+                             ptst_candidate *scratch);
 
 typedef enum ptst_finish {
     PTST_FINISH_NONE,  /* not finished (stopped, or an earlier failure) */
@@ -873,13 +878,14 @@ typedef struct ptst_generate_desc {
     size_t batch;            /* answers at a time; 0 = 16 */
     size_t capacity;         /* tokens of prompt and answer; 0 = what the prompts need, at most
                                 what the model can take */
-    uint64_t seed;           /* answer i draws from stream i, whatever the batch */
+    uint64_t seed;           /* of random numbers */
     const int32_t *stop_ids; /* besides the tokenizer's eos */
     size_t stop_ids_count;
     const char *const *stop_strings; /* the answer ends before one */
     size_t stop_strings_count;
-    bool ignore_eos; /* only max_new_tokens ends an answer */
-    bool no_prefix;  /* compute the common head of the prompts for each again */
+    bool ignore_eos;  /* only max_new_tokens ends an answer */
+    const char *item; /* ptst_progress.item; may be NULL */
+    bool no_prefix;   /* compute the common head of the prompts for each again */
     /* NULL = none. Called with whole UTF-8 characters as they come, for prompt `index`. */
     void (*on_text)(void *user, size_t index, const char *text, size_t size);
     /* NULL = none. Called when answer `index` is finished, in the order of finishing. */
@@ -888,14 +894,14 @@ typedef struct ptst_generate_desc {
 } ptst_generate_desc;
 
 /* Answers count prompts; answers[i] belongs to prompts[i]. adapter may be NULL, desc may be NULL.
-   Answers do not depend on batch, on the order of the prompts or on what else is generated. A
-   prompt that has no room for a token is PTST_ERR_LIMIT. After PTST_ERR_STOPPED (asked for by
-   ptst_desc.progress) finished answers are there. */
-PTST_API ptst_code ptst_generate(ptst_ctx *c, const struct ptst_model *model,
-                                 const struct ptst_adapter *adapter,
-                                 const struct ptst_tokenizer *tokenizer,
-                                 const struct ptst_prompt *prompts, size_t count,
-                                 const ptst_generate_desc *desc, ptst_answer *answers);
+   Each answer draws random numbers of its own, which depend on seed, prompt and how often the same
+   prompt stood before it; not on batch or on the other prompts. A prompt that has no room for a
+   token is PTST_ERR_LIMIT. After PTST_ERR_STOPPED (asked for by ptst_desc.progress) finished
+   answers are there. */
+PTST_API ptst_code ptst_generate(ptst_ctx *c, const ptst_model *model, const ptst_adapter *adapter,
+                                 const ptst_tokenizer *tokenizer, const ptst_prompt *prompts,
+                                 size_t count, const ptst_generate_desc *desc,
+                                 ptst_answer *answers);
 PTST_API void ptst_answers_free(ptst_ctx *c, ptst_answer *answers, size_t count);
 
 /* ---- api >>data ------------------------------------------------------------------------------ */
@@ -1275,6 +1281,12 @@ static int ptst__path_kind(const char *path) {
         return 0;
     }
     return S_ISDIR(s.st_mode) ? 2 : S_ISREG(s.st_mode) ? 1 : 0;
+}
+
+/* Do both paths lead to the same file or folder? */
+PTST__UNUSED static bool ptst__same_path(const char *a, const char *b) {
+    struct stat s, t;
+    return stat(a, &s) == 0 && stat(b, &t) == 0 && s.st_dev == t.st_dev && s.st_ino == t.st_ino;
 }
 
 /* Maps a whole file for reading. Returns 0, or an errno value. An empty file gives data NULL. */
@@ -2055,6 +2067,12 @@ PTST__UNUSED static ptst_code ptst__append_file(ptst_ctx *c, const char *path, c
     return error != 0 ? ptst__fail_errno(c, path, "write", error) : PTST_OK;
 }
 
+/* Removes a file; fine if there is none. */
+PTST__UNUSED static ptst_code ptst__remove_file(ptst_ctx *c, const char *path) {
+    return unlink(path) == 0 || errno == ENOENT ? PTST_OK
+                                                : ptst__fail_errno(c, path, "remove", errno);
+}
+
 /* ---- SHA-256 (FIPS 180-4), to recognise inputs ---- */
 
 typedef struct ptst__sha256 {
@@ -2151,6 +2169,25 @@ PTST__UNUSED static bool ptst__finite(double value) {
     uint64_t bits;
     memcpy(&bits, &value, sizeof bits);
     return (bits >> 52 & 0x7FFu) != 0x7FFu;
+}
+
+/* Appends the names of the files in a folder, each with its NUL. */
+PTST__UNUSED static ptst_code ptst__list_files(ptst_ctx *c, const char *folder, ptst_text *names) {
+    DIR *d = opendir(folder);
+    struct dirent *entry;
+    ptst_text path = {NULL, 0, 0};
+    ptst_code code = d == NULL ? ptst__fail_errno(c, folder, "list", errno) : PTST_OK;
+    while (code == PTST_OK && (entry = readdir(d)) != NULL) {
+        code = ptst__path_join(c, &path, folder, entry->d_name);
+        if (code == PTST_OK && ptst__path_kind(path.data) == 1) {
+            code = ptst_text_append(c, names, entry->d_name, strlen(entry->d_name) + 1);
+        }
+    }
+    if (d != NULL) {
+        closedir(d);
+    }
+    ptst_text_free(c, &path);
+    return code;
 }
 
 /* ---- public part ---- */
@@ -11921,6 +11958,257 @@ PTST_API uint64_t ptst_model_bytes(const ptst_model *m) {
     return n;
 }
 
+/* Files of a model folder that hold weights, or say where they are. */
+static bool ptst__is_weight_file(const char *name) {
+    static const char *const ends[] = {".safetensors", ".safetensors.index.json",
+                                       ".bin",         ".bin.index.json",
+                                       ".pt",          ".pth",
+                                       ".gguf",        ".h5",
+                                       ".msgpack",     ".onnx"};
+    size_t i, n = strlen(name);
+    for (i = 0; i < sizeof ends / sizeof ends[0]; i++) {
+        size_t k = strlen(ends[i]);
+        if (n >= k && strcmp(name + n - k, ends[i]) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static ptst_code ptst__copy_file(ptst_ctx *c, const char *from, const char *to, const char *name) {
+    ptst_text path = {NULL, 0, 0}, data = {NULL, 0, 0};
+    ptst_code code = ptst__path_join(c, &path, from, name);
+    code = code != PTST_OK ? code : ptst__read_file(c, path.data, &data);
+    code = code != PTST_OK ? code : ptst__path_join(c, &path, to, name);
+    code = code != PTST_OK ? code : ptst__write_file(c, path.data, data.data, data.size);
+    ptst_text_free(c, &path);
+    ptst_text_free(c, &data);
+    return code;
+}
+
+/* Copies the files of a folder but for weights, config.json and names that begin with a dot; with
+   index also the index of the shards. */
+static ptst_code ptst__copy_files(ptst_ctx *c, const char *from, const char *to, bool index) {
+    ptst_text names = {NULL, 0, 0};
+    size_t at;
+    ptst_code code = ptst__list_files(c, from, &names);
+    for (at = 0; code == PTST_OK && at < names.size; at += strlen(names.data + at) + 1) {
+        const char *name = names.data + at;
+        bool shards = strcmp(name, "model.safetensors.index.json") == 0;
+        if (name[0] != '.' && strcmp(name, "config.json") != 0 &&
+            ((index && shards) || !ptst__is_weight_file(name))) {
+            code = ptst__copy_file(c, from, to, name);
+        }
+    }
+    ptst_text_free(c, &names);
+    return code;
+}
+
+/* Copies what a model folder holds beside its weights: tokenizer, templates, generation_config
+   and so on. With `whole` also the index of its shards, and config.json as the last file. */
+PTST__UNUSED static ptst_code ptst__copy_model_files(ptst_ctx *c, const char *from, const char *to,
+                                                     bool whole) {
+    ptst_text source = {NULL, 0, 0}, target = {NULL, 0, 0};
+    ptst_code code = ptst__copy_files(c, from, to, whole);
+    code = code != PTST_OK ? code : ptst__path_join(c, &source, from, "chat_templates");
+    code = code != PTST_OK ? code : ptst__path_join(c, &target, to, "chat_templates");
+    if (code == PTST_OK && ptst__path_kind(source.data) == 2) {
+        code = ptst__make_folders(c, target.data);
+        code = code != PTST_OK ? code : ptst__copy_files(c, source.data, target.data, false);
+    }
+    ptst_text_free(c, &source);
+    ptst_text_free(c, &target);
+    return code == PTST_OK && whole ? ptst__copy_file(c, from, to, "config.json") : code;
+}
+
+/* ---- writing a model folder ---- */
+
+/* A number that JSON readers take as floating point: 10000 is written 10000.0. */
+static ptst_code ptst__config_put_float(ptst_ctx *c, ptst_text *t, const char *key, double value) {
+    char text[40];
+    size_t n = ptst__number_text(text, value);
+    bool whole = strspn(text, "-0123456789") == n;
+    return ptst__text_format(c, t, "  \"%s\": %.*s%s,\n", key, (int)n, text, whole ? ".0" : "");
+}
+
+static ptst_code ptst__config_put_ids(ptst_ctx *c, ptst_text *t, const ptst_config *g) {
+    ptst_code code = ptst__text_add(c, t,
+                                    g->eos_count == 1   ? "  \"eos_token_id\": "
+                                    : g->eos_count == 0 ? "  \"eos_token_id\": null"
+                                                        : "  \"eos_token_id\": [");
+    size_t i;
+    for (i = 0; i < g->eos_count && code == PTST_OK; i++) {
+        code = ptst__text_format(c, t, "%s%ld", i == 0 ? "" : ", ", (long)g->eos_token_id[i]);
+    }
+    return code != PTST_OK ? code : ptst__text_add(c, t, g->eos_count > 1 ? "],\n" : ",\n");
+}
+
+/* rope_theta and rope_scaling, which old and new versions of transformers read. */
+static ptst_code ptst__config_put_rope(ptst_ctx *c, ptst_text *t, const ptst_config *g) {
+    ptst_code code = ptst__config_put_float(c, t, "rope_theta", g->rope_theta);
+    if (code != PTST_OK || strcmp(g->rope_type, "default") == 0) {
+        return code != PTST_OK ? code : ptst__text_add(c, t, "  \"rope_scaling\": null,\n");
+    }
+    code = ptst__text_add(c, t, "  \"rope_scaling\": {\n");
+    code = code != PTST_OK ? code : ptst__config_put_float(c, t, "factor", g->rope_factor);
+    if (code == PTST_OK && strcmp(g->rope_type, "llama3") == 0) {
+        code = ptst__config_put_float(c, t, "low_freq_factor", g->rope_low_freq_factor);
+        code = code != PTST_OK
+                   ? code
+                   : ptst__config_put_float(c, t, "high_freq_factor", g->rope_high_freq_factor);
+        code = code != PTST_OK
+                   ? code
+                   : ptst__text_format(c, t, "  \"original_max_position_embeddings\": %ld,\n",
+                                       (long)g->original_max_position_embeddings);
+    }
+    return code != PTST_OK
+               ? code
+               : ptst__text_format(c, t, "  \"rope_type\": \"%s\"\n  },\n", g->rope_type);
+}
+
+/* The window of mistral; of qwen2 with the layers that have it. */
+static ptst_code ptst__config_put_window(ptst_ctx *c, ptst_text *t, const ptst_config *g,
+                                         const ptst__family *family) {
+    int32_t i, first = g->num_hidden_layers;
+    ptst_code code = PTST_OK;
+    char window[16];
+    snprintf(window, sizeof window, "%ld", (long)g->sliding_window);
+    if (family->window == PTST__NO_WINDOW) {
+        return PTST_OK;
+    }
+    code = ptst__text_format(c, t, "  \"sliding_window\": %s,\n",
+                             g->sliding_window == 0 ? "null" : window);
+    if (code != PTST_OK || family->window == PTST__ALL_LAYERS) {
+        return code;
+    }
+    for (i = g->num_hidden_layers - 1; i >= 0 && g->sliding_layers[i]; i--) {
+        first = i;
+    }
+    code = ptst__text_format(c, t,
+                             "  \"use_sliding_window\": %s,\n  \"max_window_layers\": %ld,\n"
+                             "  \"layer_types\": [",
+                             g->sliding_window == 0 ? "false" : "true", (long)first);
+    for (i = 0; i < g->num_hidden_layers && code == PTST_OK; i++) {
+        code = ptst__text_format(c, t, "%s\"%s\"", i == 0 ? "" : ", ",
+                                 g->sliding_layers[i] ? "sliding_attention" : "full_attention");
+    }
+    return code != PTST_OK ? code : ptst__text_add(c, t, "],\n");
+}
+
+/* config.json as transformers 4 and 5 read it. */
+static ptst_code ptst__config_write(ptst_ctx *c, const ptst_config *g, ptst_dtype dtype,
+                                    ptst_text *t) {
+    const ptst__family *family = ptst__family_find(g->model_type);
+    ptst_code code =
+        ptst__text_format(c, t, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n",
+                          family->architecture, g->model_type);
+    int i;
+    for (i = 0; i < PTST__CONFIG_WHOLES && code == PTST_OK; i++) {
+        const ptst__config_whole *w = &ptst__config_wholes[i];
+        int32_t value;
+        memcpy(&value, (const char *)g + w->place, sizeof value);
+        code = ptst__text_format(c, t, "  \"%s\": %ld,\n", w->key, (long)value);
+    }
+    if (code == PTST_OK && family->bias_flags) {
+        code =
+            ptst__text_format(c, t, "  \"attention_bias\": %s,\n  \"mlp_bias\": %s,\n",
+                              g->attention_bias ? "true" : "false", g->mlp_bias ? "true" : "false");
+    }
+    code = code != PTST_OK ? code : ptst__config_put_window(c, t, g, family);
+    code = code != PTST_OK ? code : ptst__config_put_rope(c, t, g);
+    code = code != PTST_OK ? code : ptst__config_put_float(c, t, "rms_norm_eps", g->rms_norm_eps);
+    code = code != PTST_OK
+               ? code
+               : ptst__config_put_float(c, t, "initializer_range", g->initializer_range);
+    code = code != PTST_OK ? code : ptst__config_put_ids(c, t, g);
+    for (i = 0; i < 2 && code == PTST_OK; i++) {
+        int32_t id = i == 0 ? g->bos_token_id : g->pad_token_id;
+        const char *key = i == 0 ? "bos_token_id" : "pad_token_id";
+        code = id < 0 ? ptst__text_format(c, t, "  \"%s\": null,\n", key)
+                      : ptst__text_format(c, t, "  \"%s\": %ld,\n", key, (long)id);
+    }
+    return code != PTST_OK
+               ? code
+               : ptst__text_format(c, t,
+                                   "  \"hidden_act\": \"silu\",\n  \"tie_word_embeddings\": %s,\n"
+                                   "  \"torch_dtype\": \"%s\"\n}\n",
+                                   g->tie_word_embeddings ? "true" : "false",
+                                   dtype == PTST_F16    ? "float16"
+                                   : dtype == PTST_BF16 ? "bfloat16"
+                                                        : "float32");
+}
+
+/* The bytes of a weight in another type, piece by piece into a file that is being written. */
+static ptst_code ptst__weight_put(ptst_ctx *c, ptst__tensors_writer *file, const ptst__weight *w,
+                                  ptst_dtype dtype) {
+    size_t i, n = ptst__weight_count(w), part;
+    float middle[PTST__CONVERT], out[PTST__CONVERT];
+    ptst_code code = PTST_OK;
+    if (dtype == w->dtype) {
+        return ptst__tensors_put(c, file, w->data, n * ptst__dtype_size(dtype));
+    }
+    for (i = 0; i < n && code == PTST_OK; i += part) {
+        part = ptst__min(n - i, PTST__CONVERT);
+        ptst__convert_to_f32(c, middle, ptst__element(w->data, w->dtype, i), w->dtype, part);
+        ptst__convert_from_f32(c, out, middle, dtype, part);
+        code = ptst__tensors_put(c, file, out, part * ptst__dtype_size(dtype));
+    }
+    return code;
+}
+
+static ptst_code ptst__model_save_weights(ptst_ctx *c, const ptst_model *m, const char *path,
+                                          ptst_dtype dtype) {
+    static const char *const metadata[] = {"format", "pt", NULL};
+    ptst__tensors_writer file;
+    size_t i;
+    ptst_code code;
+    ptst_tensor *list = (ptst_tensor *)ptst__calloc(c, m->weights_count, sizeof *list);
+    if (list == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < m->weights_count; i++) {
+        const ptst__weight *w = &m->weights[i];
+        list[i].name = w->name;
+        list[i].dtype = dtype == PTST_DTYPE_FILE ? w->file_dtype : dtype;
+        list[i].rank = w->vector ? 1 : 2;
+        list[i].shape[0] = w->vector ? w->cols : w->rows;
+        list[i].shape[1] = w->vector ? 0 : w->cols;
+    }
+    code = ptst__tensors_begin(c, &file, path, list, m->weights_count, metadata);
+    if (code == PTST_OK) {
+        while (code == PTST_OK && (i = ptst__tensors_next(&file)) < m->weights_count) {
+            code = ptst__weight_put(c, &file, &m->weights[i], list[i].dtype);
+        }
+        if (code == PTST_OK) {
+            code = ptst__tensors_commit(c, &file);
+        } else {
+            ptst__tensors_abort(c, &file);
+        }
+    }
+    ptst__free(c, list);
+    return code;
+}
+
+PTST_API ptst_code ptst_model_save(ptst_ctx *c, const ptst_model *m, const char *folder,
+                                   ptst_dtype dtype) {
+    ptst_text path = {NULL, 0, 0}, text = {NULL, 0, 0};
+    ptst_dtype named = dtype == PTST_DTYPE_FILE ? m->embedding->file_dtype : dtype;
+    ptst_code code;
+    if (dtype == PTST_I8 || dtype == PTST_I4 || (unsigned)dtype > (unsigned)PTST_I4) {
+        return ptst__fail(c, PTST_ERR_UNSUPPORTED,
+                          "a model can be saved as f32, bf16 or f16, not as int8 or int4");
+    }
+    code = ptst__make_folders(c, folder);
+    code = code != PTST_OK ? code : ptst__path_join(c, &path, folder, "model.safetensors");
+    code = code != PTST_OK ? code : ptst__model_save_weights(c, m, path.data, dtype);
+    code = code != PTST_OK ? code : ptst__path_join(c, &path, folder, "config.json");
+    code = code != PTST_OK ? code : ptst__config_write(c, &m->config, named, &text);
+    code = code != PTST_OK ? code : ptst__write_file(c, path.data, text.data, text.size);
+    ptst_text_free(c, &path);
+    ptst_text_free(c, &text);
+    return code;
+}
+
 /* ---- adapters: what the passes need of them; >>lora makes them ---- */
 
 /* The side branch of one linear layer; rank 0 = none. */
@@ -13280,13 +13568,2241 @@ PTST__UNUSED static ptst_code ptst__pass_run(ptst_ctx *c, ptst__pass *p, const p
 }
 
 /* >>lora ==========================================================================================
-   Not written yet. */
+   Adapters in the format of PEFT: made, read, written, merged. Their forward and backward steps
+   are the side branches of linear layers in >>model. Relies on >>model and >>safetensors.
+   Afterwards every tensor of an adapter lies at the layer that its name says, and none is left
+   over. Tested by tests/test_lora.c.
+
+   A folder holds adapter_config.json and adapter_model.safetensors with two tensors for each
+   linear layer that is adapted:
+
+       base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight     [rank, in]
+       base_model.model.model.layers.{i}.self_attn.q_proj.lora_B.weight     [out, rank]        */
+
+/* ---- making ---- */
+
+/* What is adapted, and how; one flag for each linear layer. */
+typedef struct ptst__lora_plan {
+    ptst_lora_desc desc;
+    bool hit[PTST_LAYERS_MAX * PTST__LINEARS];
+} ptst__lora_plan;
+
+enum { PTST__RANK_MAX = 1 << 16 };
+
+static const char ptst__lora_expected[] =
+    "expected q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj or all-linear";
+
+/* "q_proj" of "self_attn.q_proj". */
+static const char *ptst__linear_short(int kind) {
+    return strchr(ptst__linear_names[kind], '.') + 1;
+}
+
+/* Does a PEFT target (size bytes) mean this module? It does if it is its path or the end of it,
+   from a dot on. */
+static bool ptst__lora_matches(size_t layer, int kind, const char *target, size_t size) {
+    char path[PTST__NAME];
+    size_t n = (size_t)snprintf(path, sizeof path, "model.layers.%lu.%s", (unsigned long)layer,
+                                ptst__linear_names[kind]);
+    return size <= n && memcmp(path + n - size, target, size) == 0 &&
+           (size == n || path[n - size - 1] == '.');
+}
+
+/* Marks what a target means in a model of L layers; false if that is nothing. */
+static bool ptst__lora_mark(ptst__lora_plan *p, size_t L, const char *target, size_t size) {
+    size_t l;
+    int k;
+    bool all = size == 10 && memcmp(target, "all-linear", 10) == 0, found = false;
+    for (l = 0; l < L; l++) {
+        for (k = 0; k < PTST__LINEARS; k++) {
+            if (all || (size > 0 && ptst__lora_matches(l, k, target, size))) {
+                p->hit[l * PTST__LINEARS + (size_t)k] = found = true;
+            }
+        }
+    }
+    return found;
+}
+
+/* Marks a list by commas, each of which must mean something. */
+static ptst_code ptst__lora_parse(ptst_ctx *c, ptst__lora_plan *p, size_t L, const char *targets) {
+    while (*targets != 0) {
+        size_t n = strcspn(targets, ","), begin = strspn(targets, " "), end = n;
+        while (end > begin && targets[end - 1] == ' ') {
+            end--;
+        }
+        if (!ptst__lora_mark(p, L, targets + begin, end > begin ? end - begin : 0)) {
+            return ptst__fail(c, PTST_ERR_ARGUMENT, "target \"%.*s\": %s",
+                              (int)ptst__min(end > begin ? end - begin : 0, 100), targets + begin,
+                              ptst__lora_expected);
+        }
+        targets += n + (targets[n] == ',');
+    }
+    return PTST_OK;
+}
+
+/* The targets as text: short names if each is adapted in all layers or in none, otherwise paths. */
+static ptst_code ptst__lora_targets(ptst_ctx *c, const ptst_adapter *a, ptst_text *out) {
+    size_t l;
+    int k;
+    ptst_code code = PTST_OK;
+    out->size = 0;
+    for (k = 0; k < PTST__LINEARS && code == PTST_OK; k++) {
+        size_t count = 0;
+        for (l = 0; l < a->L; l++) {
+            count += ptst__branch_of(a, l, k) != NULL;
+        }
+        if (count == a->L) {
+            code =
+                ptst__text_format(c, out, "%s%s", out->size == 0 ? "" : ",", ptst__linear_short(k));
+        }
+        for (l = 0; l < a->L && count != a->L && code == PTST_OK; l++) {
+            if (ptst__branch_of(a, l, k) != NULL) {
+                code = ptst__text_format(c, out, "%smodel.layers.%lu.%s", out->size == 0 ? "" : ",",
+                                         (unsigned long)l, ptst__linear_names[k]);
+            }
+        }
+    }
+    return code;
+}
+
+/* The values and where each A and B lies among them, for branches whose sizes are known. */
+static ptst_code ptst__adapter_values(ptst_ctx *c, ptst_adapter *a) {
+    size_t i, n = 0, size;
+    for (i = 0; i < a->L * PTST__LINEARS; i++) {
+        const ptst__branch *b = &a->branches[i];
+        if (!ptst__mul(b->in + b->out, b->rank, &size) || !ptst__add(n, size, &n)) {
+            return ptst__fail_memory(c, SIZE_MAX);
+        }
+    }
+    a->values = (float *)ptst__calloc(c, n, sizeof *a->values);
+    if (a->values == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    a->values_count = n;
+    for (i = 0, n = 0; i < a->L * PTST__LINEARS; i++) {
+        ptst__branch *b = &a->branches[i];
+        if (b->rank != 0) {
+            b->A = a->values + n;
+            b->B = b->A + b->rank * b->in;
+            n += b->rank * (b->in + b->out);
+        }
+    }
+    return PTST_OK;
+}
+
+/* An adapter of zeros as planned. */
+static ptst_code ptst__adapter_make(ptst_ctx *c, ptst_adapter *a, const ptst_model *m,
+                                    const ptst__lora_plan *p) {
+    ptst_text targets = {NULL, 0, 0};
+    size_t i, rank = (size_t)p->desc.rank;
+    ptst_code code;
+    a->desc = p->desc;
+    a->L = m->L;
+    a->branches =
+        (ptst__branch *)ptst__arena_alloc(c, &a->arena, m->L * PTST__LINEARS, sizeof *a->branches);
+    if (a->branches == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < m->L * PTST__LINEARS; i++) {
+        ptst__branch *b = &a->branches[i];
+        if (p->hit[i]) {
+            b->rank = rank;
+            b->scale =
+                (float)(p->desc.alpha / (p->desc.rslora ? sqrt((double)rank) : (double)rank));
+            ptst__linear_shape(m, (int)(i % PTST__LINEARS), &b->in, &b->out);
+        }
+    }
+    code = ptst__lora_targets(c, a, &targets);
+    if (code == PTST_OK) {
+        a->desc.targets = ptst__arena_copy(c, &a->arena, targets.data, targets.size);
+        code = a->desc.targets == NULL ? PTST_ERR_MEMORY : ptst__adapter_values(c, a);
+    }
+    ptst_text_free(c, &targets);
+    return code;
+}
+
+/* PEFT's kaiming_uniform_(a = sqrt 5): uniform within +-1 / sqrt(in). Branch i draws from
+   stream i. */
+static void ptst__adapter_init(ptst_adapter *a) {
+    size_t i, k;
+    for (i = 0; i < a->L * PTST__LINEARS; i++) {
+        ptst__branch *b = &a->branches[i];
+        float bound = b->rank == 0 ? 0 : (float)(1 / sqrt((double)b->in));
+        ptst_rng r;
+        r.seed = a->desc.seed;
+        r.stream = i;
+        r.counter = 0;
+        for (k = 0; k < b->rank * b->in; k++) {
+            b->A[k] = bound * (2 * ptst_rng_uniform(&r) - 1);
+        }
+    }
+}
+
+/* ---- reading ---- */
+
+/* Keys of adapter_config.json that are read, or change nothing whatever their value. */
+static const char *const ptst__lora_known[] = {"peft_type",
+                                               "r",
+                                               "lora_alpha",
+                                               "lora_dropout",
+                                               "use_rslora",
+                                               "target_modules",
+                                               "bias",
+                                               "init_lora_weights",
+                                               "task_type",
+                                               "auto_mapping",
+                                               "peft_version",
+                                               "base_model_name_or_path",
+                                               "revision",
+                                               "inference_mode",
+                                               "megatron_core",
+                                               "qalora_group_size",
+                                               "layers_pattern",
+                                               "runtime_config",
+                                               "ensure_weight_tying"};
+
+/* null, false, "", [], {} and 0 switch a feature off. */
+static bool ptst__lora_inactive(const ptst_json *j, int32_t node) {
+    switch (ptst_json_kind(j, node)) {
+    case PTST_JSON_NULL:
+    case PTST_JSON_FALSE:
+        return true;
+    case PTST_JSON_TRUE:
+        return false;
+    case PTST_JSON_NUMBER:
+        return ptst_json_number(j, node, 1) == 0;
+    case PTST_JSON_STRING:
+    case PTST_JSON_ARRAY:
+    case PTST_JSON_OBJECT:
+        break;
+    }
+    return ptst_json_size(j, node) == 0;
+}
+
+/* Everything that is switched on must be known. */
+static void ptst__lora_refuse(ptst__config_reader *r) {
+    int32_t key, value;
+    size_t i, n = sizeof ptst__lora_known / sizeof ptst__lora_known[0];
+    for (key = ptst_json_first(r->json, 0); key >= 0; key = ptst_json_next(r->json, value)) {
+        const char *name = ptst_json_string(r->json, key, NULL);
+        value = ptst_json_next(r->json, key);
+        for (i = 0; i < n && strcmp(ptst__lora_known[i], name) != 0; i++) {
+        }
+        if (i == n && !ptst__lora_inactive(r->json, value)) {
+            char shown[100];
+            snprintf(shown, sizeof shown, "%.99s", name);
+            ptst__config_fail(r, PTST_ERR_UNSUPPORTED, shown, "is switched on and not supported");
+        }
+    }
+}
+
+/* A string value that must be one of two. */
+static void ptst__lora_expect(ptst__config_reader *r, const char *key, const char *expected,
+                              const char *sentence) {
+    int32_t node = ptst__config_get(r, 0, key);
+    const char *text = ptst_json_string(r->json, node, NULL);
+    if (node >= 0 && (text == NULL || strcmp(text, expected) != 0)) {
+        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, key, sentence);
+    }
+}
+
+/* target_modules: "all-linear", or a list of ends of module paths. */
+static void ptst__lora_read_targets(ptst__config_reader *r, ptst__lora_plan *p, size_t L) {
+    int32_t node = ptst__config_get(r, 0, "target_modules"), k;
+    bool found = false, list = ptst_json_kind(r->json, node) == PTST_JSON_ARRAY;
+    size_t size;
+    const char *text = ptst_json_string(r->json, node, &size);
+    if (text != NULL && strcmp(text, "all-linear") != 0) {
+        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "target_modules",
+                          "a regular expression is not supported, write the names as a list");
+    }
+    if (text == NULL && !list) {
+        ptst__config_fail(r, PTST_ERR_FORMAT, "target_modules", ptst__lora_expected);
+    }
+    found = text != NULL && ptst__lora_mark(p, L, text, size);
+    for (k = list ? ptst_json_first(r->json, node) : -1; k >= 0; k = ptst_json_next(r->json, k)) {
+        text = ptst_json_string(r->json, k, &size);
+        if (text == NULL) {
+            ptst__config_fail(r, PTST_ERR_FORMAT, "target_modules", "expected a list of names");
+        } else if (strstr(text, "lm_head") != NULL || strstr(text, "embed_tokens") != NULL) {
+            ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "target_modules",
+                              "adapters on lm_head or embed_tokens are not supported");
+        } else if (ptst__lora_mark(p, L, text, size)) {
+            found = true;
+        }
+    }
+    if (!found) {
+        ptst__config_fail(r, PTST_ERR_MISMATCH, "target_modules", ptst__lora_expected);
+    }
+}
+
+static ptst_code ptst__lora_read_config(ptst_ctx *c, const ptst_json *j, const char *path,
+                                        ptst__lora_plan *p, size_t L) {
+    ptst__config_reader r;
+    ptst_lora_desc *d = &p->desc;
+    int32_t node;
+    const char *init;
+    r.c = c;
+    r.json = j;
+    r.path = path;
+    r.code = PTST_OK;
+    if (ptst_json_kind(j, 0) != PTST_JSON_OBJECT) {
+        return ptst__fail(c, PTST_ERR_FORMAT, "%s: expected an object", path);
+    }
+    if (ptst__config_get(&r, 0, "peft_type") < 0) {
+        ptst__config_fail(&r, PTST_ERR_FORMAT, "peft_type", "is missing, expected \"LORA\"");
+    }
+    ptst__lora_expect(&r, "peft_type", "LORA", "only \"LORA\" is supported");
+    ptst__lora_expect(&r, "bias", "none", "only \"none\" is supported");
+    ptst__lora_refuse(&r);
+    d->rank = ptst__config_int(&r, 0, "r", 1, PTST__RANK_MAX, 8);
+    d->alpha = ptst__config_number(&r, 0, "lora_alpha", -1e9, 1e9, 8);
+    d->dropout = ptst__config_number(&r, 0, "lora_dropout", 0, 1, 0);
+    d->rslora = ptst__config_flag(&r, 0, "use_rslora", false);
+    node = ptst__config_get(&r, 0, "init_lora_weights");
+    init = ptst_json_string(j, node, NULL);
+    if (init != NULL && strcmp(init, "gaussian") != 0 && strcmp(init, "eva") != 0 &&
+        strcmp(init, "orthogonal") != 0) {
+        ptst__config_fail(&r, PTST_ERR_UNSUPPORTED, "init_lora_weights",
+                          "this kind changes the weights of the model and is not supported");
+    }
+    ptst__lora_read_targets(&r, p, L);
+    return r.code;
+}
+
+/* One tensor of a branch, as F32. */
+static ptst_code ptst__branch_read(ptst_ctx *c, const ptst_tensors *t, const char *folder,
+                                   const char *name, float *to, size_t rows, size_t cols) {
+    const ptst_tensor *v = ptst_tensors_find(t, name);
+    if (v == NULL) {
+        return ptst__fail(c, PTST_ERR_MISMATCH, "%s: tensor %s is missing", folder, name);
+    }
+    if (v->dtype == PTST_DTYPE_FILE) {
+        return ptst__fail(c, PTST_ERR_UNSUPPORTED, "%s: tensor %s is %s, expected F32, F16 or BF16",
+                          folder, name, v->dtype_name);
+    }
+    if (v->rank != 2 || v->shape[0] != rows || v->shape[1] != cols) {
+        return ptst__fail(c, PTST_ERR_MISMATCH,
+                          "%s: tensor %s has rank %d and shape [%llu, %llu], expected [%llu, %llu]",
+                          folder, name, v->rank,
+                          v->rank < 1 ? 0ull : (unsigned long long)v->shape[0],
+                          v->rank < 2 ? 0ull : (unsigned long long)v->shape[1],
+                          (unsigned long long)rows, (unsigned long long)cols);
+    }
+    ptst__convert_to_f32(c, to, v->data, v->dtype, rows * cols);
+    return PTST_OK;
+}
+
+/* Does a tensor belong to a branch of the adapter? */
+static bool ptst__adapter_has(const ptst_adapter *a, const char *name) {
+    char expected[PTST__NAME];
+    size_t i;
+    for (i = 0; i < 2 * a->L * PTST__LINEARS; i++) {
+        if (a->branches[i / 2].rank != 0) {
+            ptst__branch_name(expected, i / 2 / PTST__LINEARS, (int)(i / 2 % PTST__LINEARS),
+                              i % 2 == 0 ? 'A' : 'B');
+            if (strcmp(expected, name) == 0) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+/* Fills all branches from the file, and names the tensors that belong to none. */
+static ptst_code ptst__adapter_read(ptst_ctx *c, ptst_adapter *a, const ptst_tensors *t,
+                                    const char *folder) {
+    size_t i, used = 0;
+    ptst_text names = {NULL, 0, 0};
+    const ptst_tensor *v;
+    ptst_code code = PTST_OK;
+    for (i = 0; i < a->L * PTST__LINEARS && code == PTST_OK; i++) {
+        const ptst__branch *b = &a->branches[i];
+        char name[PTST__NAME];
+        if (b->rank == 0) {
+            continue;
+        }
+        ptst__branch_name(name, i / PTST__LINEARS, (int)(i % PTST__LINEARS), 'A');
+        code = ptst__branch_read(c, t, folder, name, b->A, b->rank, b->in);
+        ptst__branch_name(name, i / PTST__LINEARS, (int)(i % PTST__LINEARS), 'B');
+        code =
+            code != PTST_OK ? code : ptst__branch_read(c, t, folder, name, b->B, b->out, b->rank);
+        used += 2;
+    }
+    if (code != PTST_OK || used == ptst_tensors_count(t)) {
+        return code;
+    }
+    for (i = 0; code == PTST_OK && names.size < 600 && (v = ptst_tensors_at(t, i)) != NULL; i++) {
+        if (!ptst__adapter_has(a, v->name)) {
+            code = ptst__text_format(c, &names, "%s%.200s", names.size == 0 ? "" : ", ", v->name);
+        }
+    }
+    if (code == PTST_OK) {
+        code = ptst__fail(c, PTST_ERR_MISMATCH, "%s: %llu tensors belong to no target: %s", folder,
+                          (unsigned long long)(ptst_tensors_count(t) - used), names.data);
+    }
+    ptst_text_free(c, &names);
+    return code;
+}
+
+static ptst_code ptst__adapter_load(ptst_ctx *c, ptst_adapter *a, const ptst_model *m,
+                                    const char *folder) {
+    ptst__lora_plan p;
+    ptst_text path = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    ptst_tensors *t = NULL;
+    ptst_code code = ptst__path_join(c, &path, folder, "adapter_config.json");
+    memset(&p, 0, sizeof p);
+    if (code == PTST_OK) {
+        j = ptst_json_load(c, path.data);
+        code = j == NULL ? ptst_error_code(c) : ptst__lora_read_config(c, j, path.data, &p, m->L);
+    }
+    if (code == PTST_OK) {
+        code = ptst__path_join(c, &path, folder, "adapter_model.safetensors");
+    }
+    if (code == PTST_OK) {
+        t = ptst_tensors_open(c, path.data);
+        code = t == NULL ? ptst_error_code(c) : ptst__adapter_make(c, a, m, &p);
+    }
+    if (code == PTST_OK) {
+        code = ptst__adapter_read(c, a, t, path.data);
+    }
+    ptst_tensors_close(c, t);
+    ptst_json_free(c, j);
+    ptst_text_free(c, &path);
+    return code;
+}
+
+/* ---- writing ---- */
+
+/* adapter_config.json with nothing but what every version of PEFT knows. */
+static ptst_code ptst__lora_write_config(ptst_ctx *c, const ptst_adapter *a, const char *base,
+                                         ptst_text *t) {
+    const char *s = a->desc.targets;
+    ptst_code code = ptst__text_add(c, t, "{\n  \"base_model_name_or_path\": ");
+    code = code != PTST_OK ? code
+           : base == NULL  ? ptst__text_add(c, t, "null")
+                           : ptst__json_quote(c, t, base, strlen(base));
+    code = code != PTST_OK
+               ? code
+               : ptst__text_add(c, t,
+                                ",\n  \"bias\": \"none\",\n  \"fan_in_fan_out\": false,\n"
+                                "  \"inference_mode\": true,\n  \"init_lora_weights\": true,\n"
+                                "  \"lora_alpha\": ");
+    code = code != PTST_OK ? code : ptst__json_put_number(c, t, a->desc.alpha);
+    code = code != PTST_OK ? code : ptst__text_add(c, t, ",\n  \"lora_dropout\": ");
+    code = code != PTST_OK ? code : ptst__json_put_number(c, t, a->desc.dropout);
+    code = code != PTST_OK ? code
+                           : ptst__text_format(c, t,
+                                               ",\n  \"peft_type\": \"LORA\",\n  \"r\": %ld,\n"
+                                               "  \"target_modules\": [",
+                                               (long)a->desc.rank);
+    while (code == PTST_OK && *s != 0) {
+        size_t n = strcspn(s, ",");
+        code =
+            ptst__text_format(c, t, "%s\n    \"%.*s\"", s == a->desc.targets ? "" : ",", (int)n, s);
+        s += n + (s[n] == ',');
+    }
+    return code != PTST_OK
+               ? code
+               : ptst__text_format(c, t, "\n  ],\n  \"task_type\": \"CAUSAL_LM\"%s\n}\n",
+                                   a->desc.rslora ? ",\n  \"use_rslora\": true" : "");
+}
+
+static ptst_code ptst__adapter_write(ptst_ctx *c, const ptst_adapter *a, const char *path) {
+    static const char *const metadata[] = {"format", "pt", NULL};
+    size_t i, n = 0, most = 2 * a->L * PTST__LINEARS;
+    ptst_tensor *list = (ptst_tensor *)ptst__calloc(c, most, sizeof *list);
+    char *names = list == NULL ? NULL : (char *)ptst__alloc(c, most, PTST__NAME);
+    ptst_code code = names == NULL ? PTST_ERR_MEMORY : PTST_OK;
+    for (i = 0; i < most && code == PTST_OK; i++) {
+        const ptst__branch *b = &a->branches[i / 2];
+        bool A = i % 2 == 0;
+        if (b->rank == 0) {
+            continue;
+        }
+        ptst__branch_name(names + n * PTST__NAME, i / 2 / PTST__LINEARS,
+                          (int)(i / 2 % PTST__LINEARS), A ? 'A' : 'B');
+        list[n].name = names + n * PTST__NAME;
+        list[n].dtype = PTST_F32;
+        list[n].rank = 2;
+        list[n].shape[0] = A ? b->rank : b->out;
+        list[n].shape[1] = A ? b->in : b->rank;
+        list[n++].data = A ? b->A : b->B;
+    }
+    if (code == PTST_OK) {
+        code = ptst_tensors_write(c, path, list, n, metadata);
+    }
+    ptst__free(c, names);
+    ptst__free(c, list);
+    return code;
+}
+
+/* ---- merging ---- */
+
+/* The branch that belongs to a tensor of the model file, NULL if there is none. */
+static const ptst__branch *ptst__merge_branch(const ptst_model *m, const ptst_adapter *a,
+                                              const char *name) {
+    size_t i;
+    for (i = 0; i < a->L * PTST__LINEARS; i++) {
+        const ptst__linear *n = &m->layers[i / PTST__LINEARS].linears[i % PTST__LINEARS];
+        if (a->branches[i].rank != 0 && strcmp(n->w->name, name) == 0) {
+            return &a->branches[i];
+        }
+    }
+    return NULL;
+}
+
+enum { PTST__MERGE_ROWS = 64 };
+
+/* Writes W + scale B A, some rows at a time. */
+static ptst_code ptst__merge_put(ptst_ctx *c, ptst__tensors_writer *w, const ptst_tensor *t,
+                                 const ptst__branch *b) {
+    size_t row, rows, size = ptst__dtype_size(t->dtype);
+    float *sum = (float *)ptst__alloc(c, ptst__min(b->out, PTST__MERGE_ROWS) * b->in, sizeof *sum);
+    void *out = sum == NULL
+                    ? NULL
+                    : ptst__alloc(c, ptst__min(b->out, PTST__MERGE_ROWS) * b->in, sizeof *sum);
+    ptst_code code = out == NULL ? PTST_ERR_MEMORY : PTST_OK;
+    for (row = 0; row < b->out && code == PTST_OK; row += rows) {
+        rows = ptst__min(b->out - row, PTST__MERGE_ROWS);
+        ptst__convert_to_f32(c, sum, ptst__element(t->data, t->dtype, row * b->in), t->dtype,
+                             rows * b->in);
+        ptst__gemm(c, rows, b->in, b->rank, b->scale, b->B + row * b->rank, b->rank, false,
+                   ptst__matrix_f32(b->A, b->in, false), 1, sum, b->in);
+        ptst__convert_from_f32(c, out, sum, t->dtype, rows * b->in);
+        code = ptst__tensors_put(c, w, out, rows * b->in * size);
+    }
+    ptst__free(c, out);
+    ptst__free(c, sum);
+    return code;
+}
+
+/* Writes one weight file of the model again, with the adapter folded in. */
+static ptst_code ptst__merge_file(ptst_ctx *c, const ptst_model *m, const ptst_adapter *a,
+                                  uint32_t file, const char *path) {
+    static const char *const metadata[] = {"format", "pt", NULL};
+    const ptst_tensors *t = m->tensors;
+    ptst__tensors_writer w;
+    size_t i, n = 0;
+    ptst_code code;
+    ptst_tensor *list = (ptst_tensor *)ptst__alloc(c, t->count, sizeof *list);
+    if (list == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < t->count; i++) {
+        if (t->list[i].file == file) {
+            list[n++] = t->list[i].view;
+        }
+    }
+    code = ptst__tensors_begin(c, &w, path, list, n, metadata);
+    if (code == PTST_OK) {
+        while (code == PTST_OK && (i = ptst__tensors_next(&w)) < n) {
+            const ptst__branch *b = ptst__merge_branch(m, a, list[i].name);
+            code = b == NULL ? ptst__tensors_put(c, &w, list[i].data, list[i].bytes)
+                             : ptst__merge_put(c, &w, &list[i], b);
+        }
+        if (code == PTST_OK) {
+            code = ptst__tensors_commit(c, &w);
+        } else {
+            ptst__tensors_abort(c, &w);
+        }
+    }
+    ptst__free(c, list);
+    return code;
+}
+
+static ptst_code ptst__merge_files(ptst_ctx *c, const ptst_model *m, const ptst_adapter *a,
+                                   const char *folder, const char *out) {
+    ptst_text path = {NULL, 0, 0};
+    size_t i;
+    ptst_code code = ptst__make_folders(c, out);
+    if (code == PTST_OK && ptst__same_path(folder, out)) {
+        code = ptst__fail(c, PTST_ERR_ARGUMENT,
+                          "%s: is the folder of the model, the merged one needs another", out);
+    }
+    for (i = 0; i < m->tensors->files_count && code == PTST_OK; i++) {
+        code = ptst__path_join(c, &path, out, m->tensors->files[i].name);
+        code = code != PTST_OK ? code : ptst__merge_file(c, m, a, (uint32_t)i, path.data);
+    }
+    ptst_text_free(c, &path);
+    return code != PTST_OK ? code : ptst__copy_model_files(c, folder, out, true);
+}
+
+/* ---- public part ---- */
+
+PTST_API void ptst_adapter_free(ptst_ctx *c, ptst_adapter *a) {
+    if (a != NULL) {
+        ptst__free(c, a->values);
+        ptst__arena_free(c, &a->arena);
+        ptst__free(c, a);
+    }
+}
+
+PTST_API ptst_adapter *ptst_adapter_new(ptst_ctx *c, const ptst_model *m,
+                                        const ptst_lora_desc *desc) {
+    ptst_adapter *a;
+    ptst__lora_plan p;
+    ptst_lora_desc *d = &p.desc;
+    memset(&p, 0, sizeof p);
+    if (desc != NULL) {
+        *d = *desc;
+    }
+    d->rank = d->rank == 0 ? 8 : d->rank;
+    d->alpha = d->alpha == 0 ? 32 : d->alpha;
+    d->targets = d->targets == NULL ? "q_proj,v_proj" : d->targets;
+    if (d->rank < 1 || d->rank > PTST__RANK_MAX || !(d->dropout >= 0 && d->dropout < 1) ||
+        !(fabs(d->alpha) <= 1e9) || d->targets[0] == 0) {
+        ptst__fail(c, PTST_ERR_ARGUMENT,
+                   "an adapter needs a rank from 1 to 65536, a finite alpha, a dropout from 0 to "
+                   "less than 1, and a target");
+        return NULL;
+    }
+    if (ptst__lora_parse(c, &p, m->L, d->targets) != PTST_OK) {
+        return NULL;
+    }
+    a = (ptst_adapter *)ptst__calloc(c, 1, sizeof *a);
+    if (a != NULL && ptst__adapter_make(c, a, m, &p) != PTST_OK) {
+        ptst_adapter_free(c, a);
+        return NULL;
+    }
+    if (a != NULL) {
+        ptst__adapter_init(a);
+    }
+    return a;
+}
+
+PTST_API ptst_adapter *ptst_adapter_load(ptst_ctx *c, const ptst_model *m, const char *folder) {
+    ptst_adapter *a = (ptst_adapter *)ptst__calloc(c, 1, sizeof *a);
+    if (a != NULL && ptst__adapter_load(c, a, m, folder) != PTST_OK) {
+        ptst_adapter_free(c, a);
+        return NULL;
+    }
+    return a;
+}
+
+PTST_API ptst_adapter *ptst_adapter_copy(ptst_ctx *c, const ptst_adapter *a) {
+    size_t n = a->L * PTST__LINEARS;
+    ptst_adapter *b = (ptst_adapter *)ptst__calloc(c, 1, sizeof *b);
+    if (b == NULL) {
+        return NULL;
+    }
+    b->desc = a->desc;
+    b->L = a->L;
+    b->branches = (ptst__branch *)ptst__arena_alloc(c, &b->arena, n, sizeof *b->branches);
+    b->desc.targets = ptst__arena_copy(c, &b->arena, a->desc.targets, strlen(a->desc.targets));
+    if (b->branches == NULL || b->desc.targets == NULL) {
+        ptst_adapter_free(c, b);
+        return NULL;
+    }
+    memcpy(b->branches, a->branches, n * sizeof *b->branches);
+    if (ptst__adapter_values(c, b) != PTST_OK) {
+        ptst_adapter_free(c, b);
+        return NULL;
+    }
+    memcpy(b->values, a->values, a->values_count * sizeof *b->values);
+    return b;
+}
+
+PTST_API ptst_lora_desc ptst_adapter_about(const ptst_adapter *a) { return a->desc; }
+
+PTST_API uint64_t ptst_adapter_parameters(const ptst_adapter *a) { return a->values_count; }
+
+PTST_API ptst_code ptst_adapter_save(ptst_ctx *c, const ptst_adapter *a, const char *folder,
+                                     const char *base_model) {
+    ptst_text path = {NULL, 0, 0}, text = {NULL, 0, 0};
+    ptst_code code = ptst__make_folders(c, folder);
+    code = code != PTST_OK ? code : ptst__path_join(c, &path, folder, "adapter_model.safetensors");
+    code = code != PTST_OK ? code : ptst__adapter_write(c, a, path.data);
+    code = code != PTST_OK ? code : ptst__path_join(c, &path, folder, "adapter_config.json");
+    code = code != PTST_OK ? code : ptst__lora_write_config(c, a, base_model, &text);
+    code = code != PTST_OK ? code : ptst__write_file(c, path.data, text.data, text.size);
+    ptst_text_free(c, &path);
+    ptst_text_free(c, &text);
+    return code;
+}
+
+PTST_API ptst_code ptst_merge(ptst_ctx *c, const char *model_folder, const char *adapter_folder,
+                              const char *out) {
+    ptst_model *m = ptst_model_load(c, model_folder, PTST_DTYPE_FILE);
+    ptst_adapter *a = m == NULL ? NULL : ptst_adapter_load(c, m, adapter_folder);
+    ptst_code code = a == NULL ? ptst_error_code(c) : PTST_OK;
+    if (code == PTST_OK) {
+        code = ptst__merge_files(c, m, a, model_folder, out);
+    }
+    ptst_adapter_free(c, a);
+    ptst_model_free(c, m);
+    return code;
+}
 
 /* >>train =========================================================================================
-   Not written yet. */
+   Fine-tuning: rows become tokens, rows become batches, batches become steps of AdamW, and all of
+   it can be interrupted at any moment. Relies on the pass of >>model and >>lora (loss and gradients
+   of one batch), on ptst_adamw of >>kernels, and on >>safetensors for the checkpoint. Afterwards a
+   training is a pure function of model, rows, options and seed: the number of the next step is its
+   whole state besides weights and moments, so N steps equal k steps, a kill, a restore and N - k
+   steps bit by bit. Tested by tests/test_train.c, against PyTorch and PEFT among others.
+
+   A row and what is learned from it (P = tokens of the prompt, n = all tokens):
+
+       tokens   bos  p  p  p  a  a  eos        the model reads the first n - 1,
+       labels    -   -  -  a  a  eos           and position i predicts token i + 1 >= P
+
+   A batch without padding; the common head of its rows (the template) is computed once:
+
+       tokens    h h h | p p a a | p a a a a | p p p a
+       segment     0       1          2           3        1, 2, 3 see 0 and themselves */
+
+/* ---- rows as tokens ---- */
+
+typedef struct ptst__sample {
+    size_t begin;    /* in tokens */
+    uint32_t count;  /* at least prompt + 1 */
+    uint32_t prompt; /* tokens that are no labels, at least 1 */
+} ptst__sample;
+
+struct ptst_dataset {
+    ptst_dataset_desc desc;
+    ptst_dataset_info info;
+    ptst_ids tokens;
+    ptst__sample *rows;
+    size_t capacity;
+};
+
+/* What encoding many rows needs again and again. */
+typedef struct ptst__prompter {
+    const ptst_tokenizer *tokenizer;
+    int32_t eos;
+    bool adds_eos; /* the tokenizer itself ends every text with eos */
+    ptst_text text, marks;
+    ptst_ids prompt, row;
+} ptst__prompter;
+
+static void ptst__prompter_free(ptst_ctx *c, ptst__prompter *e) {
+    ptst_text_free(c, &e->text);
+    ptst_text_free(c, &e->marks);
+    ptst_ids_free(c, &e->prompt);
+    ptst_ids_free(c, &e->row);
+}
+
+/* eos: 0 = the tokenizer's; e->eos is -1 if there is none. */
+static ptst_code ptst__prompter_start(ptst_ctx *c, ptst__prompter *e, const ptst_tokenizer *t,
+                                      int32_t eos) {
+    ptst_code code;
+    memset(e, 0, sizeof *e);
+    e->tokenizer = t;
+    e->eos = eos != 0 ? eos : ptst_token_eos(t);
+    code = ptst_encode(c, t, "", 0, PTST_ADD_SPECIAL, &e->row);
+    e->adds_eos = e->row.count > 0 && e->row.data[e->row.count - 1] == e->eos &&
+                  !(e->row.count == 1 && ptst_token_bos(t) == e->eos);
+    return code;
+}
+
+/* Appends size bytes with one mark to the text that is encoded next. */
+static ptst_code ptst__prompter_add(ptst_ctx *c, ptst__prompter *e, const char *text, size_t size,
+                                    const char *marks, int mark) {
+    size_t at = e->marks.size;
+    ptst_code code = ptst_text_append(c, &e->text, text, size);
+    if (code == PTST_OK) {
+        code = ptst_text_append(c, &e->marks, marks == NULL ? text : marks, size);
+    }
+    if (code == PTST_OK && marks == NULL && size != 0) {
+        memset(e->marks.data + at, mark, size);
+    }
+    return code;
+}
+
+static ptst_code ptst__prompter_run(ptst_ctx *c, ptst__prompter *e, unsigned flags, ptst_ids *ids) {
+    size_t before = ids->count;
+    ptst_code code = ptst_encode_marked(c, e->tokenizer, e->text.data, e->text.size,
+                                        (const uint8_t *)e->marks.data, flags, ids);
+    if (code == PTST_OK && (flags & PTST_ADD_SPECIAL) && e->adds_eos && ids->count > before &&
+        ids->data[ids->count - 1] == e->eos) {
+        ids->count--;
+    }
+    return code;
+}
+
+/* Appends the tokens of a prompt (NULL = empty) to ids; its text stays in e->text. */
+static ptst_code ptst__prompter_prompt(ptst_ctx *c, ptst__prompter *e, const ptst_prompt *p,
+                                       ptst_ids *ids) {
+    unsigned flags = p != NULL && p->has_bos ? 0u : (unsigned)PTST_ADD_SPECIAL;
+    ptst_code code = PTST_OK;
+    e->text.size = e->marks.size = 0;
+    if (p != NULL) {
+        const char *marks = p->marks.size == p->text.size ? p->marks.data : NULL;
+        code = ptst__prompter_add(c, e, p->text.data, p->text.size, marks, PTST_TEMPLATE);
+    }
+    return code == PTST_OK ? ptst__prompter_run(c, e, flags, ids) : code;
+}
+
+/* Tokens of a row to e->row (eos included) and of its prompt to e->prompt. Template bytes may
+   become special tokens, what users and answers say may not. */
+static ptst_code ptst__prompter_example(ptst_ctx *c, ptst__prompter *e, ptst_mask mask,
+                                        const ptst_example *x) {
+    unsigned flags = x->prompt != NULL && x->prompt->has_bos ? 0u : (unsigned)PTST_ADD_SPECIAL;
+    size_t i;
+    ptst_code code;
+    e->prompt.count = e->row.count = 0;
+    code = ptst__prompter_prompt(c, e, x->prompt, &e->prompt);
+    if (mask == PTST_MASK_SEPARATE) {
+        for (i = 0; i < e->prompt.count && code == PTST_OK; i++) {
+            code = ptst_ids_append(c, &e->row, e->prompt.data[i]);
+        }
+        e->text.size = e->marks.size = 0;
+        flags = 0;
+    }
+    if (code == PTST_OK) {
+        code = ptst__prompter_add(c, e, x->answer, x->answer_size, NULL, PTST_CONTENT);
+    }
+    if (code == PTST_OK) {
+        code = ptst__prompter_run(c, e, flags, &e->row);
+    }
+    return code == PTST_OK ? ptst_ids_append(c, &e->row, e->eos) : code;
+}
+
+/* ---- batches ---- */
+
+typedef struct ptst__moments {
+    float *m, *v; /* means of the gradient and of its square */
+} ptst__moments;
+
+/* The next row to be learned. A function of step, but cheaper to carry along. */
+typedef struct ptst__cursor {
+    uint64_t step, epoch;
+    size_t row; /* in the order of the epoch */
+} ptst__cursor;
+
+struct ptst_trainer {
+    ptst_train_desc desc; /* resolved */
+    const ptst_dataset *data;
+    const char *extra; /* further options that must not change (JSON members), NULL = none */
+    ptst__pass *pass;
+    const ptst__param *params;
+    size_t params_count;
+    ptst__moments *moments; /* [params_count] */
+    ptst__arena arena;
+    ptst__cursor at;
+    uint64_t steps;       /* in all */
+    size_t budget;        /* packing: tokens of a batch */
+    uint32_t *order;      /* [rows] the order of epoch order_epoch */
+    uint64_t order_epoch; /* UINT64_MAX = none yet */
+    uint32_t *rows;       /* [rows] of the current batch */
+    int32_t *tokens, *labels;
+    ptst_segment *segments;
+    size_t tokens_max, labels_max, segments_max; /* of any batch */
+    char hash[65];                               /* of the rows */
+};
+
+/* Streams of random numbers that one seed feeds. */
+static const uint64_t ptst__stream_order = (uint64_t)0x6F72646572 << 24; /* + epoch */
+static const uint64_t ptst__stream_drop = (uint64_t)0x64726F70 << 32;    /* seed of dropout */
+
+/* Shorter heads are not worth a segment of their own. */
+enum { PTST__HEAD_MIN = 8 };
+
+/* Makes order the permutation of an epoch (Fisher and Yates). */
+static void ptst__train_order(ptst_trainer *t, uint64_t epoch) {
+    uint32_t i, n = (uint32_t)t->data->info.rows;
+    ptst_rng r;
+    if (t->order_epoch == epoch) {
+        return;
+    }
+    t->order_epoch = epoch;
+    r.seed = t->desc.seed;
+    r.stream = ptst__stream_order + epoch;
+    r.counter = 0;
+    for (i = 0; i < n; i++) {
+        t->order[i] = i;
+    }
+    for (i = n; i > 1 && !t->desc.no_shuffle; i--) {
+        uint32_t k = ptst_rng_below(&r, i), row = t->order[i - 1];
+        t->order[i - 1] = t->order[k];
+        t->order[k] = row;
+    }
+}
+
+/* Takes the rows of the next batch to t->rows; returns how many (0 at the end of the epoch). */
+static size_t ptst__train_take(ptst_trainer *t, ptst__cursor *at) {
+    size_t taken = 0, tokens = 0;
+    ptst__train_order(t, at->epoch);
+    for (; at->row < t->data->info.rows; at->row++) {
+        uint32_t row = t->order[at->row];
+        size_t count = t->data->rows[row].count;
+        if (t->desc.batching == PTST_BATCHING_PACKING ? taken > 0 && count > t->budget - tokens
+                                                      : taken == t->desc.batch) {
+            break;
+        }
+        t->rows[taken++] = row;
+        tokens = count > t->budget - tokens ? t->budget : tokens + count;
+    }
+    return taken;
+}
+
+/* Length of the common head of the rows of a batch: no label in it, and something left of each. */
+static size_t ptst__train_head(const ptst_trainer *t, size_t taken) {
+    const ptst_dataset *d = t->data;
+    const int32_t *first = d->tokens.data + d->rows[t->rows[0]].begin;
+    size_t head = d->rows[t->rows[0]].prompt - 1u, i, k;
+    if (taken < 2 || t->desc.no_prefix) {
+        return 0;
+    }
+    for (i = 1; i < taken; i++) {
+        const ptst__sample *row = &d->rows[t->rows[i]];
+        const int32_t *tokens = d->tokens.data + row->begin;
+        head = row->prompt - 1u < head ? row->prompt - 1u : head;
+        for (k = 0; k < head && tokens[k] == first[k]; k++) {
+        }
+        head = k;
+    }
+    return head < PTST__HEAD_MIN ? 0 : head;
+}
+
+/* Tokens, labels and segments of a batch of `taken` rows with a common head. */
+static ptst_batch ptst__train_fill(ptst_trainer *t, size_t taken, size_t head) {
+    const ptst_dataset *d = t->data;
+    ptst_batch b;
+    size_t at = 0, segments = 0, i, k;
+    if (head != 0) {
+        memcpy(t->tokens, d->tokens.data + d->rows[t->rows[0]].begin, head * sizeof *t->tokens);
+        for (; at < head; at++) {
+            t->labels[at] = -1;
+        }
+        t->segments[segments].begin = 0;
+        t->segments[segments].count = head;
+        t->segments[segments++].prefix = -1;
+    }
+    for (i = 0; i < taken; i++) {
+        const ptst__sample *row = &d->rows[t->rows[i]];
+        const int32_t *tokens = d->tokens.data + row->begin;
+        t->segments[segments].begin = at;
+        t->segments[segments].count = row->count - 1u - head;
+        t->segments[segments++].prefix = head != 0 ? 0 : -1;
+        for (k = head; k + 1 < row->count; k++) {
+            t->tokens[at] = tokens[k];
+            t->labels[at++] = k + 1 >= row->prompt ? tokens[k + 1] : -1;
+        }
+    }
+    b.tokens = t->tokens;
+    b.labels = t->labels;
+    b.count = at;
+    b.segments = t->segments;
+    b.segments_count = segments;
+    return b;
+}
+
+static bool ptst__train_at_end(const ptst_trainer *t, const ptst__cursor *at) {
+    return at->epoch >= t->desc.epochs || (t->desc.max_steps != 0 && at->step >= t->desc.max_steps);
+}
+
+/* After the last batch of a step. */
+static void ptst__train_next_step(const ptst_trainer *t, ptst__cursor *at) {
+    at->step++;
+    if (at->row == t->data->info.rows) {
+        at->epoch++;
+        at->row = 0;
+    }
+}
+
+/* Goes through the whole training without computing: the number of steps and the largest batch. */
+static void ptst__train_plan(ptst_trainer *t) {
+    ptst__cursor at = {0, 0, 0};
+    size_t batch, taken, i;
+    for (; !ptst__train_at_end(t, &at); ptst__train_next_step(t, &at)) {
+        for (batch = 0; batch < t->desc.accumulate; batch++) {
+            size_t head, tokens, labels = 0;
+            taken = ptst__train_take(t, &at);
+            if (taken == 0) {
+                break;
+            }
+            head = tokens = ptst__train_head(t, taken);
+            for (i = 0; i < taken; i++) {
+                const ptst__sample *row = &t->data->rows[t->rows[i]];
+                tokens += row->count - 1u - head;
+                labels += row->count - row->prompt;
+            }
+            t->tokens_max = tokens > t->tokens_max ? tokens : t->tokens_max;
+            t->labels_max = labels > t->labels_max ? labels : t->labels_max;
+            t->segments_max = taken + 1 > t->segments_max ? taken + 1 : t->segments_max;
+        }
+    }
+    t->steps = at.step;
+}
+
+/* ---- one step ---- */
+
+static double ptst__train_rate(const ptst_train_desc *d, uint64_t i, uint64_t n, uint64_t epoch) {
+    double warmup = (double)d->warmup, rest = n > d->warmup ? (double)(n - d->warmup) : 1;
+    double rate = d->lr;
+    uint64_t k;
+    if (d->schedule == PTST_SCHEDULE_STEP) {
+        for (k = 0; k < epoch; k++) {
+            rate *= d->gamma;
+        }
+    }
+    if (i < d->warmup) {
+        return rate * (double)i / warmup;
+    }
+    if (d->schedule == PTST_SCHEDULE_LINEAR) {
+        return rate * (i < n ? (double)(n - i) / rest : 0);
+    }
+    if (d->schedule == PTST_SCHEDULE_COSINE) {
+        return rate * 0.5 * (1 + cos(3.14159265358979323846 * ((double)i - warmup) / rest));
+    }
+    return rate;
+}
+
+/* Says what is not finite in a step: a weight, or else a gradient. */
+static ptst_code ptst__train_not_finite(ptst_ctx *c, const ptst_trainer *t, const char *what) {
+    size_t i;
+    int gradients;
+    for (gradients = 0; gradients < 2; gradients++) {
+        for (i = 0; i < t->params_count; i++) {
+            const ptst__param *p = &t->params[i];
+            if (!ptst__finite(ptst__sum_squares(c, p->count, gradients ? p->grad : p->value))) {
+                return ptst__fail(c, PTST_ERR_NUMERIC,
+                                  "step %llu: %s is not finite; the first such tensor is %s of %s",
+                                  (unsigned long long)t->at.step + 1, what,
+                                  gradients ? "the gradient" : "the value", p->name);
+            }
+        }
+    }
+    return ptst__fail(
+        c, PTST_ERR_NUMERIC,
+        "step %llu: %s is not finite; the trained tensors and their gradients are, so "
+        "a weight of the model or an activation is not",
+        (unsigned long long)t->at.step + 1, what);
+}
+
+/* Gradients of the sum of losses over the batches of one step. */
+static ptst_code ptst__train_gradients(ptst_ctx *c, ptst_trainer *t, ptst__cursor *at,
+                                       ptst_step *out, double *loss) {
+    uint64_t seed = t->desc.seed ^ ptst__stream_drop;
+    size_t i, k, labels, taken;
+    *loss = 0;
+    for (i = 0; i < t->params_count; i++) {
+        memset(t->params[i].grad, 0, t->params[i].count * sizeof *t->params[i].grad);
+    }
+    for (i = 0; i < t->desc.accumulate && (taken = ptst__train_take(t, at)) != 0; i++) {
+        size_t head = ptst__train_head(t, taken);
+        ptst_batch b = ptst__train_fill(t, taken, head);
+        double sum = 0;
+        ptst_code code = ptst__pass_run(c, t->pass, &b, true, t->desc.dropout, seed,
+                                        at->step * t->desc.accumulate + i, &sum, &labels);
+        if (code != PTST_OK) {
+            return code;
+        }
+        *loss += sum;
+        out->labels += labels;
+        for (k = 0; k < taken; k++) {
+            out->tokens += t->data->rows[t->rows[k]].count;
+        }
+    }
+    return PTST_OK;
+}
+
+/* ---- options, resolved and as text ---- */
+
+static ptst_train_desc ptst__train_resolve(const ptst_train_desc *desc) {
+    ptst_train_desc d;
+    memset(&d, 0, sizeof d);
+    if (desc != NULL) {
+        d = *desc;
+    }
+    d.lr = d.lr == 0 ? 1e-4 : d.lr;
+    d.gamma = d.gamma == 0 ? 0.85 : d.gamma;
+    d.epochs = d.epochs == 0 ? 3 : d.epochs;
+    d.batch = d.batch == 0 ? 4 : d.batch;
+    d.accumulate = d.accumulate == 0 ? 1 : d.accumulate;
+    d.context = d.context == 0 ? 4096 : d.context;
+    d.beta1 = d.beta1 == 0 ? 0.9 : d.beta1;
+    d.beta2 = d.beta2 == 0 ? 0.999 : d.beta2;
+    d.eps = d.eps == 0 ? 1e-8 : d.eps;
+    return d;
+}
+
+static ptst_code ptst__train_validate(ptst_ctx *c, const ptst_train_desc *d) {
+    const char *bad = !(d->lr > 0 && ptst__finite(d->lr))                        ? "lr"
+                      : !(d->gamma > 0 && ptst__finite(d->gamma))                ? "gamma"
+                      : !(d->beta1 > 0 && d->beta1 < 1)                          ? "beta1"
+                      : !(d->beta2 > 0 && d->beta2 < 1)                          ? "beta2"
+                      : !(d->eps > 0 && ptst__finite(d->eps))                    ? "eps"
+                      : !(d->weight_decay >= 0 && ptst__finite(d->weight_decay)) ? "weight_decay"
+                      : !(d->clip >= 0 && ptst__finite(d->clip))                 ? "clip"
+                      : !(d->dropout >= 0 && d->dropout < 1)                     ? "dropout"
+                      : (unsigned)d->schedule > PTST_SCHEDULE_STEP               ? "schedule"
+                      : (unsigned)d->batching > PTST_BATCHING_PACKING            ? "batching"
+                                                                                 : NULL;
+    return bad == NULL ? PTST_OK
+                       : ptst__fail(c, PTST_ERR_ARGUMENT, "training: %s is out of range", bad);
+}
+
+/* Writes the members of a JSON object; the first failure stays. */
+typedef struct ptst__members {
+    ptst_ctx *c;
+    ptst_text *out;
+    ptst_code code;
+} ptst__members;
+
+static void ptst__member_name(ptst__members *m, const char *name) {
+    if (m->code == PTST_OK) {
+        bool first = m->out->size == 0 || m->out->data[m->out->size - 1] == '{';
+        m->code = ptst__text_format(m->c, m->out, "%s\"%s\":", first ? "" : ",", name);
+    }
+}
+
+static void ptst__member(ptst__members *m, const char *name, double value) {
+    ptst__member_name(m, name);
+    if (m->code == PTST_OK) {
+        m->code = ptst__json_put_number(m->c, m->out, value);
+    }
+}
+
+static void ptst__member_count(ptst__members *m, const char *name, uint64_t value) {
+    ptst__member_name(m, name);
+    if (m->code == PTST_OK) {
+        m->code = ptst__text_format(m->c, m->out, "%llu", (unsigned long long)value);
+    }
+}
+
+static void ptst__member_text(ptst__members *m, const char *name, const char *value) {
+    ptst__member_name(m, name);
+    if (m->code == PTST_OK) {
+        m->code = ptst__json_quote(m->c, m->out, value, strlen(value));
+    }
+}
+
+static const char *const ptst__schedules[] = {"constant", "linear", "cosine", "step"};
+static const char *const ptst__batchings[] = {"examples", "packing"};
+
+/* All options that change the result, as a JSON object. */
+static ptst_code ptst__train_options_text(ptst_ctx *c, const ptst_trainer *t, ptst_text *out) {
+    const ptst_train_desc *d = &t->desc;
+    ptst__members m;
+    m.c = c;
+    m.out = out;
+    m.code = ptst__text_add(c, out, "{");
+    ptst__member(&m, "lr", d->lr);
+    ptst__member_text(&m, "schedule", ptst__schedules[d->schedule]);
+    ptst__member(&m, "gamma", d->gamma);
+    ptst__member_count(&m, "warmup", d->warmup);
+    ptst__member_count(&m, "epochs", d->epochs);
+    ptst__member_count(&m, "max_steps", d->max_steps);
+    ptst__member_count(&m, "batch", d->batch);
+    ptst__member_count(&m, "accumulate", d->accumulate);
+    ptst__member_text(&m, "batching", ptst__batchings[d->batching]);
+    ptst__member_count(&m, "context", d->context);
+    ptst__member(&m, "beta1", d->beta1);
+    ptst__member(&m, "beta2", d->beta2);
+    ptst__member(&m, "eps", d->eps);
+    ptst__member(&m, "weight_decay", d->weight_decay);
+    ptst__member(&m, "clip", d->clip);
+    ptst__member(&m, "dropout", d->dropout);
+    ptst__member_count(&m, "seed", d->seed);
+    ptst__member_count(&m, "no_shuffle", d->no_shuffle);
+    ptst__member_count(&m, "no_prefix", d->no_prefix);
+    ptst__member_text(&m, "rows", t->hash);
+    if (m.code == PTST_OK && t->extra != NULL) {
+        m.code = ptst__text_format(c, out, ",%s", t->extra);
+    }
+    return m.code == PTST_OK ? ptst__text_add(c, out, "}") : m.code;
+}
+
+/* Both objects must have the same members; says which one differs. */
+static ptst_code ptst__train_same_options(ptst_ctx *c, const char *path, const ptst_json *then,
+                                          const ptst_json *now) {
+    int32_t key, value;
+    for (key = ptst_json_first(now, 0); key >= 0; key = ptst_json_next(now, value)) {
+        const char *name = ptst_json_string(now, key, NULL), *a, *b;
+        size_t na = 0, nb = 0;
+        int32_t old = ptst_json_get(then, 0, name);
+        value = ptst_json_next(now, key);
+        a = ptst_json_string(then, old, &na);
+        a = a == NULL ? ptst_json_number_text(then, old, &na) : a;
+        b = ptst_json_string(now, value, &nb);
+        b = b == NULL ? ptst_json_number_text(now, value, &nb) : b;
+        if (a == NULL) {
+            a = "not there";
+            na = strlen(a);
+        }
+        if (b == NULL || na != nb || memcmp(a, b, na) != 0) {
+            return ptst__fail(c, PTST_ERR_MISMATCH,
+                              "%s: cannot go on from it: %s was %.*s and is %.*s now", path, name,
+                              (int)(na < 100 ? na : 100), a, (int)(nb < 100 ? nb : 100), b);
+        }
+    }
+    return PTST_OK;
+}
+
+/* ---- checkpoint: one file, so that it is there whole or not at all ----
+   Tensors "value.NAME", and while there are steps left "m.NAME" and "v.NAME", of each trained
+   tensor; U8 "log", the text of the log so far; in __metadata__ "ptst_trainer" = "1", "step" and
+   "options". */
+
+typedef struct ptst__state {
+    ptst_tensor *list;
+    size_t count;
+    ptst__arena arena; /* names */
+} ptst__state;
+
+static ptst_code ptst__state_add(ptst_ctx *c, ptst__state *s, const char *prefix, const char *name,
+                                 const char *dtype, const void *data, size_t count) {
+    ptst_tensor *v = &s->list[s->count];
+    size_t size = strlen(prefix) + strlen(name);
+    char *text = (char *)ptst__arena_alloc(c, &s->arena, size + 1, 1);
+    if (text == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    memcpy(text, prefix, strlen(prefix));
+    memcpy(text + strlen(prefix), name, strlen(name));
+    memset(v, 0, sizeof *v);
+    v->name = text;
+    v->dtype_name = dtype;
+    v->rank = 1;
+    v->shape[0] = count;
+    v->data = data;
+    s->count++;
+    return PTST_OK;
+}
+
+static ptst_code ptst__state_list(ptst_ctx *c, const ptst_trainer *t, const ptst_text *log,
+                                  ptst__state *s) {
+    bool moments = t->at.step < t->steps;
+    size_t i;
+    ptst_code code = ptst__state_add(c, s, "log", "", "U8", log == NULL ? NULL : log->data,
+                                     log == NULL ? 0 : log->size);
+    for (i = 0; i < t->params_count && code == PTST_OK; i++) {
+        const ptst__param *p = &t->params[i];
+        code = ptst__state_add(c, s, "value.", p->name, "F32", p->value, p->count);
+        if (code == PTST_OK && moments) {
+            code = ptst__state_add(c, s, "m.", p->name, "F32", t->moments[i].m, p->count);
+        }
+        if (code == PTST_OK && moments) {
+            code = ptst__state_add(c, s, "v.", p->name, "F32", t->moments[i].v, p->count);
+        }
+    }
+    return code;
+}
+
+/* log may be NULL. Weights that are not finite are never written. */
+static ptst_code ptst__state_save(ptst_ctx *c, const ptst_trainer *t, const char *path,
+                                  const ptst_text *log) {
+    ptst_text options = {NULL, 0, 0};
+    ptst__state s;
+    char step[32];
+    const char *metadata[7];
+    size_t i;
+    ptst_code code;
+    for (i = 0; i < t->params_count; i++) {
+        if (!ptst__finite(ptst__sum_squares(c, t->params[i].count, t->params[i].value))) {
+            return ptst__fail(c, PTST_ERR_NUMERIC,
+                              "%s: not written, %s is not finite after step "
+                              "%llu",
+                              path, t->params[i].name, (unsigned long long)t->at.step);
+        }
+    }
+    memset(&s, 0, sizeof s);
+    s.list = (ptst_tensor *)ptst__alloc(c, 3 * t->params_count + 1, sizeof *s.list);
+    code = s.list == NULL ? PTST_ERR_MEMORY : ptst__train_options_text(c, t, &options);
+    if (code == PTST_OK) {
+        code = ptst__state_list(c, t, log, &s);
+    }
+    if (code == PTST_OK) {
+        snprintf(step, sizeof step, "%llu", (unsigned long long)t->at.step);
+        metadata[0] = "ptst_trainer";
+        metadata[1] = "1";
+        metadata[2] = "step";
+        metadata[3] = step;
+        metadata[4] = "options";
+        metadata[5] = options.data;
+        metadata[6] = NULL;
+        code = ptst_tensors_write(c, path, s.list, s.count, metadata);
+    }
+    ptst_text_free(c, &options);
+    ptst__free(c, s.list);
+    ptst__arena_free(c, &s.arena);
+    return code;
+}
+
+/* The data of an F32 tensor "prefix + name" of count elements, NULL (and the error) if there is no
+   such tensor. */
+static const float *ptst__state_find(ptst_ctx *c, const ptst_tensors *f, const char *path,
+                                     const char *prefix, const ptst__param *p) {
+    ptst_text name = {NULL, 0, 0};
+    const ptst_tensor *v = NULL;
+    if (ptst__text_add(c, &name, prefix) == PTST_OK &&
+        ptst__text_add(c, &name, p->name) == PTST_OK) {
+        v = ptst_tensors_find(f, name.data);
+        if (v == NULL || v->dtype != PTST_F32 || v->count != p->count) {
+            ptst__fail(c, PTST_ERR_MISMATCH,
+                       "%s: cannot go on from it: no F32 tensor %s of %llu "
+                       "numbers",
+                       path, name.data, (unsigned long long)p->count);
+            v = NULL;
+        }
+    }
+    ptst_text_free(c, &name);
+    return v == NULL ? NULL : (const float *)v->data;
+}
+
+static ptst_code ptst__state_check(ptst_ctx *c, const ptst_trainer *t, const ptst_tensors *f,
+                                   const char *path, uint64_t *step) {
+    const char *version = ptst_tensors_metadata(f, "ptst_trainer");
+    const char *text = ptst_tensors_metadata(f, "options");
+    const char *digits = ptst_tensors_metadata(f, "step");
+    ptst_text options = {NULL, 0, 0};
+    ptst_json *then = NULL, *now = NULL;
+    ptst_code code;
+    if (version == NULL || strcmp(version, "1") != 0 || text == NULL || digits == NULL ||
+        strlen(digits) > 18 || digits[0] == 0 || digits[strspn(digits, "0123456789")] != 0) {
+        return ptst__fail(c, PTST_ERR_FORMAT, "%s: is no checkpoint of this version", path);
+    }
+    for (*step = 0; *digits != 0; digits++) {
+        *step = *step * 10 + (uint64_t)(*digits - '0');
+    }
+    code = ptst__train_options_text(c, t, &options);
+    if (code == PTST_OK) {
+        then = ptst_json_parse(c, text, strlen(text), path);
+        now = then == NULL ? NULL : ptst_json_parse(c, options.data, options.size, path);
+        code = now == NULL ? c->code : ptst__train_same_options(c, path, then, now);
+    }
+    if (code == PTST_OK && *step > t->steps) {
+        code = ptst__fail(c, PTST_ERR_MISMATCH, "%s: is at step %llu of %llu", path,
+                          (unsigned long long)*step, (unsigned long long)t->steps);
+    }
+    ptst_json_free(c, now);
+    ptst_json_free(c, then);
+    ptst_text_free(c, &options);
+    return code;
+}
+
+/* First all tensors are found, then all are copied, so that a failure changes nothing. */
+static ptst_code ptst__state_copy(ptst_ctx *c, ptst_trainer *t, const ptst_tensors *f,
+                                  const char *path, bool moments) {
+    size_t i;
+    int copy;
+    for (copy = 0; copy < 2; copy++) {
+        for (i = 0; i < t->params_count; i++) {
+            const ptst__param *p = &t->params[i];
+            const float *value = ptst__state_find(c, f, path, "value.", p), *m = NULL, *v = NULL;
+            if (moments && value != NULL) {
+                m = ptst__state_find(c, f, path, "m.", p);
+                v = m == NULL ? NULL : ptst__state_find(c, f, path, "v.", p);
+            }
+            if (value == NULL || (moments && v == NULL)) {
+                return c->code;
+            }
+            if (copy) {
+                memcpy(p->value, value, p->count * sizeof *value);
+            }
+            if (copy && moments) {
+                memcpy(t->moments[i].m, m, p->count * sizeof *m);
+                memcpy(t->moments[i].v, v, p->count * sizeof *v);
+            }
+        }
+    }
+    return PTST_OK;
+}
+
+/* Goes on from a file of ptst__state_save; log (may be NULL) becomes the log so far. */
+static ptst_code ptst__state_restore(ptst_ctx *c, ptst_trainer *t, const char *path,
+                                     ptst_text *log) {
+    ptst_tensors *f = ptst_tensors_open(c, path);
+    const ptst_tensor *text;
+    uint64_t step = 0;
+    size_t i;
+    ptst_code code;
+    if (f == NULL) {
+        return c->code;
+    }
+    code = ptst__state_check(c, t, f, path, &step);
+    text = ptst_tensors_find(f, "log");
+    if (code == PTST_OK && log != NULL && text != NULL) {
+        log->size = 0;
+        code = ptst_text_append(c, log, text->data == NULL ? "" : (const char *)text->data,
+                                text->bytes);
+    }
+    if (code == PTST_OK) {
+        code = ptst__state_copy(c, t, f, path, step < t->steps);
+    }
+    if (code == PTST_OK) {
+        memset(&t->at, 0, sizeof t->at);
+        for (; t->at.step < step; ptst__train_next_step(t, &t->at)) {
+            for (i = 0; i < t->desc.accumulate && ptst__train_take(t, &t->at) != 0; i++) {
+            }
+        }
+    }
+    ptst_tensors_close(c, f);
+    return code;
+}
+
+/* ---- public part ---- */
+
+PTST_API ptst_dataset *ptst_dataset_new(ptst_ctx *c, const ptst_dataset_desc *desc) {
+    ptst_dataset *d = (ptst_dataset *)ptst__calloc(c, 1, sizeof *d);
+    if (d != NULL && desc != NULL) {
+        d->desc = *desc;
+    }
+    return d;
+}
+
+PTST_API void ptst_dataset_free(ptst_ctx *c, ptst_dataset *d) {
+    if (d != NULL) {
+        ptst_ids_free(c, &d->tokens);
+        ptst__free(c, d->rows);
+        ptst__free(c, d);
+    }
+}
+
+PTST_API ptst_code ptst_dataset_add_tokens(ptst_ctx *c, ptst_dataset *d, const int32_t *tokens,
+                                           size_t count, size_t prompt) {
+    void *rows = d->rows;
+    ptst__sample *row;
+    size_t i;
+    ptst_code code;
+    if (d->desc.max_tokens != 0 && count > d->desc.max_tokens) {
+        count = d->desc.max_tokens;
+        d->info.cut++;
+    }
+    if (count > INT32_MAX || d->info.rows >= UINT32_MAX - 1) {
+        return ptst__fail(c, PTST_ERR_LIMIT, "row %llu: more than 2^31 tokens, or 2^32 rows",
+                          (unsigned long long)d->info.rows + 1);
+    }
+    prompt = prompt == 0 ? 1 : prompt;
+    if (count <= prompt) {
+        d->info.dropped++;
+        return PTST_OK;
+    }
+    code = ptst__grow(c, &rows, &d->capacity, d->info.rows + 1, sizeof *row);
+    d->rows = (ptst__sample *)rows;
+    if (code != PTST_OK) {
+        return code;
+    }
+    row = &d->rows[d->info.rows];
+    row->begin = d->tokens.count;
+    row->count = (uint32_t)count;
+    row->prompt = (uint32_t)prompt;
+    for (i = 0; i < count && code == PTST_OK; i++) {
+        code = ptst_ids_append(c, &d->tokens, tokens[i]);
+    }
+    if (code != PTST_OK) {
+        d->tokens.count = row->begin;
+        return code;
+    }
+    d->info.rows++;
+    d->info.tokens += count;
+    d->info.labels += count - prompt;
+    return PTST_OK;
+}
+
+PTST_API ptst_code ptst_dataset_add(ptst_ctx *c, ptst_dataset *d, const ptst_tokenizer *t,
+                                    const ptst_example *examples, size_t count) {
+    ptst__prompter e;
+    size_t i, k;
+    ptst_code code = ptst__prompter_start(c, &e, t, d->desc.eos);
+    if (code == PTST_OK && e.eos < 0) {
+        code = ptst__fail(c, PTST_ERR_MISMATCH,
+                          "the tokenizer names no end-of-text token and none "
+                          "is given, so an answer would have no end");
+    }
+    for (i = 0; i < count && code == PTST_OK; i++) {
+        code = ptst__prompter_example(c, &e, d->desc.mask, &examples[i]);
+        if (code != PTST_OK) {
+            break;
+        }
+        for (k = 0; k < e.prompt.count && k < e.row.count && e.row.data[k] == e.prompt.data[k];) {
+            k++;
+        }
+        d->info.not_prefix += k < e.prompt.count;
+        code = ptst_dataset_add_tokens(c, d, e.row.data, e.row.count, e.prompt.count);
+    }
+    ptst__prompter_free(c, &e);
+    return code;
+}
+
+PTST_API ptst_dataset_info ptst_dataset_about(const ptst_dataset *d) { return d->info; }
+
+PTST_API const int32_t *ptst_dataset_row(const ptst_dataset *d, size_t i, size_t *count,
+                                         size_t *prompt) {
+    if (i >= d->info.rows) {
+        return NULL;
+    }
+    if (count != NULL) {
+        *count = d->rows[i].count;
+    }
+    if (prompt != NULL) {
+        *prompt = d->rows[i].prompt;
+    }
+    return d->tokens.data + d->rows[i].begin;
+}
+
+PTST_API ptst_code ptst_schedule_parse(ptst_ctx *c, const char *text, ptst_train_desc *out) {
+    int i;
+    for (i = 0; i < 3; i++) {
+        if (strcmp(text, ptst__schedules[i]) == 0) {
+            out->schedule = (ptst_schedule)i;
+            return PTST_OK;
+        }
+    }
+    if (strncmp(text, "step:", 5) == 0) {
+        ptst_json *j = ptst_json_parse(c, text + 5, strlen(text + 5), "schedule");
+        double gamma = j == NULL ? 0 : ptst_json_number(j, 0, 0);
+        ptst_json_free(c, j);
+        if (gamma > 0 && ptst__finite(gamma)) {
+            out->schedule = PTST_SCHEDULE_STEP;
+            out->gamma = gamma;
+            return PTST_OK;
+        }
+        if (c->code == PTST_ERR_MEMORY) {
+            return c->code;
+        }
+    }
+    return ptst__fail(c, PTST_ERR_ARGUMENT,
+                      "schedule %.100s: must be constant, linear, cosine or "
+                      "step:GAMMA",
+                      text);
+}
+
+PTST_API void ptst_trainer_free(ptst_ctx *c, ptst_trainer *t) {
+    if (t != NULL) {
+        ptst__pass_free(c, t->pass);
+        ptst__arena_free(c, &t->arena);
+        ptst__free(c, t);
+    }
+}
+
+/* Do the rows fit the model? Also makes their hash. */
+static ptst_code ptst__trainer_rows(ptst_ctx *c, ptst_trainer *t, const ptst_config *config) {
+    const ptst_dataset *d = t->data;
+    ptst__sha256 h;
+    size_t i, k;
+    if (d->info.rows == 0) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "training: there is no row with an answer");
+    }
+    ptst__sha256_start(&h);
+    for (i = 0; i < d->info.rows; i++) {
+        const ptst__sample *row = &d->rows[i];
+        const int32_t *tokens = d->tokens.data + row->begin;
+        if (row->count - 1u > (uint32_t)config->max_position_embeddings) {
+            return ptst__fail(c, PTST_ERR_LIMIT, "row %llu has %lu tokens, the model can take %ld",
+                              (unsigned long long)i + 1, (unsigned long)row->count,
+                              (long)config->max_position_embeddings);
+        }
+        for (k = 0; k < row->count; k++) {
+            if (tokens[k] < 0 || tokens[k] >= config->vocab_size) {
+                return ptst__fail(c, PTST_ERR_MISMATCH,
+                                  "row %llu has token %ld, the model's "
+                                  "vocabulary ends at %ld",
+                                  (unsigned long long)i + 1, (long)tokens[k],
+                                  (long)config->vocab_size - 1);
+            }
+        }
+        ptst__sha256_add(&h, &row->count, sizeof row->count);
+        ptst__sha256_add(&h, &row->prompt, sizeof row->prompt);
+        ptst__sha256_add(&h, tokens, row->count * sizeof *tokens);
+    }
+    ptst__sha256_end(&h, t->hash);
+    return PTST_OK;
+}
+
+/* Everything is sized here. */
+static ptst_code ptst__trainer_memory(ptst_ctx *c, ptst_trainer *t, ptst_model *model,
+                                      ptst_adapter *adapter) {
+    size_t i, n = t->data->info.rows;
+    t->order = (uint32_t *)ptst__arena_alloc(c, &t->arena, n, sizeof *t->order);
+    t->rows = (uint32_t *)ptst__arena_alloc(c, &t->arena, n, sizeof *t->rows);
+    if (t->order == NULL || t->rows == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    ptst__train_plan(t);
+    t->tokens = (int32_t *)ptst__arena_alloc(c, &t->arena, t->tokens_max, sizeof *t->tokens);
+    t->labels = (int32_t *)ptst__arena_alloc(c, &t->arena, t->tokens_max, sizeof *t->labels);
+    t->segments =
+        (ptst_segment *)ptst__arena_alloc(c, &t->arena, t->segments_max, sizeof *t->segments);
+    if (t->tokens == NULL || t->labels == NULL || t->segments == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    t->pass = ptst__pass_new(c, model, adapter, t->tokens_max, t->labels_max, t->segments_max);
+    if (t->pass == NULL) {
+        return c->code;
+    }
+    t->params_count = ptst__pass_params(t->pass, &t->params);
+    t->moments =
+        (ptst__moments *)ptst__arena_alloc(c, &t->arena, t->params_count, sizeof *t->moments);
+    for (i = 0; i < t->params_count && t->moments != NULL; i++) {
+        size_t count = t->params[i].count;
+        t->moments[i].m = (float *)ptst__arena_alloc(c, &t->arena, count, sizeof(float));
+        t->moments[i].v = (float *)ptst__arena_alloc(c, &t->arena, count, sizeof(float));
+        if (t->moments[i].m == NULL || t->moments[i].v == NULL) {
+            return PTST_ERR_MEMORY;
+        }
+    }
+    return t->moments == NULL ? PTST_ERR_MEMORY : PTST_OK;
+}
+
+PTST_API ptst_trainer *ptst_trainer_new(ptst_ctx *c, ptst_model *model, ptst_adapter *adapter,
+                                        const ptst_dataset *data, const ptst_train_desc *desc) {
+    const ptst_config *config = ptst_model_config(model);
+    ptst_trainer *t = (ptst_trainer *)ptst__calloc(c, 1, sizeof *t);
+    ptst_code code;
+    if (t == NULL) {
+        return NULL;
+    }
+    t->desc = ptst__train_resolve(desc);
+    t->data = data;
+    t->order_epoch = UINT64_MAX;
+    if (t->desc.context > (size_t)config->max_position_embeddings) {
+        t->desc.context = (size_t)config->max_position_embeddings;
+    }
+    code = ptst__train_validate(c, &t->desc);
+    if (code == PTST_OK && !ptst__mul(t->desc.batch, t->desc.context, &t->budget)) {
+        code = ptst__fail(c, PTST_ERR_ARGUMENT, "training: batch is out of range");
+    }
+    if (code == PTST_OK) {
+        code = ptst__trainer_rows(c, t, config);
+    }
+    if (code == PTST_OK) {
+        code = ptst__trainer_memory(c, t, model, adapter);
+    }
+    if (code != PTST_OK) {
+        ptst_trainer_free(c, t);
+        return NULL;
+    }
+    return t;
+}
+
+PTST_API ptst_train_desc ptst_trainer_options(const ptst_trainer *t) { return t->desc; }
+
+PTST_API uint64_t ptst_trainer_done(const ptst_trainer *t) { return t->at.step; }
+
+PTST_API uint64_t ptst_trainer_steps(const ptst_trainer *t) { return t->steps; }
+
+PTST_API ptst_code ptst_trainer_step(ptst_ctx *c, ptst_trainer *t, ptst_step *out) {
+    const ptst_train_desc *d = &t->desc;
+    ptst__cursor at = t->at;
+    double start = ptst__seconds(), loss, squares = 0, scale;
+    size_t i;
+    ptst_code code;
+    memset(out, 0, sizeof *out);
+    if (t->at.step >= t->steps) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "training: all %llu steps are done",
+                          (unsigned long long)t->steps);
+    }
+    code = ptst__train_gradients(c, t, &at, out, &loss);
+    if (code != PTST_OK) {
+        return code;
+    }
+    out->step = at.step + 1;
+    out->steps = t->steps;
+    out->loss = loss / (double)out->labels;
+    for (i = 0; i < t->params_count; i++) {
+        squares += ptst__sum_squares(c, t->params[i].count, t->params[i].grad);
+    }
+    out->grad_norm = sqrt(squares) / (double)out->labels;
+    if (!ptst__finite(out->loss) || !ptst__finite(squares)) {
+        return ptst__train_not_finite(c, t, ptst__finite(out->loss) ? "the gradient" : "the loss");
+    }
+    scale = 1 / (double)out->labels;
+    if (d->clip != 0 && out->grad_norm > 0) { /* as torch.nn.utils.clip_grad_norm_ */
+        double factor = d->clip / (out->grad_norm + 1e-6);
+        scale *= factor < 1 ? factor : 1;
+    }
+    out->learning_rate = ptst__train_rate(d, at.step, t->steps, at.epoch);
+    for (i = 0; i < t->params_count; i++) {
+        const ptst__param *p = &t->params[i];
+        ptst_adamw(c, p->count, p->value, p->grad, t->moments[i].m, t->moments[i].v,
+                   out->learning_rate, d->beta1, d->beta2, d->eps, p->decay ? d->weight_decay : 0,
+                   out->step, scale);
+    }
+    ptst__train_next_step(t, &at);
+    t->at = at;
+    out->epoch = (double)at.epoch + (double)at.row / (double)t->data->info.rows;
+    out->tokens_per_second = (double)out->tokens / (ptst__seconds() - start);
+    return PTST_OK;
+}
+
+PTST_API ptst_code ptst_trainer_save(ptst_ctx *c, ptst_trainer *t, const char *path) {
+    return ptst__state_save(c, t, path, NULL);
+}
+
+PTST_API ptst_code ptst_trainer_restore(ptst_ctx *c, ptst_trainer *t, const char *path) {
+    return ptst__state_restore(c, t, path, NULL);
+}
 
 /* >>generate ======================================================================================
-   Not written yet. */
+   From logits to text: choosing a token, and answering many prompts at once. Relies on sessions
+   (ptst_eval of >>model) and on the encoder of >>train, so that prompts become the same tokens in
+   training and in use. Afterwards each answer is a function of model, prompt, options and seed
+   alone: not of the other prompts, of their order, or of how many are answered at a time. Tested by
+   tests/test_generate.c.
+
+   Slots of a session, each busy with one prompt; slot 0 holds the common head, computed once:
+
+       slot 0   h h h h h h
+       slot 1              | p p p a a a            decodes one token a round
+       slot 2              | p p p p p              has just been refilled: reads its prompt
+       slot 3              | p a a a a a a */
+
+/* ---- choosing a token ---- */
+
+/* Larger logit first; of equal ones the lower id. */
+static bool ptst__candidate_before(const ptst_candidate *a, const ptst_candidate *b) {
+    return a->logit != b->logit ? a->logit > b->logit : a->id < b->id;
+}
+
+/* Restores the heap (best on top) below `parent`. */
+static void ptst__candidate_sink(ptst_candidate *heap, size_t n, size_t parent) {
+    ptst_candidate moved = heap[parent];
+    size_t child;
+    for (; (child = 2 * parent + 1) < n; parent = child) {
+        if (child + 1 < n && ptst__candidate_before(&heap[child + 1], &heap[child])) {
+            child++;
+        }
+        if (!ptst__candidate_before(&heap[child], &moved)) {
+            break;
+        }
+        heap[parent] = heap[child];
+    }
+    heap[parent] = moved;
+}
+
+/* Moves the best of n candidates to heap[n - 1]; the others stay a heap. */
+static void ptst__candidate_pop(ptst_candidate *heap, size_t n) {
+    ptst_candidate best = heap[0];
+    heap[0] = heap[n - 1];
+    heap[n - 1] = best;
+    ptst__candidate_sink(heap, n - 1, 0);
+}
+
+/* The highest logit, of equal ones the lowest id. */
+static int32_t ptst__sample_greedy(const float *logits, size_t vocab) {
+    size_t i, best = 0;
+    for (i = 1; i < vocab; i++) {
+        best = logits[i] > logits[best] ? i : best;
+    }
+    return (int32_t)best;
+}
+
+/* Makes seen tokens less likely: positive logits are divided, negative ones multiplied, once each
+   (Keskar et al. 2019). */
+static void ptst__sample_penalty(double penalty, float *logits, size_t vocab, const int32_t *seen,
+                                 size_t count, ptst_candidate *scratch) {
+    float factor = (float)penalty;
+    size_t i;
+    for (i = 0; i < vocab; i++) {
+        scratch[i].logit = logits[i];
+    }
+    for (i = 0; i < count; i++) {
+        if (seen[i] >= 0 && (size_t)seen[i] < vocab) {
+            float old = scratch[seen[i]].logit;
+            logits[seen[i]] = old < 0 ? old * factor : old / factor;
+        }
+    }
+}
+
+/* Uniform in [0, 1) with 53 bits. */
+static double ptst__sample_uniform(ptst_rng *rng) {
+    uint32_t high = ptst_rng_u32(rng) >> 5, low = ptst_rng_u32(rng) >> 6;
+    return ((double)high * 67108864.0 + (double)low) / 9007199254740992.0;
+}
+
+/* Draws from softmax(logits) restricted to the top-k (ties with the last one included), and then to
+   the fewest best ones whose probability reaches top_p. The best m candidates lie at the end of the
+   heap, the very best last. */
+static int32_t ptst__sample_draw(const ptst_sample_desc *d, size_t vocab, ptst_candidate *heap,
+                                 ptst_rng *rng) {
+    size_t i, kept = vocab, m = 0;
+    double best, total = 0, sum = 0, draw;
+    for (i = vocab / 2; i > 0; i--) {
+        ptst__candidate_sink(heap, vocab, i - 1);
+    }
+    best = heap[0].logit;
+    if (d->top_k != 0 && d->top_k < vocab) {
+        for (kept = 0;
+             kept < vocab && (kept < d->top_k || heap[0].logit == heap[vocab - kept].logit);
+             kept++) {
+            ptst__candidate_pop(heap, vocab - kept);
+        }
+        m = kept;
+    }
+    for (i = 0; i < kept; i++) {
+        total += exp((double)heap[m != 0 ? vocab - 1 - i : i].logit - best);
+    }
+    if (d->top_p < 1) { /* token j stays if those before it have less than top_p */
+        for (i = 0; i < kept && sum < d->top_p * total; i++) {
+            if (i >= m) {
+                ptst__candidate_pop(heap, vocab - m++);
+            }
+            sum += exp((double)heap[vocab - 1 - i].logit - best);
+        }
+        kept = i;
+        total = sum;
+    }
+    draw = ptst__sample_uniform(rng) * total;
+    for (i = 0, sum = 0; i + 1 < kept; i++) {
+        sum += exp((double)heap[m != 0 ? vocab - 1 - i : i].logit - best);
+        if (draw < sum) {
+            break;
+        }
+    }
+    return heap[m != 0 ? vocab - 1 - i : i].id;
+}
+
+/* ---- prompts ---- */
+
+typedef struct ptst__question {
+    size_t begin, count; /* in tokens */
+    uint64_t stream;     /* of random numbers */
+} ptst__question;
+
+/* One sequence in the making. */
+typedef struct ptst__speaker {
+    bool busy;
+    size_t index; /* of the prompt */
+    int32_t *ids; /* [limit] prompt and answer */
+    size_t count; /* of ids */
+    size_t fed;   /* ids that the session has seen, head included */
+    size_t told;  /* bytes of the answer's text that the caller has got */
+    ptst_rng rng;
+} ptst__speaker;
+
+typedef struct ptst__generator {
+    const ptst_generate_desc *d;
+    ptst_sample_desc sample;
+    const ptst_tokenizer *tokenizer;
+    ptst_answer *answers;
+    size_t vocab, count, batch, limit, max_new, head;
+    ptst_ids tokens;
+    ptst__question *questions; /* [count] */
+    ptst__speaker *speakers;   /* [batch] */
+    ptst_chunk *chunks;        /* [batch] */
+    ptst_candidate *scratch;   /* [vocab], NULL if greedy without penalty */
+    int32_t stops[PTST_EOS_MAX * 2 + 1];
+    size_t stops_count;
+    ptst_text text; /* an answer so far */
+    ptst__arena arena;
+    ptst_session *session;
+    size_t next, done; /* prompts begun and answered */
+    double start, produced;
+} ptst__generator;
+
+/* Encodes all prompts. Each gets a stream of random numbers that depends on its tokens, and on how
+   often the same ones came before, but not on the place among the others. */
+static ptst_code ptst__generate_encode(ptst_ctx *c, ptst__generator *g,
+                                       const ptst_prompt *prompts) {
+    ptst__prompter e;
+    ptst__map seen = {NULL, 0, 0};
+    size_t i, begin;
+    ptst_code code = ptst__prompter_start(c, &e, g->tokenizer, 0);
+    for (i = 0; i < g->count && code == PTST_OK; i++) {
+        g->questions[i].begin = begin = g->tokens.count;
+        code = ptst__prompter_prompt(c, &e, &prompts[i], &g->tokens);
+        g->questions[i].count = g->answers[i].prompt_tokens = g->tokens.count - begin;
+        if (code == PTST_OK && g->tokens.count == begin) {
+            code = ptst__fail(c, PTST_ERR_ARGUMENT, "prompt %llu has no tokens",
+                              (unsigned long long)i + 1);
+        }
+    }
+    for (i = 0; i < g->count && code == PTST_OK; i++) {
+        ptst__question *q = &g->questions[i];
+        const char *key = (const char *)(g->tokens.data + q->begin);
+        size_t size = q->count * sizeof *g->tokens.data;
+        int32_t before = ptst__map_get(&seen, key, size, 0);
+        q->stream = ptst__hash(key, size) + (uint64_t)before * 0x9E3779B97F4A7C15u;
+        code = ptst__map_put(c, &seen, key, size, before + 1);
+    }
+    ptst__map_free(c, &seen);
+    ptst__prompter_free(c, &e);
+    return code;
+}
+
+/* Common head of all prompts; each keeps a token of its own, whose logits are needed. */
+static size_t ptst__generate_head(const ptst__generator *g) {
+    const int32_t *first = g->tokens.data;
+    size_t head = g->questions[0].count - 1, i, k;
+    if (g->count < 2 || g->d->no_prefix) {
+        return 0;
+    }
+    for (i = 1; i < g->count; i++) {
+        const int32_t *ids = g->tokens.data + g->questions[i].begin;
+        head = g->questions[i].count - 1 < head ? g->questions[i].count - 1 : head;
+        for (k = 0; k < head && ids[k] == first[k];) {
+            k++;
+        }
+        head = k;
+    }
+    return head < PTST__HEAD_MIN ? 0 : head;
+}
+
+static void ptst__generate_stop(ptst__generator *g, int32_t id) {
+    size_t i;
+    for (i = 0; i < g->stops_count && g->stops[i] != id; i++) {
+    }
+    if (id >= 0 && i == g->stops_count && i < sizeof g->stops / sizeof g->stops[0]) {
+        g->stops[g->stops_count++] = id;
+    }
+}
+
+/* All tokens that end an answer, besides the caller's. */
+static void ptst__generate_stops(ptst__generator *g, const ptst_model *m) {
+    const ptst_generation_config *config = ptst_model_generation(m);
+    size_t i;
+    if (!g->d->ignore_eos) {
+        ptst__generate_stop(g, ptst_token_eos(g->tokenizer));
+        for (i = 0; i < config->eos_count; i++) {
+            ptst__generate_stop(g, config->eos_token_id[i]);
+        }
+    }
+}
+
+static bool ptst__generate_ends(const ptst__generator *g, int32_t id) {
+    size_t i;
+    for (i = 0; i < g->stops_count; i++) {
+        if (g->stops[i] == id) {
+            return true;
+        }
+    }
+    for (i = 0; i < g->d->stop_ids_count; i++) {
+        if (g->d->stop_ids[i] == id) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* How long sequences may become, and the memory for them. */
+static ptst_code ptst__generate_memory(ptst_ctx *c, ptst__generator *g, const ptst_model *m,
+                                       const ptst_adapter *a) {
+    const ptst_config *config = ptst_model_config(m);
+    bool greedy = g->sample.temperature == 0 || g->sample.top_p == 0 || g->sample.top_k == 1;
+    size_t i, longest = 0;
+    ptst_session_desc s;
+    memset(&s, 0, sizeof s);
+    g->limit = (size_t)config->max_position_embeddings;
+    g->limit = g->d->capacity != 0 && g->d->capacity < g->limit ? g->d->capacity : g->limit;
+    for (i = 0; i < g->count; i++) {
+        const ptst__question *q = &g->questions[i];
+        if (q->count >= g->limit) {
+            return ptst__fail(c, PTST_ERR_LIMIT,
+                              "prompt %llu has %llu tokens and needs one more, there is room for "
+                              "%llu",
+                              (unsigned long long)i + 1, (unsigned long long)q->count,
+                              (unsigned long long)g->limit);
+        }
+        longest = q->count > longest ? q->count : longest;
+    }
+    g->limit = g->max_new < g->limit - longest ? longest + g->max_new : g->limit;
+    s.slots = g->batch + (g->head != 0);
+    s.capacity = g->limit - g->head > g->head ? g->limit - g->head : g->head;
+    s.logit_rows = g->batch;
+    g->session = ptst_session_new(c, m, a, &s);
+    if (g->session == NULL) {
+        return c->code;
+    }
+    g->speakers = (ptst__speaker *)ptst__arena_alloc(c, &g->arena, g->batch, sizeof *g->speakers);
+    g->chunks = (ptst_chunk *)ptst__arena_alloc(c, &g->arena, g->batch, sizeof *g->chunks);
+    if (g->speakers == NULL || g->chunks == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    for (i = 0; i < g->batch; i++) {
+        g->speakers[i].ids = (int32_t *)ptst__arena_alloc(c, &g->arena, g->limit, sizeof(int32_t));
+        if (g->speakers[i].ids == NULL) {
+            return PTST_ERR_MEMORY;
+        }
+    }
+    if (!greedy || g->sample.repetition_penalty != 1) {
+        g->scratch =
+            (ptst_candidate *)ptst__arena_alloc(c, &g->arena, g->vocab, sizeof *g->scratch);
+        return g->scratch == NULL ? PTST_ERR_MEMORY : PTST_OK;
+    }
+    return PTST_OK;
+}
+
+/* ---- answers ---- */
+
+/* Bytes of text that are final: no half character (which decodes to U+FFFD) at the end, and no
+   beginning of a stop string. */
+static size_t ptst__generate_settled(const ptst__generator *g) {
+    size_t n = g->text.size, i, k;
+    while (n >= 3 && memcmp(g->text.data + n - 3, "\xEF\xBF\xBD", 3) == 0) {
+        n -= 3;
+    }
+    for (i = 0; i < g->d->stop_strings_count; i++) {
+        size_t size = strlen(g->d->stop_strings[i]);
+        for (k = size < n ? size : n; k > 0; k--) {
+            if (memcmp(g->text.data + n - k, g->d->stop_strings[i], k) == 0) {
+                n -= k;
+                break;
+            }
+        }
+    }
+    return n;
+}
+
+/* Start of the first stop string in the text; its size if there is none. */
+static size_t ptst__generate_cut(const ptst__generator *g) {
+    size_t i, k, cut = g->text.size;
+    for (i = 0; i < g->d->stop_strings_count; i++) {
+        size_t size = strlen(g->d->stop_strings[i]);
+        for (k = 0; size != 0 && k + size <= g->text.size && k < cut; k++) {
+            if (memcmp(g->text.data + k, g->d->stop_strings[i], size) == 0) {
+                cut = k;
+            }
+        }
+    }
+    return cut;
+}
+
+/* Decodes the answer so far to g->text. An end token is no part of it. */
+static ptst_code ptst__generate_text(ptst_ctx *c, ptst__generator *g, const ptst_answer *a) {
+    size_t n = a->ids.count;
+    n -= n != 0 && ptst__generate_ends(g, a->ids.data[n - 1]);
+    g->text.size = 0;
+    return ptst_decode(c, g->tokenizer, a->ids.data, n, PTST_SKIP_SPECIAL, &g->text);
+}
+
+/* Looks for stop strings and hands out new text; called only if the caller wants one of them. */
+static ptst_code ptst__generate_follow(ptst_ctx *c, ptst__generator *g, ptst__speaker *s,
+                                       ptst_answer *a) {
+    size_t end;
+    ptst_code code = ptst__generate_text(c, g, a);
+    if (code != PTST_OK) {
+        return code;
+    }
+    end = ptst__generate_cut(g);
+    if (end < g->text.size) {
+        a->finish = PTST_FINISH_EOS;
+    } else if (a->finish == PTST_FINISH_NONE) {
+        end = ptst__generate_settled(g);
+    }
+    if (g->d->on_text != NULL && end > s->told) {
+        g->d->on_text(g->d->user, s->index, g->text.data + s->told, end - s->told);
+        s->told = end;
+    }
+    return PTST_OK;
+}
+
+/* Keeps the text of a finished (or abandoned) answer. */
+static ptst_code ptst__generate_close(ptst_ctx *c, ptst__generator *g, ptst_answer *a) {
+    ptst_code code = ptst__generate_text(c, g, a);
+    a->text.size = 0;
+    return code != PTST_OK ? code
+                           : ptst_text_append(c, &a->text, g->text.data, ptst__generate_cut(g));
+}
+
+/* Takes the token that follows in a sequence, and finishes the answer if it is the last one. */
+static ptst_code ptst__generate_accept(ptst_ctx *c, ptst__generator *g, ptst__speaker *s,
+                                       int32_t id) {
+    ptst_answer *a = &g->answers[s->index];
+    ptst_code code = ptst_ids_append(c, &a->ids, id);
+    if (code != PTST_OK) {
+        return code;
+    }
+    s->ids[s->count++] = id;
+    g->produced++;
+    a->finish = ptst__generate_ends(g, id)                           ? PTST_FINISH_EOS
+                : a->ids.count == g->max_new || s->count >= g->limit ? PTST_FINISH_LENGTH
+                                                                     : PTST_FINISH_NONE;
+    if (g->d->on_text != NULL || g->d->stop_strings_count != 0) {
+        code = ptst__generate_follow(c, g, s, a);
+    }
+    if (code == PTST_OK && a->finish != PTST_FINISH_NONE) {
+        code = ptst__generate_close(c, g, a);
+        s->busy = false;
+        g->done++;
+        if (code == PTST_OK && g->d->on_answer != NULL) {
+            g->d->on_answer(g->d->user, s->index, a);
+        }
+    }
+    return code;
+}
+
+/* Gives the next prompts to the free slots; returns the number of busy ones. */
+static ptst_code ptst__generate_refill(ptst_ctx *c, ptst__generator *g, size_t *busy) {
+    size_t i;
+    *busy = 0;
+    for (i = 0; i < g->batch; i++) {
+        ptst__speaker *s = &g->speakers[i];
+        int32_t slot = (int32_t)(i + (g->head != 0));
+        if (!s->busy && g->next < g->count) {
+            const ptst__question *q = &g->questions[g->next];
+            ptst_code code = ptst_session_reset(c, g->session, slot, g->head != 0 ? 0 : -1);
+            if (code != PTST_OK) {
+                return code;
+            }
+            memcpy(s->ids, g->tokens.data + q->begin, q->count * sizeof *s->ids);
+            s->busy = true;
+            s->index = g->next++;
+            s->count = q->count;
+            s->fed = g->head;
+            s->told = 0;
+            s->rng.seed = g->d->seed;
+            s->rng.stream = q->stream;
+            s->rng.counter = 0;
+        }
+        if (s->busy) {
+            ptst_chunk *k = &g->chunks[(*busy)++];
+            k->slot = slot;
+            k->tokens = s->ids + s->fed;
+            k->count = s->count - s->fed;
+            k->logits = PTST_LOGITS_LAST;
+        }
+    }
+    return PTST_OK;
+}
+
+/* One token for each busy slot. */
+static ptst_code ptst__generate_round(ptst_ctx *c, ptst__generator *g) {
+    size_t i, k, row = 0, busy = 0;
+    ptst_code code = ptst__generate_refill(c, g, &busy);
+    if (code == PTST_OK) {
+        code = ptst_eval(c, g->session, g->chunks, busy);
+    }
+    for (i = 0; i < g->batch && code == PTST_OK; i++) {
+        ptst__speaker *s = &g->speakers[i];
+        float *logits;
+        double sum = 0;
+        if (!s->busy) {
+            continue;
+        }
+        s->fed = s->count;
+        logits = ptst_logits(g->session, row++);
+        for (k = 0; k < g->vocab; k++) {
+            sum += logits[k];
+        }
+        if (!ptst__finite(sum)) {
+            return ptst__fail(c, PTST_ERR_NUMERIC,
+                              "prompt %llu: after %llu tokens of the answer "
+                              "the logits are not finite",
+                              (unsigned long long)s->index + 1,
+                              (unsigned long long)g->answers[s->index].ids.count);
+        }
+        code = ptst__generate_accept(
+            c, g, s,
+            ptst_sample(&g->sample, logits, g->vocab, s->ids, s->count, &s->rng, g->scratch));
+    }
+    return code;
+}
+
+static ptst_code ptst__generate_report(ptst_ctx *c, const ptst__generator *g) {
+    ptst_progress p;
+    memset(&p, 0, sizeof p);
+    p.stage = "generate";
+    p.item = g->d->item;
+    p.done = (double)g->done;
+    p.total = (double)g->count;
+    p.unit = "answer";
+    p.rate = g->produced / (ptst__seconds() - g->start + 1e-9);
+    return ptst__report(c, &p);
+}
+
+static ptst_code ptst__generate_all(ptst_ctx *c, ptst__generator *g) {
+    ptst_chunk head;
+    size_t i;
+    ptst_code code = PTST_OK, closed;
+    if (g->head != 0) {
+        head.slot = 0;
+        head.tokens = g->tokens.data;
+        head.count = g->head;
+        head.logits = PTST_LOGITS_NONE;
+        code = ptst_session_reset(c, g->session, 0, -1);
+        code = code != PTST_OK ? code : ptst_eval(c, g->session, &head, 1);
+    }
+    while (code == PTST_OK && g->done < g->count) {
+        code = ptst__generate_round(c, g);
+        code = code != PTST_OK ? code : ptst__generate_report(c, g);
+    }
+    for (i = 0; i < g->batch && code == PTST_ERR_STOPPED; i++) {
+        if (g->speakers[i].busy) { /* what there is of unfinished answers */
+            closed = ptst__generate_close(c, g, &g->answers[g->speakers[i].index]);
+            code = closed != PTST_OK ? closed : code;
+        }
+    }
+    return code;
+}
+
+static ptst_code ptst__generate_check(ptst_ctx *c, const ptst_sample_desc *s) {
+    const char *bad = !(s->temperature >= 0 && ptst__finite(s->temperature)) ? "temperature"
+                      : !(s->top_p >= 0 && s->top_p <= 1)                    ? "top_p"
+                      : !(s->repetition_penalty > 0 && ptst__finite(s->repetition_penalty))
+                          ? "repetition_penalty"
+                          : NULL;
+    return bad == NULL ? PTST_OK
+                       : ptst__fail(c, PTST_ERR_ARGUMENT, "generation: %s is out of range", bad);
+}
+
+/* ---- public part ---- */
+
+PTST_API int32_t ptst_sample(const ptst_sample_desc *desc, float *logits, size_t vocab,
+                             const int32_t *seen, size_t seen_count, ptst_rng *rng,
+                             ptst_candidate *scratch) {
+    size_t i;
+    if (desc->repetition_penalty != 0 && desc->repetition_penalty != 1) {
+        ptst__sample_penalty(desc->repetition_penalty, logits, vocab, seen, seen_count, scratch);
+    }
+    if (desc->temperature == 0 || desc->top_p == 0 || desc->top_k == 1) {
+        return ptst__sample_greedy(logits, vocab);
+    }
+    for (i = 0; i < vocab; i++) {
+        scratch[i].logit = (float)(logits[i] / desc->temperature);
+        scratch[i].id = (int32_t)i;
+    }
+    return ptst__sample_draw(desc, vocab, scratch, rng);
+}
+
+PTST_API ptst_code ptst_generate(ptst_ctx *c, const ptst_model *model, const ptst_adapter *adapter,
+                                 const ptst_tokenizer *tokenizer, const ptst_prompt *prompts,
+                                 size_t count, const ptst_generate_desc *desc,
+                                 ptst_answer *answers) {
+    ptst_generate_desc none;
+    ptst__generator g;
+    size_t i;
+    ptst_code code;
+    memset(&none, 0, sizeof none);
+    memset(&g, 0, sizeof g);
+    g.d = desc != NULL ? desc : &none;
+    g.sample = g.d->sample;
+    g.sample.repetition_penalty =
+        g.sample.repetition_penalty == 0 ? 1 : g.sample.repetition_penalty;
+    g.tokenizer = tokenizer;
+    g.answers = answers;
+    g.count = count;
+    g.vocab = (size_t)ptst_model_config(model)->vocab_size;
+    g.max_new = g.d->max_new_tokens == 0 ? 512 : g.d->max_new_tokens;
+    g.batch = g.d->batch == 0 ? 16 : g.d->batch;
+    g.batch = g.batch > count ? count : g.batch;
+    g.start = ptst__seconds();
+    for (i = 0; i < count; i++) {
+        answers[i].ids.count = answers[i].text.size = 0;
+        answers[i].finish = PTST_FINISH_NONE;
+    }
+    if (count == 0) {
+        return PTST_OK;
+    }
+    code = ptst__generate_check(c, &g.sample);
+    g.questions = (ptst__question *)ptst__arena_alloc(c, &g.arena, count, sizeof *g.questions);
+    code = code == PTST_OK && g.questions == NULL ? PTST_ERR_MEMORY : code;
+    code = code != PTST_OK ? code : ptst__generate_encode(c, &g, prompts);
+    if (code == PTST_OK) {
+        g.head = ptst__generate_head(&g);
+        ptst__generate_stops(&g, model);
+        code = ptst__generate_memory(c, &g, model, adapter);
+    }
+    code = code != PTST_OK ? code : ptst__generate_all(c, &g);
+    ptst_session_free(c, g.session);
+    ptst_ids_free(c, &g.tokens);
+    ptst_text_free(c, &g.text);
+    ptst__arena_free(c, &g.arena);
+    return code;
+}
+
+PTST_API void ptst_answers_free(ptst_ctx *c, ptst_answer *answers, size_t count) {
+    size_t i;
+    for (i = 0; i < count && answers != NULL; i++) {
+        ptst_text_free(c, &answers[i].text);
+        ptst_ids_free(c, &answers[i].ids);
+        memset(&answers[i], 0, sizeof answers[i]);
+    }
+}
 
 /* >>data ==========================================================================================
    Files of questions and answers: .jsonl, .json, .csv, .txt to rows. Owns the readers and the rule

@@ -7,6 +7,7 @@
 #include "test_kernels.c"
 #include "test_model.c"
 #include "test_safetensors.c"
+#include "test_generate.c"
 #include "test_ops.c"
 #include "test_template.c"
 
@@ -18,6 +19,7 @@ int main(int argc, char **argv) {
     suite_judge();
     suite_kernels();
     suite_safetensors();
+    suite_generate();
     suite_ops();
     suite_model();
     suite_template();

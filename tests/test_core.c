@@ -246,8 +246,9 @@ static void core_append_and_finite(void) {
         CHECK(ptst__append_file(c, "/dev/full", "x", 1, false) == PTST_ERR_IO);
     }
     ptst_text_free(c, &text);
-    unlink(path);
-    rmdir(folder);
+    CHECK(ptst__remove_file(c, path) == PTST_OK && ptst__remove_file(c, path) == PTST_OK);
+    CHECK(ptst__remove_file(c, folder) == PTST_ERR_IO);
+    CHECK(rmdir(folder) == 0);
     CHECK(ptst__finite(0) && ptst__finite(-1e308) && ptst__finite(4e-324));
     CHECK(!ptst__finite(HUGE_VAL) && !ptst__finite(-HUGE_VAL) &&
           !ptst__finite((double)ptst__float_of(0x7FC00000u)));

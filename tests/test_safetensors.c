@@ -34,12 +34,15 @@ static const st_case st_cases[] = {
     {"nothing inside", true, "{}", 0, 0, -1},
     {"empty, zero first", true, "{" A("U8", "[0,9223372036854775807,9]", "0", "0") "}", 0, 0, -1},
     {"headers out of order", true,
-     "{\"b\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[4,6]}," A("F32", "[1]", "0", "4") "}",
+     "{\"b\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[4,6]}," A("F32", "[1]", "0",
+                                                                         "4") "}",
      0, 6, -1},
     {"unaligned", true,
-     "{\"b\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}," A("F32", "[2]", "1", "9") "}",
+     "{\"b\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}," A("F32", "[2]", "1",
+                                                                         "9") "}",
      0, 9, -1},
-    {"empty name", true, "{\"\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}", 0, 1, -1},
+    {"empty name", true, "{\"\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}", 0, 1,
+     -1},
     {"stricter: NUL in a name", false,
      "{\"a\\u0000b\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}", 0, 1, -1},
     {"stricter: rank 9", false, "{" A("U8", "[1,1,1,1,1,1,1,1,1]", "0", "1") "}", 0, 1, -1},
@@ -132,7 +135,8 @@ static void st_verdicts(void) {
 
 /* Nesting: 127 levels are read, 128 refused (as the reference does), 100000 as well. */
 static void st_deep(void) {
-    static const char head[] = "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1],\"x\":";
+    static const char head[] =
+        "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1],\"x\":";
     static const size_t depths[] = {125, 126, 200, 100000};
     ptst_ctx *c = test_open(1, NULL);
     size_t i, n = sizeof head - 1;
@@ -155,10 +159,10 @@ static void st_deep(void) {
 
 /* All 22 types of the format, each with the size that its bits ask for. */
 static void st_types(void) {
-    static const char *const names[] = {"BOOL",        "F4",  "F6_E2M3", "F6_E3M2", "U8",  "I8",
-                                        "F8_E5M2",     "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ",
-                                        "F8_E5M2FNUZ", "I16", "U16",     "F16",     "BF16", "I32",
-                                        "U32",         "F32", "C64",     "F64",     "I64", "U64"};
+    static const char *const names[] = {
+        "BOOL",    "F4",          "F6_E2M3",     "F6_E3M2", "U8",  "I8",  "F8_E5M2", "F8_E4M3",
+        "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I16",     "U16", "F16", "BF16",    "I32",
+        "U32",     "F32",         "C64",         "F64",     "I64", "U64"};
     static const int bits[] = {8,  4,  6,  6,  8,  8,  8,  8,  8,  8,  8,
                                16, 16, 16, 16, 32, 32, 32, 64, 64, 64, 64};
     ptst_ctx *c = test_open(1, NULL);
@@ -170,8 +174,8 @@ static void st_types(void) {
         snprintf(header, sizeof header,
                  "{\"a\":{\"dtype\":\"%s\",\"shape\":[4],\"data_offsets\":[0,%d]}}", names[i],
                  bits[i] / 2);
-        t = ptst_tensors_parse(c, bytes,
-                               st_bytes(bytes, header, strlen(header), (size_t)bits[i] / 2, -1), "t");
+        t = ptst_tensors_parse(
+            c, bytes, st_bytes(bytes, header, strlen(header), (size_t)bits[i] / 2, -1), "t");
         CHECK(t != NULL);
         v = t == NULL ? NULL : ptst_tensors_at(t, 0);
         CHECK(v != NULL && v->count == 4 && v->bytes == (size_t)bits[i] / 2);
@@ -190,7 +194,8 @@ static void st_types(void) {
 /* A tensor that lies unaligned in its file is handed out aligned, with the right values. */
 static void st_unaligned(void) {
     static const char header[] =
-        "{\"b\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}," A("F32", "[2]", "1", "9") "}";
+        "{\"b\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}," A("F32", "[2]", "1",
+                                                                            "9") "}";
     static const float values[] = {1.5f, -2.25f};
     ptst_ctx *c = test_open(1, NULL);
     char bytes[300];
@@ -287,8 +292,8 @@ static void st_same_bytes(void) {
     CHECK(t != NULL && ptst_tensors_count(t) == 6);
     if (t != NULL) {
         const ptst_tensor *v = ptst_tensors_find(t, "b");
-        CHECK(v != NULL && v->rank == 2 && v->shape[0] == 2 && v->shape[1] == 3 &&
-              v->bytes == 24 && memcmp(v->data, b, 24) == 0);
+        CHECK(v != NULL && v->rank == 2 && v->shape[0] == 2 && v->shape[1] == 3 && v->bytes == 24 &&
+              memcmp(v->data, b, 24) == 0);
         v = ptst_tensors_find(t, "c");
         CHECK(v != NULL && v->rank == 0 && v->count == 1 && memcmp(v->data, &one, 2) == 0);
         v = ptst_tensors_find(t, "d");
@@ -325,7 +330,8 @@ static void st_truncation(void) {
         free(part);
     }
     CHECK(ptst_tensors_parse(c, text.data, text.size + 1, "longer") == NULL); /* the NUL */
-    for (n = 0; n < text.size - 36; n++) { /* every bit of length and header: any verdict, no harm */
+    for (n = 0; n < text.size - 36;
+         n++) { /* every bit of length and header: any verdict, no harm */
         int bit;
         for (bit = 0; bit < 8; bit++) {
             text.data[n] = (char)(text.data[n] ^ (1 << bit));
