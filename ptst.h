@@ -217,7 +217,7 @@ typedef enum ptst_json_type {
 } ptst_json_type;
 
 /* A parsed document: a constant tree of nodes. Node 0 is the root; a node is an index, -1 means
-   "not there" and is accepted by every function below. */
+   "not there" and is accepted by every function below, as is NULL for the document. */
 typedef struct ptst_json ptst_json;
 
 /* Parses size bytes of UTF-8 (RFC 8259, strict; nesting up to 256). name is used in errors only
@@ -1328,6 +1328,61 @@ PTST__UNUSED static void ptst__unmap_file(const void *data, size_t size) {
     }
 }
 
+/* Size in bytes and time of the last change (seconds since 1970) of a file. Returns 0 or errno. */
+PTST__UNUSED static int ptst__file_facts(const char *path, uint64_t *size, uint64_t *changed) {
+    struct stat s;
+    if (stat(path, &s) != 0) {
+        return errno;
+    }
+    *size = (uint64_t)s.st_size;
+    *changed = (uint64_t)s.st_mtime;
+    return S_ISREG(s.st_mode) ? 0 : EISDIR;
+}
+
+/* Absolute name of the working folder; false if there is none that fits. */
+PTST__UNUSED static bool ptst__current_folder(char *name, size_t size) {
+    return getcwd(name, size) != NULL && name[0] == '/';
+}
+
+/* Takes a lock between processes: a file that is locked while it is held and gone afterwards. A
+   process that dies holds nothing. Returns 0 with *fd, EAGAIN if another process has it, or another
+   errno. File systems without locks (ENOLCK) let everybody in. */
+PTST__UNUSED static int ptst__lock_take(const char *path, int *fd) {
+    for (;;) {
+        struct flock lock;
+        struct stat mine, there;
+        memset(&lock, 0, sizeof lock);
+        lock.l_type = F_WRLCK;
+        lock.l_whence = SEEK_SET;
+        *fd = open(path, O_RDWR | O_CREAT, 0666);
+        if (*fd < 0) {
+            return errno;
+        }
+        if (fcntl(*fd, F_SETLK, &lock) != 0 && (errno == EACCES || errno == EAGAIN)) {
+            close(*fd);
+            return EAGAIN;
+        }
+        /* Was it the file of a holder who has just removed it? */
+        if (fstat(*fd, &mine) == 0 && stat(path, &there) == 0 && mine.st_ino == there.st_ino &&
+            mine.st_dev == there.st_dev) {
+            return 0;
+        }
+        close(*fd);
+    }
+}
+
+PTST__UNUSED static void ptst__lock_drop(const char *path, int fd) {
+    unlink(path);
+    close(fd);
+}
+
+PTST__UNUSED static void ptst__nap(int milliseconds) {
+    struct timespec t;
+    t.tv_sec = milliseconds / 1000;
+    t.tv_nsec = (long)(milliseconds % 1000) * 1000000;
+    nanosleep(&t, NULL);
+}
+
 /* Flushes a folder entry (after a rename) to the disk; failure is harmless and ignored. */
 static void ptst__sync_folder_of(const char *path) {
     char folder[4096];
@@ -2025,6 +2080,25 @@ PTST__UNUSED static ptst_code ptst__write_file(ptst_ctx *c, const char *path, co
     }
     return ptst__out_commit(c, &o);
 }
+
+/* Takes the lock at path (see ptst__lock_take); *busy = 1 if another process has it. */
+PTST__UNUSED static ptst_code ptst__lock(ptst_ctx *c, const char *path, int *fd, int *busy) {
+    int error = ptst__lock_take(path, fd);
+    *busy = error == EAGAIN;
+    return error == 0 || error == EAGAIN ? PTST_OK : ptst__fail_errno(c, path, "lock", error);
+}
+
+/* Gives a file another name in the same file system. */
+PTST__UNUSED static ptst_code ptst__move_file(ptst_ctx *c, const char *from, const char *to) {
+    if (rename(from, to) != 0) {
+        return ptst__fail_errno(c, to, "write", errno);
+    }
+    ptst__sync_folder_of(to);
+    return PTST_OK;
+}
+
+/* Removes a folder if it is empty. */
+PTST__UNUSED static void ptst__remove_folder(const char *path) { (void)rmdir(path); }
 
 /* Makes a folder and its parents. */
 PTST__UNUSED static ptst_code ptst__make_folders(ptst_ctx *c, const char *path) {
@@ -2867,7 +2941,7 @@ PTST_API void ptst_json_free(ptst_ctx *c, ptst_json *j) {
 }
 
 static const ptst__json_node *ptst__json_node_at(const ptst_json *j, int32_t node) {
-    return node < 0 || (size_t)node >= j->count ? NULL : &j->nodes[node];
+    return j == NULL || node < 0 || (size_t)node >= j->count ? NULL : &j->nodes[node];
 }
 
 PTST_API ptst_json_type ptst_json_kind(const ptst_json *j, int32_t node) {
@@ -9348,12 +9422,17 @@ static void ptst__attention_row_backward__scalar(const ptst_attention *a, const 
 
 /* Sizes of the tiles of the SIMD versions, see there. */
 enum {
-    PTST__QUERIES = 48,    /* 3 vectors of 16, 6 of 8 */
-    PTST__KEYS = 48,       /* 8 strips of 6 */
-    PTST__GROUP = 4,       /* tiles of queries that meet a tile of keys while it is in the cache */
-    PTST__DEPTH = 512,     /* floats of a head, over the tiles of a group, that have room */
-    PTST__FEW_QUERIES = 3, /* spans of so few go another way */
-    PTST__FEW_KEYS = 64
+    PTST__QUERIES = 48, /* 3 vectors of 16, 6 of 8 */
+    PTST__KEYS = 48,    /* 8 strips of 6 */
+    PTST__GROUP = 4,    /* tiles of queries that meet a tile of keys while it is in the cache */
+    PTST__DEPTH = 512,  /* floats of a head, over the tiles of a group, that have room */
+    PTST__FEW = 3,      /* spans of so few queries go another way (decoding), with so many heads */
+    PTST__FEW_HEADS = 4096,
+    PTST__FEW_KEYS = 32,        /* keys of all heads at a time */
+    PTST__FEW_PARTS = 16,       /* a row's keys are cut in at most so many parts */
+    PTST__FEW_PART = 256,       /* of at least about so many keys, until there are */
+    PTST__FEW_TASKS = 64,       /* so many tasks */
+    PTST__FEW_ROOM = 256 * 1024 /* floats for what the parts found */
 };
 
 /* The state of a tile of queries. */
@@ -9380,6 +9459,8 @@ typedef struct ptst__attention_job {
     float *out, *lse, *dq;
     const struct ptst__attention_plan *plan;
     size_t tiles; /* of queries in the longest span */
+    size_t parts; /* of the keys of spans of few queries */
+    float *few;   /* what the parts found */
 } ptst__attention_job;
 
 /* Task: one span and head. */
@@ -10037,20 +10118,16 @@ static void ptst__tile_hide(const ptst__view *v, float value, float *tile) {
     }
 }
 
-/* Ends the softmax of R rows: out (rows ld apart) /= sum, and lse. */
-static void ptst__tile_finish(const ptst__attention_job *job, const ptst__rows *rows, size_t R,
-                              float *out, size_t ld, float *lse, size_t ld_lse) {
-    size_t r;
-    for (r = 0; r < R; r++) {
-        if (rows->max[r] == -INFINITY) { /* no key */
-            memset(out + r * ld, 0, job->a->D * sizeof *out);
-        } else {
-            job->kernels->scale(job->a->D, 1 / rows->sum[r], out + r * ld);
-        }
-        if (lse != NULL) {
-            lse[r * ld_lse] =
-                rows->max[r] == -INFINITY ? -INFINITY : rows->max[r] + logf(rows->sum[r]);
-        }
+/* Ends the softmax of a row: out /= sum, and lse (or NULL). */
+static void ptst__row_finish(const ptst__attention_job *job, float max, float sum, float *out,
+                             float *lse) {
+    if (max == -INFINITY) { /* no key */
+        memset(out, 0, job->a->D * sizeof *out);
+    } else {
+        job->kernels->scale(job->a->D, 1 / sum, out);
+    }
+    if (lse != NULL) {
+        *lse = max == -INFINITY ? -INFINITY : max + logf(sum);
     }
 }
 
@@ -10108,94 +10185,195 @@ static void ptst__attention_group(const ptst__attention_job *job, ptst__room *ro
         }
     }
     for (i = 0; i < n; i++) {
-        size_t row = s->query + r0 + i * PTST__QUERIES;
-        ptst__tile_finish(job, &room->rows[i], v[i].R, t[i].C, ld,
-                          job->lse == NULL ? NULL : job->lse + row * a->H + h, a->H);
+        for (j = 0; j < v[i].R; j++) {
+            size_t row = s->query + r0 + i * PTST__QUERIES + j;
+            ptst__row_finish(job, room->rows[i].max[j], room->rows[i].sum[j], t[i].C + j * ld,
+                             job->lse == NULL ? NULL : job->lse + row * a->H + h);
+        }
     }
 }
 
-/* Row i of a span and heads h ... h + n - 1 (n <= 4) that share a key head: for decoding, where a
-   tile of queries would be almost empty. Lanes are floats of a head, then keys. */
-static void ptst__attention_few(const ptst__attention_job *job, ptst__room *room,
-                                const ptst_span *s, size_t i, size_t h, size_t n) {
+/* ---- attention of few queries ----
+   Decoding has one query a span, so a tile of queries would be almost empty, and what counts is to
+   read keys and values once, in the order in which they lie. A task takes one row with all its
+   heads and a part of its keys; lanes are floats of a head, then keys. What the parts found is put
+   together afterwards. How a row is cut depends on the spans alone, not on the threads. */
+
+/* Asks for n rows of `floats` floats, ld apart. */
+static void ptst__prefetch(const float *x, size_t n, size_t floats, size_t ld) {
+#if defined(__GNUC__) || defined(__clang__)
+    size_t r, i;
+    for (r = 0; r < n; r++) {
+        for (i = 0; i < floats; i += 16) {
+            __builtin_prefetch(x + r * ld + i);
+        }
+    }
+#else
+    (void)x;
+    (void)n;
+    (void)floats;
+    (void)ld;
+#endif
+}
+
+/* n <= 4 heads from h on, which share a key head, against the first FEW_KEYS of `left` keys k and
+   values v: the softmax so far (max, sum, out) goes on. first: there is none so far. */
+static void ptst__few_heads(const ptst__attention_job *job, ptst__room *room, const float *q,
+                            size_t n, const float *k, const float *v, size_t left, float *max,
+                            float *sum, float *out, bool first) {
     const ptst_attention *a = job->a;
-    size_t at = h / (a->H / a->K) * a->D, row = s->query + i, begin[2], end[2], j, z, r;
-    ptst__rows *rows = &room->rows[0];
-    const float *q[4];
-    const void *k[4];
-    float sums[16];
+    const float *queries[4];
+    const void *keys[4];
+    float sums[16], keep[4];
+    size_t J = ptst__min(left, PTST__FEW_KEYS), j, i, r;
     ptst__patch t;
-    int b;
+    for (r = 0; r < 4; r++) {
+        queries[r] = q + ptst__min(r, n - 1) * a->D;
+    }
+    for (j = 0; j < J; j += 4) {
+        for (i = 0; i < 4; i++) {
+            keys[i] = k + ptst__min(j + i, J - 1) * a->kv_ld;
+        }
+        if (j + 4 + PTST__FEW_KEYS <= left) { /* a little with each step, memory is the limit */
+            size_t later = (j + PTST__FEW_KEYS) * a->kv_ld;
+            ptst__prefetch(k + later, 4, a->D, a->kv_ld);
+            ptst__prefetch(v + later, 4, a->D, a->kv_ld);
+        }
+        job->kernels->dots(sums, a->D, queries, n == 1 ? 1 : 4, keys, PTST_F32, 0);
+        for (r = 0; r < n; r++) {
+            memcpy(room->s + r * PTST__FEW_KEYS + j, sums + 4 * r, 4 * sizeof *sums);
+        }
+    }
+    for (r = 0; r < n; r++) {
+        float *x = room->s + r * PTST__FEW_KEYS, m, safe;
+        job->kernels->scale(J, a->scale, x);
+        m = fmaxf(max[r], job->kernels->row_max(J, x));
+        safe = m == -INFINITY ? 0 : m;
+        keep[r] = expf(max[r] - safe);
+        sum[r] = sum[r] * keep[r] + (float)job->kernels->row_exp(J, x, safe, x);
+        max[r] = m;
+    }
+    memset(&t, 0, sizeof t);
     t.M = n;
     t.N = a->D;
-    t.A = room->s; /* [4, FEW_KEYS] */
-    t.cut = PTST__CUT_NONE;
+    t.K = J;
+    t.A = room->s;
     t.a_row = PTST__FEW_KEYS;
     t.a_col = 1;
+    t.B = v;
     t.ldb = a->kv_ld;
-    t.keep = NULL;
-    t.C = job->out + (row * a->H + h) * a->D;
+    t.keep = first ? NULL : keep;
+    t.C = out;
     t.ldc = a->D;
-    for (r = 0; r < 4; r++) {
-        q[r] = job->q + row * a->q_ld + (h + ptst__min(r, n - 1)) * a->D;
-        rows->max[r] = -INFINITY;
-        rows->sum[r] = 0;
+    job->kernels->multiply(&t);
+}
+
+/* Row i of a span, its part of the keys: out [H, D] not yet divided by sum [H], max [H]. */
+static void ptst__few_row(const ptst__attention_job *job, ptst__room *room, const ptst_span *s,
+                          size_t i, size_t part, float *out, float *max, float *sum) {
+    const ptst_attention *a = job->a;
+    size_t group = a->H / a->K, total = s->keys[0] + s->keys[1], begin[2], end[2], j, h, J;
+    size_t size =
+        ptst__ceil_div(ptst__ceil_div(total, job->parts), PTST__FEW_KEYS) * PTST__FEW_KEYS;
+    const float *q = job->q + (s->query + i) * a->q_ld;
+    bool first = true;
+    int b;
+    for (h = 0; h < a->H; h++) {
+        max[h] = -INFINITY;
+        sum[h] = 0;
     }
     ptst__attention_sees(a, s, i, begin, end);
     for (b = 0; b < 2; b++) {
-        for (j = begin[b]; j < end[b]; j += PTST__FEW_KEYS) {
-            const float *keys = s->k[b] + j * a->kv_ld + at;
-            size_t J = ptst__min(PTST__FEW_KEYS, end[b] - j);
-            for (z = 0; z < 4 * ptst__ceil_div(J, 4); z++) {
-                k[z % 4] = keys + ptst__min(z, J - 1) * a->kv_ld;
-                if (z % 4 == 3) {
-                    job->kernels->dots(sums, a->D, q, n == 1 ? 1 : 4, k, PTST_F32, 16 * a->kv_ld);
-                    for (r = 0; r < n; r++) {
-                        memcpy(room->s + r * PTST__FEW_KEYS + z - 3, sums + 4 * r,
-                               4 * sizeof *sums);
-                    }
-                }
+        size_t before = b == 0 ? 0 : s->keys[0], low = part * size, high = low + size;
+        low = low > before ? low - before : 0;
+        high = high > before ? high - before : 0;
+        low = low > begin[b] ? low : begin[b];
+        high = ptst__min(high, end[b]);
+        for (j = low; j < high; j += J) {
+            const float *k = s->k[b] + j * a->kv_ld, *v = s->v[b] + j * a->kv_ld;
+            J = ptst__min(PTST__FEW_KEYS, high - j);
+            for (h = 0; h < a->H; h += ptst__min(4, group - h % group)) {
+                size_t at = h / group * a->D, n = ptst__min(4, group - h % group);
+                ptst__few_heads(job, room, q + h * a->D, n, k + at, v + at, high - j, max + h,
+                                sum + h, out + h * a->D, first);
             }
-            for (r = 0; r < n; r++) {
-                float *x = room->s + r * PTST__FEW_KEYS, max;
-                job->kernels->scale(J, a->scale, x);
-                max = fmaxf(rows->max[r], job->kernels->row_max(J, x));
-                rows->keep[r] = max == -INFINITY ? 1 : expf(rows->max[r] - max);
-                rows->sum[r] *= rows->keep[r];
-                rows->sum[r] += (float)job->kernels->row_exp(J, x, max == -INFINITY ? 0 : max, x);
-                rows->max[r] = max;
-            }
-            t.K = J;
-            t.B = s->v[b] + j * a->kv_ld + at;
-            job->kernels->multiply(&t);
-            t.keep = rows->keep;
+            first = false;
         }
     }
-    ptst__tile_finish(job, rows, n, t.C, t.ldc, job->lse == NULL ? NULL : job->lse + row * a->H + h,
-                      1);
 }
 
-/* Task: a tile of queries of a span and head (or, if it begins a group, that; or nothing); the
-   last ones, which see most, come first. For spans of few
-   queries the first head of a group does it all. */
+/* Where part `part` of row i of span n puts out [H, D], max [H] and sum [H]. */
+static float *ptst__few_part(const ptst__attention_job *job, size_t n, size_t i, size_t part) {
+    return job->few + ((n * PTST__FEW + i) * job->parts + part) * job->a->H * (job->a->D + 2);
+}
+
+/* Task: a part of the rows of a span of few queries. */
+static void ptst__few_task(const ptst__attention_job *job, ptst__room *room, size_t n,
+                           size_t part) {
+    const ptst_attention *a = job->a;
+    const ptst_span *s = &a->spans[n];
+    size_t i, h, size = a->H * a->D;
+    float *max = room->q_turned, *sum = max + a->H, *out, *p;
+    for (i = 0; i < s->count; i++) {
+        size_t row = s->query + i;
+        out = job->out + row * size;
+        if (job->parts != 1) {
+            p = ptst__few_part(job, n, i, part);
+            ptst__few_row(job, room, s, i, part, p, p + size, p + size + a->H);
+            continue;
+        }
+        ptst__few_row(job, room, s, i, 0, out, max, sum);
+        for (h = 0; h < a->H; h++) {
+            ptst__row_finish(job, max[h], sum[h], out + h * a->D,
+                             job->lse == NULL ? NULL : job->lse + row * a->H + h);
+        }
+    }
+}
+
+/* Task: puts the parts of a row and head together. */
+static void ptst__few_join_task(void *arg, size_t task, int thread) {
+    const ptst__attention_job *job = (const ptst__attention_job *)arg;
+    const ptst_attention *a = job->a;
+    size_t h = task % a->H, i = task / a->H % PTST__FEW, n = task / a->H / PTST__FEW, part;
+    const ptst_span *s = &a->spans[n];
+    size_t row = s->query + i, size = a->H * a->D;
+    float max = -INFINITY, sum = 0, *out = job->out + row * size + h * a->D;
+    (void)thread;
+    if (s->count > PTST__FEW || i >= s->count) {
+        return;
+    }
+    for (part = 0; part < job->parts; part++) {
+        max = fmaxf(max, ptst__few_part(job, n, i, part)[size + h]);
+    }
+    memset(out, 0, a->D * sizeof *out);
+    for (part = 0; part < job->parts; part++) {
+        const float *p = ptst__few_part(job, n, i, part);
+        float keep = expf(p[size + h] - max);
+        if (p[size + h] != -INFINITY) {
+            sum += keep * p[size + a->H + h];
+            job->kernels->axpy(a->D, keep, p + h * a->D, out);
+        }
+    }
+    ptst__row_finish(job, max, sum, out, job->lse == NULL ? NULL : job->lse + row * a->H + h);
+}
+
+/* Task: a tile of queries of a span and head; the last ones, which see most, come first. If tiles
+   go in groups, the first of a group takes them all. Spans of few queries count parts of keys
+   instead of tiles, for all heads at once. */
 static void ptst__attention_task(void *arg, size_t task, int thread) {
     const ptst__attention_job *job = (const ptst__attention_job *)arg;
     const ptst_attention *a = job->a;
-    size_t h = task % a->H, group = a->H / a->K, i, g;
-    const ptst_span *s = &a->spans[task / a->H % a->spans_count];
+    size_t h = task % a->H, n = task / a->H % a->spans_count, group = ptst__view_group(a);
     size_t tile = job->tiles - 1 - task / a->H / a->spans_count;
-    if (s->count > PTST__FEW_QUERIES) {
-        size_t n = ptst__view_group(a), tiles = ptst__ceil_div(s->count, PTST__QUERIES);
-        if (tile < tiles && tile % n == 0) {
-            ptst__attention_group(job, job->rooms + thread, s, h, tile * PTST__QUERIES,
-                                  ptst__min(n, tiles - tile));
+    const ptst_span *s = &a->spans[n];
+    size_t tiles = ptst__ceil_div(s->count, PTST__QUERIES);
+    if (s->count <= PTST__FEW && a->H <= PTST__FEW_HEADS) {
+        if (h == 0 && tile < job->parts) {
+            ptst__few_task(job, job->rooms + thread, n, tile);
         }
-    } else if (tile == 0 && h % group == 0) {
-        for (i = 0; i < s->count; i++) {
-            for (g = 0; g < group; g += 4) {
-                ptst__attention_few(job, job->rooms + thread, s, i, h + g, ptst__min(4, group - g));
-            }
-        }
+    } else if (tile < tiles && tile % group == 0) {
+        ptst__attention_group(job, job->rooms + thread, s, h, tile * PTST__QUERIES,
+                              ptst__min(group, tiles - tile));
     }
 }
 
@@ -10494,9 +10672,18 @@ static void ptst__attention_slots_task(void *arg, size_t task, int thread) {
     }
 }
 
+/* Parts of the keys of `rows` rows with at most `keys` keys each. */
+static size_t ptst__few_parts(const ptst_attention *a, size_t rows, size_t keys) {
+    size_t n = PTST__FEW_PARTS, room = a->spans_count * PTST__FEW * a->H * (a->D + 2);
+    n = ptst__min(n, ptst__ceil_div(keys, PTST__FEW_PART));
+    n = rows == 0 || room == 0 ? 1 : ptst__min(n, ptst__ceil_div(PTST__FEW_TASKS, rows));
+    n = room == 0 ? 1 : ptst__min(n, PTST__FEW_ROOM / room);
+    return n == 0 ? 1 : n;
+}
+
 static void ptst__attention_job_open(ptst_ctx *c, ptst__attention_job *j, const ptst_attention *a,
                                      const float *q) {
-    size_t n, longest = 0;
+    size_t n, longest = 0, rows = 0, keys = 0;
     memset(j, 0, sizeof *j);
     j->kernels = c->kernels;
     j->a = a;
@@ -10505,10 +10692,17 @@ static void ptst__attention_job_open(ptst_ctx *c, ptst__attention_job *j, const 
     for (n = 0; n < (size_t)c->threads * PTST__QUERIES; n++) {
         j->rooms[n / PTST__QUERIES].ones[n % PTST__QUERIES] = 1;
     }
+    j->few = (float *)(void *)(j->rooms + c->threads);
     for (n = 0; n < a->spans_count; n++) {
-        longest = a->spans[n].count > longest ? a->spans[n].count : longest;
+        const ptst_span *s = &a->spans[n];
+        longest = s->count > longest ? s->count : longest;
+        if (s->count <= PTST__FEW && s->keys[0] + s->keys[1] > keys) {
+            keys = s->keys[0] + s->keys[1];
+        }
+        rows += s->count <= PTST__FEW ? s->count : 0;
     }
     j->tiles = ptst__ceil_div(longest, PTST__QUERIES);
+    j->parts = ptst__few_parts(a, rows, keys);
 }
 
 PTST_API void ptst_attention_forward(ptst_ctx *c, const ptst_attention *a, const float *q,
@@ -10519,8 +10713,14 @@ PTST_API void ptst_attention_forward(ptst_ctx *c, const ptst_attention *a, const
     j.lse = lse;
     if (c->kernels->multiply == NULL) {
         ptst__parallel_for(c, a->spans_count * a->H, ptst__attention_task__scalar, &j);
-    } else {
-        ptst__parallel_for(c, j.tiles * a->spans_count * a->H, ptst__attention_task, &j);
+        return;
+    }
+    if (j.parts > j.tiles && j.tiles != 0) {
+        j.tiles = j.parts;
+    }
+    ptst__parallel_for(c, j.tiles * a->spans_count * a->H, ptst__attention_task, &j);
+    if (j.parts > 1) {
+        ptst__parallel_for(c, a->spans_count * PTST__FEW * a->H, ptst__few_join_task, &j);
     }
 }
 
@@ -10976,7 +11176,7 @@ PTST_API ptst_code ptst_open(const ptst_desc *desc, ptst_ctx **out) {
     c->threads = c->desc.threads == 0 ? ptst__core_count() : c->desc.threads;
     c->threads = c->threads > PTST__THREADS_MAX ? PTST__THREADS_MAX : c->threads;
     /* what the matrix products need, then a room for each thread of attention */
-    rooms = (size_t)c->threads * sizeof(ptst__room);
+    rooms = (size_t)c->threads * sizeof(ptst__room) + PTST__FEW_ROOM * sizeof(float);
     c->scratch_size = ptst__scratch_floats(kernels, c->threads) * sizeof(float);
     c->scratch = ptst__alloc(c, c->scratch_size + rooms, 1);
     if (c->scratch == NULL || ptst__pool_open(c) != PTST_OK) {
@@ -14673,6 +14873,7 @@ static void ptst__member_text(ptst__members *m, const char *name, const char *va
 
 static const char *const ptst__schedules[] = {"constant", "linear", "cosine", "step"};
 static const char *const ptst__batchings[] = {"examples", "packing"};
+static const char *const ptst__masks[] = {"joint", "separate"};
 
 /* All options that change the result, as a JSON object. */
 static ptst_code ptst__train_options_text(ptst_ctx *c, const ptst_trainer *t, ptst_text *out) {
@@ -14737,6 +14938,8 @@ static ptst_code ptst__train_same_options(ptst_ctx *c, const char *path, const p
    Tensors "value.NAME", and while there are steps left "m.NAME" and "v.NAME", of each trained
    tensor; U8 "log", the text of the log so far; in __metadata__ "ptst_trainer" = "1", "step" and
    "options". */
+
+static const char ptst__state_name[] = "trainer_state.safetensors";
 
 typedef struct ptst__state {
     ptst_tensor *list;
@@ -14932,6 +15135,310 @@ static ptst_code ptst__state_restore(ptst_ctx *c, ptst_trainer *t, const char *p
         }
     }
     ptst_tensors_close(c, f);
+    return code;
+}
+
+/* ---- one call ---- */
+
+typedef struct ptst__finetune {
+    const ptst_finetune_desc *d;
+    ptst_dataset *data;
+    ptst_adapter *adapter; /* NULL with full */
+    ptst_trainer *trainer;
+    ptst_text state, log_path, log, extra; /* paths of checkpoint and log; text of the log */
+    ptst_finetune_info info;
+} ptst__finetune;
+
+/* Files of a model folder that ptst_model_save does not write. */
+static const char *const ptst__folder_files[] = {"tokenizer.json",
+                                                 "tokenizer_config.json",
+                                                 "special_tokens_map.json",
+                                                 "generation_config.json",
+                                                 "chat_template.jinja",
+                                                 "added_tokens.json",
+                                                 "vocab.json",
+                                                 "merges.txt",
+                                                 "tokenizer.model"};
+
+/* Copies what is there of these files. */
+static ptst_code ptst__copy_folder_files(ptst_ctx *c, const char *from, const char *to) {
+    ptst_text path = {NULL, 0, 0}, bytes = {NULL, 0, 0};
+    size_t i, n = sizeof ptst__folder_files / sizeof ptst__folder_files[0];
+    ptst_code code = PTST_OK;
+    for (i = 0; i < n && code == PTST_OK; i++) {
+        code = ptst__path_join(c, &path, from, ptst__folder_files[i]);
+        if (code != PTST_OK || ptst__path_kind(path.data) != 1) {
+            continue;
+        }
+        bytes.size = 0;
+        code = ptst__read_file(c, path.data, &bytes);
+        if (code == PTST_OK) {
+            code = ptst__path_join(c, &path, to, ptst__folder_files[i]);
+        }
+        if (code == PTST_OK) {
+            code = ptst__write_file(c, path.data, bytes.data, bytes.size);
+        }
+    }
+    ptst_text_free(c, &path);
+    ptst_text_free(c, &bytes);
+    return code;
+}
+
+static ptst_code ptst__finetune_check(ptst_ctx *c, const ptst_finetune_desc *d) {
+    const char *missing = d->model == NULL                                ? "a model"
+                          : d->tokenizer == NULL                          ? "a tokenizer"
+                          : d->out == NULL                                ? "an output folder"
+                          : d->examples_count == 0 || d->examples == NULL ? "a row to train on"
+                                                                          : NULL;
+    if (missing != NULL) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "fine-tuning needs %s", missing);
+    }
+    if (d->full && (d->init_adapter != NULL || d->lora != NULL)) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT,
+                          "full fine-tuning trains the weights themselves, not an adapter");
+    }
+    return PTST_OK;
+}
+
+static ptst_code ptst__finetune_rows(ptst_ctx *c, ptst__finetune *f) {
+    const ptst_finetune_desc *d = f->d;
+    ptst_code code;
+    f->data = ptst_dataset_new(c, &d->dataset);
+    if (f->data == NULL) {
+        return c->code;
+    }
+    code = ptst_dataset_add(c, f->data, d->tokenizer, d->examples, d->examples_count);
+    if (code == PTST_OK && d->mix_count != 0) {
+        code = ptst_dataset_add(c, f->data, d->tokenizer, d->mix, d->mix_count);
+    }
+    f->info.data = f->data->info;
+    if (code == PTST_OK && f->info.data.not_prefix != 0) {
+        ptst__log(c, PTST_LOG_WARNING,
+                  "in %llu of %llu rows the tokens of the prompt are no prefix of the tokens of "
+                  "prompt and answer; their first labels may begin inside the prompt's last word",
+                  (unsigned long long)f->info.data.not_prefix,
+                  (unsigned long long)f->info.data.rows);
+    }
+    if (code == PTST_OK && f->info.data.cut + f->info.data.dropped != 0) {
+        ptst__log(c, PTST_LOG_WARNING,
+                  "%llu rows were too long and lost their end, %llu were left out because nothing "
+                  "of their answer remained",
+                  (unsigned long long)f->info.data.cut, (unsigned long long)f->info.data.dropped);
+    }
+    return code;
+}
+
+/* A hash that tells models apart without reading all of them: names, shapes and the first bytes of
+   each tensor. */
+static ptst_code ptst__model_mark(ptst_ctx *c, const char *folder, char hash[65]) {
+    ptst_tensors *f = ptst_tensors_open(c, folder);
+    ptst__sha256 h;
+    size_t i;
+    if (f == NULL) {
+        return c->code;
+    }
+    ptst__sha256_start(&h);
+    for (i = 0; i < ptst_tensors_count(f); i++) {
+        const ptst_tensor *v = ptst_tensors_at(f, i);
+        ptst__sha256_add(&h, v->name, strlen(v->name) + 1);
+        ptst__sha256_add(&h, v->shape, sizeof v->shape);
+        ptst__sha256_add(&h, v->data, v->bytes < 256 ? v->bytes : 256);
+    }
+    ptst__sha256_end(&h, hash);
+    ptst_tensors_close(c, f);
+    return PTST_OK;
+}
+
+/* Makes or loads what is trained, and the trainer. */
+static ptst_code ptst__finetune_trainer(ptst_ctx *c, ptst__finetune *f) {
+    const ptst_finetune_desc *d = f->d;
+    ptst_lora_desc lora;
+    memset(&lora, 0, sizeof lora);
+    if (d->lora != NULL) {
+        lora = *d->lora;
+    }
+    lora.seed = lora.seed == 0 ? d->train.seed : lora.seed;
+    lora.dropout = d->train.dropout;
+    if (!d->full) {
+        f->adapter = d->init_adapter != NULL ? ptst_adapter_load(c, d->model, d->init_adapter)
+                                             : ptst_adapter_new(c, d->model, &lora);
+        if (f->adapter == NULL) {
+            return c->code;
+        }
+    }
+    f->trainer = ptst_trainer_new(c, d->model, f->adapter, f->data, &d->train);
+    return f->trainer == NULL ? c->code : PTST_OK;
+}
+
+/* Options beside the trainer's own: what is trained, where it starts, on which model. */
+static ptst_code ptst__finetune_options(ptst_ctx *c, ptst__finetune *f) {
+    const ptst_finetune_desc *d = f->d;
+    char hash[65];
+    ptst__sha256 h;
+    ptst__members m;
+    size_t i;
+    m.c = c;
+    m.out = &f->extra;
+    m.code = PTST_OK;
+    ptst__member_text(&m, "trains", d->full ? "all weights" : "an adapter");
+    ptst__member_text(&m, "mask", ptst__masks[d->dataset.mask]);
+    if (f->adapter != NULL) {
+        ptst_lora_desc lora = ptst_adapter_about(f->adapter);
+        ptst__member_count(&m, "rank", (uint64_t)lora.rank);
+        ptst__member(&m, "alpha", lora.alpha);
+        ptst__member_text(&m, "targets", lora.targets);
+    }
+    if (m.code == PTST_OK && d->model_dir != NULL) {
+        m.code = ptst__model_mark(c, d->model_dir, hash);
+        ptst__member_text(&m, "model", hash);
+    }
+    ptst__sha256_start(&h);
+    for (i = 0; i < f->trainer->params_count; i++) {
+        const ptst__param *p = &f->trainer->params[i];
+        ptst__sha256_add(&h, p->value, p->count * sizeof *p->value);
+    }
+    ptst__sha256_end(&h, hash);
+    ptst__member_text(&m, "first weights", hash);
+    f->trainer->extra = f->extra.data;
+    return m.code;
+}
+
+/* Are the files there that a finished training leaves? */
+static ptst_code ptst__finetune_complete(ptst_ctx *c, ptst__finetune *f, bool *complete) {
+    static const char *const names[2][2] = {{"adapter_config.json", "adapter_model.safetensors"},
+                                            {"config.json", "model.safetensors"}};
+    ptst_text path = {NULL, 0, 0};
+    size_t i;
+    ptst_code code = PTST_OK;
+    *complete = true;
+    for (i = 0; i < 2 && code == PTST_OK; i++) {
+        code = ptst__path_join(c, &path, f->d->out, names[f->d->full ? 1 : 0][i]);
+        *complete = *complete && code == PTST_OK && ptst__path_kind(path.data) == 1;
+    }
+    ptst_text_free(c, &path);
+    return code;
+}
+
+/* Goes on from a checkpoint, or starts anew. */
+static ptst_code ptst__finetune_begin(ptst_ctx *c, ptst__finetune *f) {
+    ptst_code code;
+    if (f->d->resume && ptst__path_kind(f->state.data) != 0) {
+        code = ptst__state_restore(c, f->trainer, f->state.data, &f->log);
+        f->info.resumed = code == PTST_OK;
+        if (code == PTST_OK && f->trainer->at.step == f->trainer->steps) {
+            code = ptst__finetune_complete(c, f, &f->info.finished);
+        }
+        if (code != PTST_OK || (f->info.finished && ptst__path_kind(f->log_path.data) != 0)) {
+            return code;
+        }
+    } else {
+        code = ptst__remove_file(c, f->state.data);
+        if (code != PTST_OK) {
+            return code;
+        }
+    }
+    return ptst__append_file(c, f->log_path.data, f->log.data, f->log.size, true);
+}
+
+static ptst_code ptst__finetune_log(ptst_ctx *c, ptst__finetune *f, const ptst_step *s) {
+    size_t before = f->log.size;
+    ptst__members m;
+    m.c = c;
+    m.out = &f->log;
+    m.code = ptst__text_add(c, &f->log, "{");
+    ptst__member_count(&m, "step", s->step);
+    ptst__member(&m, "epoch", s->epoch);
+    ptst__member(&m, "loss", s->loss);
+    ptst__member(&m, "grad_norm", s->grad_norm);
+    ptst__member(&m, "learning_rate", s->learning_rate);
+    ptst__member_count(&m, "tokens", s->tokens);
+    ptst__member(&m, "tokens_per_second", s->tokens_per_second);
+    if (m.code == PTST_OK) {
+        m.code = ptst__text_add(c, &f->log, "}\n");
+    }
+    return m.code != PTST_OK ? m.code
+                             : ptst__append_file(c, f->log_path.data, f->log.data + before,
+                                                 f->log.size - before, false);
+}
+
+static ptst_code ptst__finetune_report(ptst_ctx *c, const ptst__finetune *f, const ptst_step *s) {
+    ptst_progress p;
+    memset(&p, 0, sizeof p);
+    p.stage = "train";
+    p.item = f->d->item;
+    p.done = (double)s->step;
+    p.total = (double)s->steps;
+    p.unit = "step";
+    p.loss = s->loss;
+    p.rate = s->tokens_per_second;
+    return ptst__report(c, &p);
+}
+
+/* The steps that are left. The state is saved when the caller wants to stop, and now and then. */
+static ptst_code ptst__finetune_steps(ptst_ctx *c, ptst__finetune *f) {
+    ptst_trainer *t = f->trainer;
+    ptst_code code = PTST_OK, saved;
+    while (code == PTST_OK && t->at.step < t->steps) {
+        code = ptst_trainer_step(c, t, &f->info.last);
+        if (code == PTST_OK) {
+            code = ptst__finetune_log(c, f, &f->info.last);
+        }
+        if (code != PTST_OK) {
+            return code;
+        }
+        if (f->d->on_step != NULL) {
+            f->d->on_step(f->d->user, &f->info.last);
+        }
+        code = ptst__finetune_report(c, f, &f->info.last);
+        if (t->at.step < t->steps &&
+            (code != PTST_OK || (f->d->save_every != 0 && t->at.step % f->d->save_every == 0))) {
+            saved = ptst__state_save(c, t, f->state.data, &f->log);
+            code = saved != PTST_OK ? saved : code;
+        }
+        if (t->at.step == t->steps) {
+            code = PTST_OK; /* nothing is left that could be stopped */
+        }
+    }
+    return code == PTST_ERR_STOPPED ? ptst__fail(c, code,
+                                                 "stopped on request after step %llu of "
+                                                 "%llu; the state is saved in %s",
+                                                 (unsigned long long)t->at.step,
+                                                 (unsigned long long)t->steps, f->state.data)
+                                    : code;
+}
+
+/* The result first, then the state that says that it is there. */
+static ptst_code ptst__finetune_finish(ptst_ctx *c, ptst__finetune *f) {
+    const ptst_finetune_desc *d = f->d;
+    size_t i;
+    ptst_code code = PTST_OK;
+    for (i = 0; i < f->trainer->params_count; i++) {
+        const ptst__param *p = &f->trainer->params[i];
+        if (!ptst__finite(ptst__sum_squares(c, p->count, p->value))) {
+            return ptst__fail(c, PTST_ERR_NUMERIC, "%s: not written, %s is not finite", d->out,
+                              p->name);
+        }
+    }
+    if (d->full) {
+        code = d->model_dir == NULL ? PTST_OK : ptst__copy_folder_files(c, d->model_dir, d->out);
+        code = code != PTST_OK ? code : ptst_model_save(c, d->model, d->out, d->dtype);
+    } else {
+        code = ptst_adapter_save(c, f->adapter, d->out, d->model_dir);
+    }
+    code = code != PTST_OK ? code : ptst__state_save(c, f->trainer, f->state.data, &f->log);
+    f->info.finished = code == PTST_OK;
+    return code;
+}
+
+static ptst_code ptst__finetune_paths(ptst_ctx *c, ptst__finetune *f) {
+    ptst_code code = ptst__make_folders(c, f->d->out);
+    if (code == PTST_OK) {
+        code = ptst__path_join(c, &f->state, f->d->out, ptst__state_name);
+    }
+    if (code == PTST_OK) {
+        code = f->d->log != NULL ? ptst__text_add(c, &f->log_path, f->d->log)
+                                 : ptst__path_join(c, &f->log_path, f->d->out, "log.jsonl");
+    }
     return code;
 }
 
@@ -15226,6 +15733,35 @@ PTST_API ptst_code ptst_trainer_save(ptst_ctx *c, ptst_trainer *t, const char *p
 
 PTST_API ptst_code ptst_trainer_restore(ptst_ctx *c, ptst_trainer *t, const char *path) {
     return ptst__state_restore(c, t, path, NULL);
+}
+
+PTST_API ptst_code ptst_finetune(ptst_ctx *c, const ptst_finetune_desc *desc,
+                                 ptst_finetune_info *info) {
+    ptst__finetune f;
+    ptst_code code;
+    memset(&f, 0, sizeof f);
+    f.d = desc;
+    code = ptst__finetune_check(c, desc);
+    code = code != PTST_OK ? code : ptst__finetune_paths(c, &f);
+    code = code != PTST_OK ? code : ptst__finetune_rows(c, &f);
+    code = code != PTST_OK ? code : ptst__finetune_trainer(c, &f);
+    code = code != PTST_OK ? code : ptst__finetune_options(c, &f);
+    code = code != PTST_OK ? code : ptst__finetune_begin(c, &f);
+    if (code == PTST_OK && !f.info.finished) {
+        code = ptst__finetune_steps(c, &f);
+        code = code != PTST_OK ? code : ptst__finetune_finish(c, &f);
+    }
+    ptst_trainer_free(c, f.trainer);
+    ptst_adapter_free(c, f.adapter);
+    ptst_dataset_free(c, f.data);
+    ptst_text_free(c, &f.state);
+    ptst_text_free(c, &f.log_path);
+    ptst_text_free(c, &f.log);
+    ptst_text_free(c, &f.extra);
+    if (info != NULL) {
+        *info = f.info;
+    }
+    return code;
 }
 
 /* >>generate ======================================================================================
@@ -15810,10 +16346,10 @@ PTST_API void ptst_answers_free(ptst_ctx *c, ptst_answer *answers, size_t count)
    question (and an answer where one is needed) in valid UTF-8, and is traced to its line. Tested
    by tests/test_data.c. */
 
-typedef struct ptst__cell {
+typedef struct ptst__field {
     const char *text;
     size_t size;
-} ptst__cell;
+} ptst__field;
 
 typedef struct ptst__row {
     ptst_row row;
@@ -15826,7 +16362,7 @@ struct ptst_rows {
     ptst_json *json;
     ptst__row *rows;
     size_t count, capacity;
-    ptst__cell *cells; /* .csv, record after record */
+    ptst__field *cells; /* .csv, record after record */
     size_t cells_count, cells_capacity;
     size_t header; /* cells of the header, which are the first; 0 = none */
     ptst__arena arena;
@@ -15945,7 +16481,7 @@ typedef struct ptst__csv {
 } ptst__csv;
 
 /* A quoted field whose opening quote is at v->at; quotes are undoubled in place. */
-static ptst_code ptst__csv_quoted(ptst__csv *v, ptst__cell *cell) {
+static ptst_code ptst__csv_quoted(ptst__csv *v, ptst__field *cell) {
     char *s = v->s;
     size_t start = v->at + 1, i = start, to = start, line = v->line;
     for (;; i++) {
@@ -15974,7 +16510,7 @@ static ptst_code ptst__csv_quoted(ptst__csv *v, ptst__cell *cell) {
 }
 
 /* A field without quotes: up to a comma, a line end (CRLF, LF or CR) or the end of the file. */
-static void ptst__csv_plain(ptst__csv *v, ptst__cell *cell) {
+static void ptst__csv_plain(ptst__csv *v, ptst__field *cell) {
     char *s = v->s;
     size_t i = v->at, end;
     while (i < v->size && s[i] != ',' && s[i] != '\n' && s[i] != '\r') {
@@ -16000,7 +16536,7 @@ static ptst_code ptst__csv_record(ptst__csv *v, size_t *cells) {
         return PTST_OK;
     }
     for (v->ended = ','; v->ended == ',';) {
-        ptst__cell cell;
+        ptst__field cell;
         void *all = r->cells;
         ptst_code code = PTST_OK;
         cell.text = "";
@@ -16018,7 +16554,7 @@ static ptst_code ptst__csv_record(ptst__csv *v, size_t *cells) {
         if (code != PTST_OK) {
             return code;
         }
-        r->cells = (ptst__cell *)all;
+        r->cells = (ptst__field *)all;
         r->cells[r->cells_count++] = cell;
         ++*cells;
     }
@@ -16103,7 +16639,7 @@ static ptst_code ptst__csv_header(ptst__rows_reader *d, size_t cells, long *prom
 static ptst_code ptst__csv_row(ptst__rows_reader *d, size_t cells, size_t line, long prompt,
                                long answer) {
     ptst_rows *r = d->r;
-    const ptst__cell *first = r->cells + r->cells_count - cells;
+    const ptst__field *first = r->cells + r->cells_count - cells;
     ptst__row row;
     memset(&row, 0, sizeof row);
     if ((size_t)prompt >= cells || (answer >= 0 && (size_t)answer >= cells)) {
@@ -17317,7 +17853,3426 @@ PTST_API ptst_code ptst_judge_import(ptst_ctx *c, const ptst_rows *answers, cons
 }
 
 /* >>experiment ====================================================================================
-   Not written yet. */
+   The paper's experiment: every train template x every test template x every seed, from an
+   experiment file to a run folder with matrix and report. Owns the experiment file, the run folder
+   and everything drawn from it; also fine-tuning and answering with inputs in files. Relies on all
+   sections above. Afterwards a run folder holds what its experiment.json describes, whatever
+   interrupted the work and however many processes did it. Tested by tests/test_experiment.c. */
+
+/* ---- a text that is written piece by piece; the first failure sticks ---- */
+
+typedef struct ptst__writer {
+    ptst_ctx *c;
+    ptst_text text;
+    ptst_code code;
+} ptst__writer;
+
+static void ptst__w(ptst__writer *w, const char *s) {
+    w->code = w->code == PTST_OK ? ptst__text_add(w->c, &w->text, s) : w->code;
+}
+
+PTST__PRINTF(2, 3)
+static void ptst__wf(ptst__writer *w, const char *format, ...) {
+    char line[2000];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(line, sizeof line, format, args);
+    va_end(args);
+    ptst__w(w, line);
+}
+
+static void ptst__w_quoted(ptst__writer *w, const char *s) {
+    if (s == NULL) {
+        ptst__w(w, "null");
+    } else if (w->code == PTST_OK) {
+        w->code = ptst__json_quote(w->c, &w->text, s, strlen(s));
+    }
+}
+
+static void ptst__w_number(ptst__writer *w, double value) {
+    w->code = w->code == PTST_OK ? ptst__json_put_number(w->c, &w->text, value) : w->code;
+}
+
+/* ---- the experiment file ---- */
+
+enum {
+    PTST__METRICS_MAX = 16,  /* of a set */
+    PTST__CELLS_MAX = 100000 /* a slip in a file should not ask for more */
+};
+
+typedef enum ptst__metric_kind {
+    PTST__METRIC_GSM8K,
+    PTST__METRIC_REFUSAL,
+    PTST__METRIC_OVER_REFUSAL,
+    PTST__METRIC_CONTENT
+} ptst__metric_kind;
+
+typedef struct ptst__metric {
+    ptst__metric_kind kind;
+    int rule;         /* ptst_gsm8k_rule */
+    const char *list; /* of refusals */
+    const char *name; /* "kw-ASR(ptst)" */
+} ptst__metric;
+
+typedef struct ptst__names {
+    const char *const *at;
+    size_t count;
+} ptst__names;
+
+/* A set of test prompts. 0 and NULL = not given. */
+typedef struct ptst__set {
+    const char *name, *file, *column, *answer, *where, *equals;
+    size_t limit, max_new_tokens;
+    ptst__metric metrics[PTST__METRICS_MAX];
+    size_t metrics_count;
+    ptst__names metric, rule, list; /* as written */
+} ptst__set;
+
+/* A template of the experiment. */
+typedef struct ptst__style {
+    const char *label; /* in file names and tables: "CL" */
+    const char *name;  /* for ptst_template_load: "gsm:chat:llama", or a path */
+    bool path;
+} ptst__style;
+
+struct ptst_experiment {
+    ptst__arena arena;
+    const char *title, *note, *model, *adapter, *dtype_name;
+    ptst_dtype dtype;
+    uint64_t *seeds;
+    size_t seeds_count;
+    const char *file, *mix; /* of train */
+    ptst_rows_desc rows;
+    size_t mix_count;
+    bool none;
+    ptst__style *train, *test;
+    size_t train_count, test_count;
+    ptst_lora_desc lora;
+    ptst__names targets;
+    const char *schedule, *mask, *batching;
+    ptst_train_desc options; /* seed is set per cell */
+    size_t max_tokens;
+    ptst_generate_desc generate;
+    ptst__names stop;
+    ptst__set *sets;
+    size_t sets_count;
+};
+
+/* Reads values of one object, looked up in the overrides (doc 0) and then in the file (doc 1). The
+   first failure sticks. */
+typedef struct ptst__spec {
+    ptst_ctx *c;
+    ptst_experiment *e;
+    const ptst_json *docs[2]; /* NULL = none */
+    int32_t objects[2];
+    const char *path;   /* of the file: in errors, and what paths are relative to */
+    const char *prefix; /* of keys in errors: "train." */
+    ptst_code code;
+} ptst__spec;
+
+/* Value of a key: its document and node, -1 if it is absent or null. */
+static int32_t ptst__spec_get(const ptst__spec *s, const char *key, const ptst_json **doc) {
+    size_t i;
+    for (i = 0; i < 2; i++) {
+        int32_t node = s->docs[i] == NULL ? -1 : ptst_json_get(s->docs[i], s->objects[i], key);
+        if (node >= 0) {
+            *doc = s->docs[i];
+            return ptst_json_kind(*doc, node) == PTST_JSON_NULL ? -1 : node;
+        }
+    }
+    *doc = NULL;
+    return -1;
+}
+
+static void ptst__spec_fail(ptst__spec *s, const ptst_json *doc, int32_t node, const char *key,
+                            const char *expected) {
+    if (s->code == PTST_OK && doc == s->docs[1]) {
+        s->code = ptst__fail(s->c, PTST_ERR_FORMAT, "%.400s: line %d: \"%s%.60s\" must be %s",
+                             s->path, ptst_json_line(doc, node), s->prefix, key, expected);
+    } else if (s->code == PTST_OK) {
+        s->code =
+            ptst__fail(s->c, PTST_ERR_ARGUMENT, "\"%s%.60s\" must be %s", s->prefix, key, expected);
+    }
+}
+
+static const char *ptst__spec_copy(ptst__spec *s, const char *text, size_t size) {
+    const char *copy = s->code == PTST_OK ? ptst__arena_copy(s->c, &s->e->arena, text, size) : NULL;
+    s->code = s->code == PTST_OK && copy == NULL ? PTST_ERR_MEMORY : s->code;
+    return copy;
+}
+
+static void *ptst__spec_alloc(ptst__spec *s, size_t n, size_t size) {
+    void *p = s->code == PTST_OK ? ptst__arena_alloc(s->c, &s->e->arena, n, size) : NULL;
+    s->code = s->code == PTST_OK && p == NULL ? PTST_ERR_MEMORY : s->code;
+    return p;
+}
+
+/* A text; fallback (which may be NULL) if it is not given. */
+static const char *ptst__spec_text(ptst__spec *s, const char *key, const char *fallback) {
+    const ptst_json *doc;
+    int32_t node = ptst__spec_get(s, key, &doc);
+    size_t size = 0;
+    const char *text = ptst_json_string(doc, node, &size);
+    if (node < 0) {
+        return fallback;
+    }
+    if (text == NULL || size == 0 || strlen(text) != size) {
+        ptst__spec_fail(s, doc, node, key, "a text");
+        return fallback;
+    }
+    return ptst__spec_copy(s, text, size);
+}
+
+/* A number in [least, most]; whole: without fraction. */
+static double ptst__spec_number(ptst__spec *s, const char *key, double fallback, double least,
+                                double most, bool whole) {
+    const ptst_json *doc;
+    int32_t node = ptst__spec_get(s, key, &doc);
+    double value = ptst_json_number(doc, node, fallback);
+    char expected[120];
+    if (node < 0) {
+        return fallback;
+    }
+    if (ptst_json_kind(doc, node) != PTST_JSON_NUMBER || !(value >= least && value <= most) ||
+        (whole && value != floor(value))) {
+        snprintf(expected, sizeof expected, "a %snumber from %g to %g", whole ? "whole " : "",
+                 least, most);
+        ptst__spec_fail(s, doc, node, key, expected);
+        return fallback;
+    }
+    return value;
+}
+
+/* A count of at least 1; 0 if it is not given. */
+static size_t ptst__spec_count(ptst__spec *s, const char *key, size_t fallback) {
+    return (size_t)ptst__spec_number(s, key, (double)fallback, 1, 2147483647.0, true);
+}
+
+static bool ptst__spec_bool(ptst__spec *s, const char *key, bool fallback) {
+    const ptst_json *doc;
+    int32_t node = ptst__spec_get(s, key, &doc);
+    ptst_json_type type = ptst_json_kind(doc, node);
+    if (node >= 0 && type != PTST_JSON_TRUE && type != PTST_JSON_FALSE) {
+        ptst__spec_fail(s, doc, node, key, "true or false");
+    }
+    return ptst_json_bool(doc, node, fallback);
+}
+
+/* One of `choices` (NULL-terminated); the first is the fallback. */
+static const char *ptst__spec_choice(ptst__spec *s, const char *key, const char *const *choices) {
+    const ptst_json *doc;
+    int32_t node = ptst__spec_get(s, key, &doc);
+    const char *text = ptst_json_string(doc, node, NULL);
+    char expected[200] = "";
+    size_t i;
+    if (node < 0) {
+        return choices[0];
+    }
+    for (i = 0; choices[i] != NULL; i++) {
+        if (text != NULL && strcmp(text, choices[i]) == 0) {
+            return choices[i];
+        }
+        if (choices[i + 1] != NULL || i > 0) {
+            strncat(expected,
+                    i == 0                   ? ""
+                    : choices[i + 1] == NULL ? " or "
+                                             : ", ",
+                    sizeof expected - strlen(expected) - 1);
+        }
+        strncat(expected, choices[i], sizeof expected - strlen(expected) - 1);
+    }
+    ptst__spec_fail(s, doc, node, key, expected);
+    return choices[0];
+}
+
+/* A text or a list of texts; absent gives count 0. */
+static ptst__names ptst__spec_names(ptst__spec *s, const char *key) {
+    const ptst_json *doc;
+    int32_t node = ptst__spec_get(s, key, &doc), item;
+    bool list = ptst_json_kind(doc, node) == PTST_JSON_ARRAY;
+    ptst__names names = {NULL, 0};
+    const char **all;
+    if (node < 0) {
+        return names;
+    }
+    all = (const char **)ptst__spec_alloc(s, list ? ptst_json_size(doc, node) + 1 : 1, sizeof *all);
+    names.at = all;
+    for (item = list ? ptst_json_first(doc, node) : node; item >= 0 && s->code == PTST_OK;
+         item = list ? ptst_json_next(doc, item) : -1) {
+        size_t size = 0;
+        const char *text = ptst_json_string(doc, item, &size);
+        if (text == NULL || size == 0 || strlen(text) != size) {
+            ptst__spec_fail(s, doc, node, key, "a text or a list of texts");
+            break;
+        }
+        all[names.count++] = ptst__spec_copy(s, text, size);
+    }
+    return names;
+}
+
+/* A column: a name or a number. */
+static const char *ptst__spec_column(ptst__spec *s, const char *key) {
+    const ptst_json *doc;
+    int32_t node = ptst__spec_get(s, key, &doc);
+    char number[32];
+    if (ptst_json_kind(doc, node) != PTST_JSON_NUMBER) {
+        return ptst__spec_text(s, key, NULL);
+    }
+    snprintf(number, sizeof number, "%.0f", ptst__spec_number(s, key, 0, 0, 100000, true));
+    return ptst__spec_copy(s, number, strlen(number));
+}
+
+/* The absolute form of a path that is relative to the folder of the experiment file; NULL stays
+   NULL. */
+static const char *ptst__spec_path(ptst__spec *s, const char *given) {
+    const char *slash = strrchr(s->path, '/'), *result;
+    ptst_text path = {NULL, 0, 0};
+    char folder[4096];
+    if (given == NULL || given[0] == '/' || s->code != PTST_OK) {
+        return given;
+    }
+    s->code = ptst_text_append(s->c, &path, "", 0);
+    if (s->path[0] != '/' && s->code == PTST_OK) {
+        if (!ptst__current_folder(folder, sizeof folder)) {
+            s->code = ptst__fail(s->c, PTST_ERR_IO, "the current folder has no name");
+        } else {
+            s->code = ptst__path_join(s->c, &path, folder, "");
+        }
+    }
+    if (slash != NULL && s->code == PTST_OK) {
+        s->code = ptst_text_append(s->c, &path, s->path, (size_t)(slash - s->path) + 1);
+    }
+    s->code = s->code == PTST_OK ? ptst__text_add(s->c, &path, given) : s->code;
+    result = ptst__spec_copy(s, path.data, path.size);
+    ptst_text_free(s->c, &path);
+    return result;
+}
+
+/* Refuses keys that are not in `known` (space-separated). */
+static void ptst__spec_known(ptst__spec *s, const char *known) {
+    size_t i;
+    for (i = 0; i < 2 && s->code == PTST_OK; i++) {
+        const ptst_json *doc = s->docs[i];
+        int32_t key = doc == NULL ? -1 : ptst_json_first(doc, s->objects[i]);
+        for (; key >= 0; key = ptst_json_next(doc, ptst_json_next(doc, key))) {
+            const char *name = ptst_json_string(doc, key, NULL);
+            const char *at = name[0] == 0 || strchr(name, ' ') != NULL ? NULL : known;
+            size_t n = strlen(name);
+            while (at != NULL && (at = strstr(at, name)) != NULL &&
+                   ((at != known && at[-1] != ' ') || (at[n] != ' ' && at[n] != 0))) {
+                at++;
+            }
+            if (at == NULL && s->code == PTST_OK) {
+                s->code = ptst__fail(s->c, i == 1 ? PTST_ERR_FORMAT : PTST_ERR_ARGUMENT,
+                                     "%.300s: line %d: unknown key \"%s%.60s\"; known are: %s",
+                                     i == 1 ? s->path : "overrides", ptst_json_line(doc, key),
+                                     s->prefix, name, known);
+            }
+        }
+    }
+}
+
+/* Steps into the objects under a key, which must be objects. */
+static ptst__spec ptst__spec_enter(ptst__spec *s, const char *key, const char *prefix) {
+    ptst__spec inner = *s;
+    size_t i;
+    inner.prefix = prefix;
+    for (i = 0; i < 2; i++) {
+        inner.objects[i] = s->docs[i] == NULL ? -1 : ptst_json_get(s->docs[i], s->objects[i], key);
+        if (inner.objects[i] >= 0 &&
+            ptst_json_kind(s->docs[i], inner.objects[i]) != PTST_JSON_OBJECT) {
+            ptst__spec_fail(s, s->docs[i], inner.objects[i], key, "an object");
+        }
+    }
+    inner.code = s->code;
+    return inner;
+}
+
+/* ---- templates ---- */
+
+/* Label and loadable name of a template as written in the file. */
+static void ptst__spec_style(ptst__spec *s, const char *given, ptst__style *out) {
+    const char *name, *short_name, *slash;
+    char *label;
+    size_t i;
+    for (i = 0; (name = ptst_template_at(i, &short_name, NULL)) != NULL; i++) {
+        if (strcmp(given, name) == 0 || (short_name != NULL && strcmp(given, short_name) == 0)) {
+            out->name = name;
+            out->label = short_name != NULL ? short_name : name;
+            return;
+        }
+    }
+    if (strcmp(given, "none") == 0) {
+        s->code = s->code != PTST_OK
+                      ? s->code
+                      : ptst__fail(s->c, PTST_ERR_FORMAT,
+                                   "%.400s: \"%stemplates\": \"none\" is no template; the model "
+                                   "before fine-tuning is asked for by \"include_none\"",
+                                   s->path, s->prefix);
+        return;
+    }
+    out->path = true;
+    out->name = ptst__spec_path(s, given);
+    slash = strrchr(given, '/');
+    slash = slash == NULL ? given : slash + 1;
+    label = (char *)ptst__spec_alloc(s, strlen(slash) + 1, 1);
+    for (i = 0; label != NULL && slash[i] != 0; i++) { /* becomes part of a file's name */
+        char ch = slash[i];
+        label[i] = ptst__is_word(ch) || ch == '.' || ch == '_' || ch == ':' ? ch : '_';
+    }
+    out->label = label;
+    if (label != NULL && (label[0] == 0 || label[0] == '.' || strlen(label) > 100)) {
+        s->code = ptst__fail(s->c, PTST_ERR_FORMAT,
+                             "%.400s: \"%stemplates\": \"%.100s\" gives no file name", s->path,
+                             s->prefix, given);
+    }
+}
+
+/* All templates under "templates"; no label twice. */
+static ptst__style *ptst__spec_styles(ptst__spec *s, const ptst__names *names, size_t *count) {
+    ptst__style *all = (ptst__style *)ptst__spec_alloc(s, names->count + 1, sizeof *all);
+    size_t i, k;
+    *count = 0;
+    for (i = 0; i < names->count && s->code == PTST_OK; i++) {
+        ptst__spec_style(s, names->at[i], &all[i]);
+        for (k = 0; k < i && s->code == PTST_OK; k++) {
+            if (strcmp(all[k].label, all[i].label) == 0) {
+                s->code = ptst__fail(s->c, PTST_ERR_FORMAT,
+                                     "%.400s: \"%stemplates\": \"%.60s\" is there twice", s->path,
+                                     s->prefix, all[i].label);
+            }
+        }
+        *count = i + 1;
+    }
+    return all;
+}
+
+/* ---- sets ---- */
+
+static void ptst__set_metric(ptst__spec *s, ptst__set *set, ptst__metric_kind kind, int rule,
+                             const char *list) {
+    ptst__metric *m;
+    char name[100];
+    if (s->code != PTST_OK) {
+        return;
+    }
+    if (set->metrics_count == PTST__METRICS_MAX) {
+        s->code = ptst__fail(s->c, PTST_ERR_LIMIT, "%.400s: set \"%.60s\" has more than %d metrics",
+                             s->path, set->name, (int)PTST__METRICS_MAX);
+        return;
+    }
+    snprintf(name, sizeof name, "%s%s%s",
+             kind == PTST__METRIC_CONTENT   ? "content-ASR"
+             : kind == PTST__METRIC_GSM8K   ? ptst_gsm8k_metric((ptst_gsm8k_rule)rule)
+             : kind == PTST__METRIC_REFUSAL ? "kw-ASR("
+                                            : "over-refusal(",
+             list == NULL ? "" : list, list == NULL ? "" : ")");
+    m = &set->metrics[set->metrics_count++];
+    m->kind = kind;
+    m->rule = rule;
+    m->list = list;
+    m->name = ptst__spec_copy(s, name, strlen(name));
+}
+
+/* "metric" x "rule" or "list" as single metrics. */
+static void ptst__spec_metrics(ptst__spec *s, ptst__set *set) {
+    static const char *const kinds[] = {"gsm8k", "refusal", "over-refusal", "content"};
+    static const char *const fallbacks[] = {"strict", "qi2023", "xstest", "refusal"};
+    size_t i, k, kind;
+    if (set->metric.count == 0) {
+        set->metric.at = &fallbacks[3];
+        set->metric.count = 1;
+    }
+    for (i = 0; i < set->metric.count && s->code == PTST_OK; i++) {
+        ptst__names list = set->list;
+        for (kind = 0; kind < 4 && strcmp(set->metric.at[i], kinds[kind]) != 0; kind++) {
+        }
+        if (kind == 4) {
+            s->code = ptst__fail(s->c, PTST_ERR_FORMAT,
+                                 "%.400s: \"%smetric\" must be gsm8k, refusal, over-refusal or "
+                                 "content, not \"%.60s\"",
+                                 s->path, s->prefix, set->metric.at[i]);
+        } else if (kind == PTST__METRIC_CONTENT) {
+            ptst__set_metric(s, set, PTST__METRIC_CONTENT, 0, NULL);
+            continue;
+        } else if (kind == PTST__METRIC_GSM8K) {
+            list = set->rule;
+        }
+        if (list.count == 0) {
+            list.at = &fallbacks[kind];
+            list.count = 1;
+        }
+        for (k = 0; k < list.count && s->code == PTST_OK; k++) {
+            int rule = ptst_gsm8k_find(list.at[k]);
+            bool good =
+                kind == PTST__METRIC_GSM8K ? rule >= 0 : ptst_refusal(list.at[k], "", 0) >= 0;
+            if (!good) {
+                s->code = ptst__fail(s->c, PTST_ERR_FORMAT, "%.400s: \"%s%s\": unknown: \"%.60s\"",
+                                     s->path, s->prefix,
+                                     kind == PTST__METRIC_GSM8K ? "rule" : "list", list.at[k]);
+            }
+            ptst__set_metric(s, set, (ptst__metric_kind)kind, rule,
+                             kind == PTST__METRIC_GSM8K ? NULL : list.at[k]);
+        }
+    }
+}
+
+/* The last part of a path without its ending. */
+static const char *ptst__spec_base(ptst__spec *s, const char *path) {
+    const char *slash = strrchr(path, '/'), *dot;
+    slash = slash == NULL ? path : slash + 1;
+    dot = strrchr(slash, '.');
+    return ptst__spec_copy(s, slash,
+                           dot == NULL || dot == slash ? strlen(slash) : (size_t)(dot - slash));
+}
+
+static void ptst__spec_set(ptst__spec *s, ptst__set *set) {
+    const ptst_json *doc;
+    int32_t where;
+    size_t i;
+    ptst__spec_known(s, "name file column answer limit max_new_tokens metric rule list where");
+    set->file = ptst__spec_path(s, ptst__spec_text(s, "file", NULL));
+    if (set->file == NULL) {
+        ptst__spec_fail(s, s->docs[1], s->objects[1], "file", "given");
+        return;
+    }
+    set->name = ptst__spec_text(s, "name", NULL);
+    set->name = set->name == NULL ? ptst__spec_base(s, set->file) : set->name;
+    for (i = 0; set->name != NULL && set->name[i] != 0; i++) {
+        char ch = set->name[i];
+        if (i == 100 ||
+            (!ptst__is_digit(ch) && !(ptst__lower(ch) >= 'a' && ptst__lower(ch) <= 'z') &&
+             strchr(i == 0 ? "_" : "_-.", ch) == NULL)) {
+            ptst__spec_fail(s, s->docs[1], s->objects[1], "name",
+                            "of letters, digits, '_', '-' and '.'");
+            return;
+        }
+    }
+    set->column = ptst__spec_column(s, "column");
+    set->answer = ptst__spec_column(s, "answer");
+    set->limit = ptst__spec_count(s, "limit", 0);
+    set->max_new_tokens = ptst__spec_count(s, "max_new_tokens", 0);
+    set->metric = ptst__spec_names(s, "metric");
+    set->rule = ptst__spec_names(s, "rule");
+    set->list = ptst__spec_names(s, "list");
+    where = ptst__spec_get(s, "where", &doc);
+    if (where >= 0) {
+        int32_t key = ptst_json_first(doc, where);
+        const char *name = ptst_json_string(doc, key, NULL);
+        const char *value = ptst_json_string(doc, ptst_json_next(doc, key), NULL);
+        if (ptst_json_kind(doc, where) != PTST_JSON_OBJECT || ptst_json_size(doc, where) != 1 ||
+            value == NULL) {
+            ptst__spec_fail(s, doc, where, "where",
+                            "an object with one text: {\"label\": \"safe\"}");
+            return;
+        }
+        set->where = ptst__spec_copy(s, name, strlen(name));
+        set->equals = ptst__spec_copy(s, value, strlen(value));
+    }
+    ptst__spec_metrics(s, set);
+}
+
+static void ptst__spec_sets(ptst__spec *s) {
+    ptst_experiment *e = s->e;
+    const ptst_json *doc;
+    int32_t list = ptst__spec_get(s, "sets", &doc), node;
+    size_t i = 0, k;
+    if (list >= 0 && ptst_json_kind(doc, list) != PTST_JSON_ARRAY) {
+        ptst__spec_fail(s, doc, list, "sets", "a list of objects");
+        return;
+    }
+    e->sets = (ptst__set *)ptst__spec_alloc(s, ptst_json_size(doc, list) + 1, sizeof *e->sets);
+    for (node = ptst_json_first(doc, list); node >= 0 && s->code == PTST_OK;
+         node = ptst_json_next(doc, node), i++) {
+        ptst__spec one = *s;
+        one.docs[0] = NULL;
+        one.docs[1] = doc;
+        one.objects[1] = node;
+        one.prefix = "test.sets: ";
+        if (ptst_json_kind(doc, node) != PTST_JSON_OBJECT) {
+            ptst__spec_fail(s, doc, node, "sets", "a list of objects");
+            return;
+        }
+        ptst__spec_set(&one, &e->sets[i]);
+        s->code = one.code;
+        for (k = 0; k < i && s->code == PTST_OK; k++) {
+            if (strcmp(e->sets[k].name, e->sets[i].name) == 0) {
+                ptst__spec_fail(&one, doc, node, "name", "different for each set");
+                s->code = one.code;
+            }
+        }
+        e->sets_count = i + 1;
+    }
+}
+
+/* ---- the three parts of the file ---- */
+
+static void ptst__spec_schedule(ptst__spec *s, const char *text) {
+    static const char *const names[] = {"constant", "linear", "cosine"};
+    static const ptst_schedule values[] = {PTST_SCHEDULE_CONSTANT, PTST_SCHEDULE_LINEAR,
+                                           PTST_SCHEDULE_COSINE};
+    const ptst_json *doc;
+    size_t i, n = text == NULL ? 0 : strlen(text);
+    double gamma;
+    for (i = 0; i < 3 && text != NULL; i++) {
+        if (strcmp(text, names[i]) == 0) {
+            s->e->options.schedule = values[i];
+            return;
+        }
+    }
+    if (n > 5 && memcmp(text, "step:", 5) == 0 && strspn(text + 5, "0123456789.") == n - 5 &&
+        n < 100) {
+        gamma = ptst__number_read(text + 5, n - 5);
+        if (gamma > 0 && gamma <= 1) {
+            s->e->options.schedule = PTST_SCHEDULE_STEP;
+            s->e->options.gamma = gamma;
+            return;
+        }
+    }
+    i = (size_t)ptst__spec_get(s, "schedule", &doc);
+    ptst__spec_fail(s, doc, (int32_t)i, "schedule",
+                    "constant, linear, cosine or step:G with 0 < G <= 1");
+}
+
+/* "targets" as the comma-separated text of ptst_lora_desc. */
+static void ptst__spec_targets(ptst__spec *s) {
+    ptst_text all = {NULL, 0, 0};
+    size_t i;
+    s->e->targets = ptst__spec_names(s, "targets");
+    for (i = 0; i < s->e->targets.count && s->code == PTST_OK; i++) {
+        s->code = i == 0 ? PTST_OK : ptst__text_add(s->c, &all, ",");
+        s->code = s->code == PTST_OK ? ptst__text_add(s->c, &all, s->e->targets.at[i]) : s->code;
+    }
+    s->e->lora.targets = all.size == 0 ? "q_proj,v_proj" : ptst__spec_copy(s, all.data, all.size);
+    ptst_text_free(s->c, &all);
+}
+
+static void ptst__spec_train(ptst__spec *s, ptst__names *templates) {
+    static const char *const masks[] = {"joint", "separate", NULL};
+    static const char *const batchings[] = {"examples", "packing", NULL};
+    ptst_experiment *e = s->e;
+    ptst_train_desc *o = &e->options;
+    ptst__spec_known(s,
+                     "file column answer limit templates include_none epochs max_steps batch "
+                     "accumulate lr schedule warmup weight_decay clip rank alpha dropout targets "
+                     "mask batching context max_tokens shuffle mix mix_count");
+    e->file = ptst__spec_path(s, ptst__spec_text(s, "file", NULL));
+    e->rows.column = ptst__spec_column(s, "column");
+    e->rows.answer = ptst__spec_column(s, "answer");
+    e->rows.limit = ptst__spec_count(s, "limit", 0);
+    e->rows.need_answer = true;
+    *templates = ptst__spec_names(s, "templates");
+    e->none = ptst__spec_bool(s, "include_none", true);
+    o->epochs = ptst__spec_count(s, "epochs", 6);
+    o->max_steps = ptst__spec_count(s, "max_steps", 0);
+    o->batch = ptst__spec_count(s, "batch", 4);
+    o->accumulate = ptst__spec_count(s, "accumulate", 1);
+    o->lr = ptst__spec_number(s, "lr", 1e-4, 1e-12, 100, false);
+    e->schedule = ptst__spec_text(s, "schedule", "step:0.85");
+    ptst__spec_schedule(s, e->schedule);
+    o->warmup = (uint64_t)ptst__spec_number(s, "warmup", 0, 0, 1e9, true);
+    o->weight_decay = ptst__spec_number(s, "weight_decay", 0, 0, 100, false);
+    o->clip = ptst__spec_number(s, "clip", 0, 0, 1e6, false);
+    e->lora.rank = (int32_t)ptst__spec_number(s, "rank", 8, 1, 65536, true);
+    e->lora.alpha = ptst__spec_number(s, "alpha", 32, 1e-6, 1e6, false);
+    e->lora.dropout = o->dropout = ptst__spec_number(s, "dropout", 0.05, 0, 0.99, false);
+    ptst__spec_targets(s);
+    e->mask = ptst__spec_choice(s, "mask", masks);
+    e->batching = ptst__spec_choice(s, "batching", batchings);
+    o->batching = e->batching == batchings[1] ? PTST_BATCHING_PACKING : PTST_BATCHING_EXAMPLES;
+    o->context = ptst__spec_count(s, "context", 4096);
+    e->max_tokens = ptst__spec_count(s, "max_tokens", 0);
+    o->no_shuffle = !ptst__spec_bool(s, "shuffle", true);
+    e->mix = ptst__spec_path(s, ptst__spec_text(s, "mix", NULL));
+    e->mix_count = ptst__spec_count(s, "mix_count", 0);
+}
+
+static void ptst__spec_test(ptst__spec *s, ptst__names *templates) {
+    ptst_experiment *e = s->e;
+    ptst_generate_desc *g = &e->generate;
+    ptst__spec_known(s, "templates max_new_tokens temperature top_p top_k repetition_penalty batch "
+                        "stop sets");
+    *templates = ptst__spec_names(s, "templates");
+    g->max_new_tokens = ptst__spec_count(s, "max_new_tokens", 512);
+    g->sample.temperature = ptst__spec_number(s, "temperature", 0, 0, 1000, false);
+    g->sample.top_p = ptst__spec_number(s, "top_p", 1, 0, 1, false);
+    g->sample.top_k = (size_t)ptst__spec_number(s, "top_k", 0, 0, 1e9, true);
+    g->sample.repetition_penalty = ptst__spec_number(s, "repetition_penalty", 1, 0.01, 100, false);
+    g->batch = ptst__spec_count(s, "batch", 0);
+    e->stop = ptst__spec_names(s, "stop");
+    g->stop_strings = e->stop.at;
+    g->stop_strings_count = e->stop.count;
+    ptst__spec_sets(s);
+}
+
+static void ptst__spec_seeds(ptst__spec *s) {
+    ptst_experiment *e = s->e;
+    const ptst_json *doc;
+    int32_t list = ptst__spec_get(s, "seeds", &doc), node;
+    size_t i = 0, k;
+    e->seeds_count = list < 0 ? 3 : ptst_json_size(doc, list);
+    e->seeds = (uint64_t *)ptst__spec_alloc(s, e->seeds_count + 1, sizeof *e->seeds);
+    if (s->code != PTST_OK) {
+        return;
+    }
+    for (k = 0; k < 3 && list < 0; k++) {
+        e->seeds[k] = k + 1;
+    }
+    for (node = ptst_json_first(doc, list); node >= 0; node = ptst_json_next(doc, node), i++) {
+        double value = ptst_json_number(doc, node, -1);
+        bool good = value >= 1 && value <= 9007199254740992.0 && value == floor(value);
+        e->seeds[i] = good ? (uint64_t)value : 0;
+        for (k = 0; k < i && good; k++) {
+            good = e->seeds[k] != e->seeds[i];
+        }
+        if (!good) {
+            break;
+        }
+    }
+    if (list >= 0 && (i != e->seeds_count || i == 0)) {
+        ptst__spec_fail(s, doc, list, "seeds", "a list of different whole numbers from 1");
+    }
+}
+
+static void ptst__spec_all(ptst__spec *s) {
+    static const char *const dtypes[] = {"f32", "f16", "bf16", "int8", "int4"};
+    static const char *const paper[] = {"CV", "CA", "CL"};
+    ptst_experiment *e = s->e;
+    ptst__names train, test;
+    ptst__spec part;
+    size_t i;
+    ptst__spec_known(s, "title note model adapter dtype seeds train test resolved");
+    e->title = ptst__spec_text(s, "title", NULL);
+    e->note = ptst__spec_text(s, "note", NULL);
+    e->model = ptst__spec_path(s, ptst__spec_text(s, "model", NULL));
+    e->adapter = ptst__spec_path(s, ptst__spec_text(s, "adapter", NULL));
+    e->dtype_name = ptst__spec_text(s, "dtype", NULL);
+    for (i = 0; i < 5 && e->dtype_name != NULL; i++) {
+        if (strcmp(e->dtype_name, dtypes[i]) == 0) {
+            e->dtype = (ptst_dtype)(PTST_F32 + (int)i);
+        }
+    }
+    if (e->dtype_name != NULL && e->dtype == PTST_DTYPE_FILE) {
+        ptst__spec_fail(s, s->docs[1], s->objects[1], "dtype", "f32, f16, bf16, int8 or int4");
+    }
+    if (e->model == NULL) {
+        ptst__spec_fail(s, s->docs[1], s->objects[1], "model", "given: the folder of a model");
+    }
+    ptst__spec_seeds(s);
+    part = ptst__spec_enter(s, "train", "train.");
+    ptst__spec_train(&part, &train);
+    if (e->file == NULL) {
+        ptst__spec_fail(&part, s->docs[1], s->objects[1], "file", "given: a data file");
+    }
+    if (train.at == NULL) { /* an empty list is a list: only the model before fine-tuning */
+        train.at = paper;
+        train.count = 3;
+    }
+    e->train = ptst__spec_styles(&part, &train, &e->train_count);
+    s->code = part.code;
+    part = ptst__spec_enter(s, "test", "test.");
+    ptst__spec_test(&part, &test);
+    test = test.at == NULL ? train : test;
+    e->test = ptst__spec_styles(&part, &test, &e->test_count);
+    if (e->test_count == 0 && part.code == PTST_OK) {
+        part.code =
+            ptst__fail(part.c, PTST_ERR_FORMAT,
+                       "%.400s: \"test.templates\" must name at least one template", part.path);
+    }
+    s->code = part.code;
+}
+
+PTST_API ptst_experiment *ptst_experiment_load(ptst_ctx *c, const char *path,
+                                               const char *overrides) {
+    ptst__spec s;
+    ptst_experiment *e;
+    ptst_json *docs[2] = {NULL, NULL};
+    memset(&s, 0, sizeof s);
+    docs[1] = ptst_json_load(c, path);
+    if (docs[1] != NULL && overrides != NULL) {
+        docs[0] = ptst_json_parse(c, overrides, strlen(overrides), "overrides");
+    }
+    e = docs[1] == NULL || (overrides != NULL && docs[0] == NULL)
+            ? NULL
+            : (ptst_experiment *)ptst__calloc(c, 1, sizeof *e);
+    if (e != NULL) {
+        s.c = c;
+        s.e = e;
+        s.docs[0] = docs[0];
+        s.docs[1] = docs[1];
+        s.path = path;
+        s.prefix = "";
+        if (ptst_json_kind(docs[1], 0) != PTST_JSON_OBJECT) {
+            s.code = ptst__fail(c, PTST_ERR_FORMAT, "%.400s: an object was expected", path);
+        } else {
+            ptst__spec_all(&s);
+        }
+        if (s.code == PTST_OK && ptst_experiment_cells(e) > PTST__CELLS_MAX) {
+            s.code = ptst__fail(c, PTST_ERR_LIMIT, "%.400s: more than %d cells", path,
+                                (int)PTST__CELLS_MAX);
+        }
+        if (s.code != PTST_OK) {
+            ptst_experiment_free(c, e);
+            e = NULL;
+        }
+    }
+    ptst_json_free(c, docs[0]);
+    ptst_json_free(c, docs[1]);
+    return e;
+}
+
+PTST_API void ptst_experiment_free(ptst_ctx *c, ptst_experiment *e) {
+    if (e != NULL) {
+        ptst__arena_free(c, &e->arena);
+        ptst__free(c, e);
+    }
+}
+
+PTST_API size_t ptst_experiment_cells(const ptst_experiment *e) {
+    return (e->train_count * e->seeds_count + (e->none ? 1 : 0)) * e->test_count;
+}
+
+PTST_API ptst_cell ptst_experiment_cell(const ptst_experiment *e, size_t k) {
+    ptst_cell cell = {"none", "", 0};
+    size_t row = e->test_count == 0 ? 0 : k / e->test_count;
+    if (k >= ptst_experiment_cells(e)) {
+        return cell;
+    }
+    cell.test = e->test[k % e->test_count].label;
+    if (!e->none || row > 0) {
+        row -= e->none ? 1 : 0;
+        cell.train = e->train[row / e->seeds_count].label;
+        cell.seed = e->seeds[row % e->seeds_count];
+    }
+    return cell;
+}
+
+/* ---- experiment.json of the run folder: the resolved options, and digests of all inputs ---- */
+
+static void ptst__w_key(ptst__writer *w, const char *key) { ptst__wf(w, ", \"%s\": ", key); }
+
+static void ptst__w_key_text(ptst__writer *w, const char *key, const char *text) {
+    ptst__w_key(w, key);
+    ptst__w_quoted(w, text);
+}
+
+static void ptst__w_key_number(ptst__writer *w, const char *key, double value) {
+    ptst__w_key(w, key);
+    ptst__w_number(w, value);
+}
+
+/* 0 means "not given". */
+static void ptst__w_key_count(ptst__writer *w, const char *key, size_t value) {
+    ptst__w_key(w, key);
+    if (value == 0) {
+        ptst__w(w, "null");
+    } else {
+        ptst__wf(w, "%llu", (unsigned long long)value);
+    }
+}
+
+static void ptst__w_key_names(ptst__writer *w, const char *key, const ptst__names *names) {
+    size_t i;
+    ptst__w_key(w, key);
+    ptst__w(w, "[");
+    for (i = 0; i < names->count; i++) {
+        ptst__w(w, i == 0 ? "" : ", ");
+        ptst__w_quoted(w, names->at[i]);
+    }
+    ptst__w(w, "]");
+}
+
+static void ptst__w_key_styles(ptst__writer *w, const char *key, const ptst__style *styles,
+                               size_t count) {
+    size_t i;
+    ptst__w_key(w, key);
+    ptst__w(w, "[");
+    for (i = 0; i < count; i++) {
+        ptst__w(w, i == 0 ? "" : ", ");
+        ptst__w_quoted(w, styles[i].path ? styles[i].name : styles[i].label);
+    }
+    ptst__w(w, "]");
+}
+
+static void ptst__resolve_train(ptst__writer *w, const ptst_experiment *e) {
+    static const char *const pair[] = {"q_proj", "v_proj"};
+    const ptst_train_desc *o = &e->options;
+    ptst__names targets = e->targets;
+    if (targets.count == 0) {
+        targets.at = pair;
+        targets.count = 2;
+    }
+    ptst__w(w, " \"train\": {\"file\": ");
+    ptst__w_quoted(w, e->file);
+    ptst__w_key_text(w, "column", e->rows.column);
+    ptst__w_key_text(w, "answer", e->rows.answer);
+    ptst__w_key_count(w, "limit", e->rows.limit);
+    ptst__w_key_styles(w, "templates", e->train, e->train_count);
+    ptst__wf(w, ", \"include_none\": %s,\n  ", e->none ? "true" : "false");
+    ptst__wf(w, "\"epochs\": %llu", (unsigned long long)o->epochs);
+    ptst__w_key_count(w, "max_steps", (size_t)o->max_steps);
+    ptst__w_key_count(w, "batch", o->batch);
+    ptst__w_key_count(w, "accumulate", o->accumulate);
+    ptst__w_key_number(w, "lr", o->lr);
+    ptst__w_key_text(w, "schedule", e->schedule);
+    ptst__w_key_number(w, "warmup", (double)o->warmup);
+    ptst__w_key_number(w, "weight_decay", o->weight_decay);
+    ptst__w_key_number(w, "clip", o->clip);
+    ptst__wf(w, ",\n  \"rank\": %d", (int)e->lora.rank);
+    ptst__w_key_number(w, "alpha", e->lora.alpha);
+    ptst__w_key_number(w, "dropout", e->lora.dropout);
+    ptst__w_key_names(w, "targets", &targets);
+    ptst__w_key_text(w, "mask", e->mask);
+    ptst__w_key_text(w, "batching", e->batching);
+    ptst__w_key_count(w, "context", o->context);
+    ptst__w_key_count(w, "max_tokens", e->max_tokens);
+    ptst__wf(w, ", \"shuffle\": %s", o->no_shuffle ? "false" : "true");
+    ptst__w_key_text(w, "mix", e->mix);
+    ptst__w_key_count(w, "mix_count", e->mix_count);
+    ptst__w(w, "},\n");
+}
+
+static void ptst__resolve_set(ptst__writer *w, const ptst__set *set) {
+    ptst__w(w, "{\"name\": ");
+    ptst__w_quoted(w, set->name);
+    ptst__w_key_text(w, "file", set->file);
+    ptst__w_key_text(w, "column", set->column);
+    ptst__w_key_text(w, "answer", set->answer);
+    ptst__w_key_count(w, "limit", set->limit);
+    ptst__w_key_count(w, "max_new_tokens", set->max_new_tokens);
+    ptst__w_key_names(w, "metric", &set->metric);
+    ptst__w_key_names(w, "rule", &set->rule);
+    ptst__w_key_names(w, "list", &set->list);
+    if (set->where == NULL) {
+        ptst__w(w, ", \"where\": null}");
+        return;
+    }
+    ptst__w(w, ", \"where\": {");
+    ptst__w_quoted(w, set->where);
+    ptst__w(w, ": ");
+    ptst__w_quoted(w, set->equals);
+    ptst__w(w, "}}");
+}
+
+static void ptst__resolve_test(ptst__writer *w, const ptst_experiment *e) {
+    const ptst_generate_desc *g = &e->generate;
+    size_t i;
+    ptst__w(w, " \"test\": {\"max_new_tokens\": ");
+    ptst__wf(w, "%llu", (unsigned long long)g->max_new_tokens);
+    ptst__w_key_styles(w, "templates", e->test, e->test_count);
+    ptst__w_key_number(w, "temperature", g->sample.temperature);
+    ptst__w_key_number(w, "top_p", g->sample.top_p);
+    ptst__w_key_number(w, "top_k", (double)g->sample.top_k);
+    ptst__w_key_number(w, "repetition_penalty", g->sample.repetition_penalty);
+    ptst__w_key_count(w, "batch", g->batch);
+    ptst__w_key_names(w, "stop", &e->stop);
+    ptst__w(w, ",\n  \"sets\": [");
+    for (i = 0; i < e->sets_count; i++) {
+        ptst__w(w, i == 0 ? "\n   " : ",\n   ");
+        ptst__resolve_set(w, &e->sets[i]);
+    }
+    ptst__w(w, "]},\n");
+}
+
+/* The digest of a large file is trusted while its size and time of change stay what they were. */
+enum { PTST__DIGEST_LARGE = 16 * 1024 * 1024 };
+
+/* SHA-256 of a file as hexadecimal text. */
+static ptst_code ptst__digest_file(ptst_ctx *c, const char *path, char text[65]) {
+    ptst__sha256 h;
+    const void *data;
+    size_t size, at;
+    int error = ptst__map_file(path, &data, &size);
+    ptst_code code = PTST_OK;
+    if (error != 0) {
+        return ptst__fail_errno(c, path, "read", error);
+    }
+    ptst__sha256_start(&h);
+    for (at = 0; at < size && code == PTST_OK; at += (size_t)PTST__DIGEST_LARGE) {
+        ptst_progress p = {"hash", NULL, 0, 0, "byte", 0, 0};
+        size_t n = size - at < (size_t)PTST__DIGEST_LARGE ? size - at : (size_t)PTST__DIGEST_LARGE;
+        ptst__sha256_add(&h, (const char *)data + at, n);
+        p.item = path;
+        p.done = (double)(at + n);
+        p.total = (double)size;
+        code = size > (size_t)PTST__DIGEST_LARGE ? ptst__report(c, &p) : PTST_OK;
+    }
+    ptst__unmap_file(data, size);
+    ptst__sha256_end(&h, text);
+    return code;
+}
+
+/* Appends {"name", "bytes", "sha256"} of an input; absent optional ones are left out. old: the
+   run folder's experiment.json, or NULL. */
+static void ptst__resolve_input(ptst__writer *w, const ptst_json *old, const char *name,
+                                const char *path, bool optional, bool *first) {
+    uint64_t size = 0, stamp = 0;
+    char digest[65] = "";
+    int32_t known =
+        ptst_json_first(old, ptst_json_get(old, ptst_json_get(old, 0, "resolved"), "inputs"));
+    int error = ptst__file_facts(path, &size, &stamp);
+    if (w->code != PTST_OK || (error != 0 && optional)) {
+        return;
+    }
+    if (error != 0) {
+        w->code = ptst__fail_errno(w->c, path, "read", error);
+        return;
+    }
+    for (; known >= 0 && size > (uint64_t)PTST__DIGEST_LARGE; known = ptst_json_next(old, known)) {
+        const char *text = ptst_json_string(old, ptst_json_get(old, known, "name"), NULL);
+        const char *sha = ptst_json_string(old, ptst_json_get(old, known, "sha256"), NULL);
+        const char *when = ptst_json_string(old, ptst_json_get(old, known, "modified"), NULL);
+        if (text != NULL && sha != NULL && when != NULL && strcmp(text, name) == 0 &&
+            strlen(sha) == 64 && strtoull(when, NULL, 10) == stamp &&
+            ptst_json_number(old, ptst_json_get(old, known, "bytes"), -1) == (double)size) {
+            memcpy(digest, sha, 65);
+        }
+    }
+    if (digest[0] == 0) {
+        w->code = ptst__digest_file(w->c, path, digest);
+    }
+    ptst__w(w, *first ? "\n   {\"name\": " : ",\n   {\"name\": ");
+    ptst__w_quoted(w, name);
+    ptst__wf(w, ", \"bytes\": %llu, \"sha256\": \"%s\"", (unsigned long long)size, digest);
+    if (size > (uint64_t)PTST__DIGEST_LARGE) {
+        ptst__wf(w, ", \"modified\": \"%llu\"", (unsigned long long)stamp);
+    }
+    ptst__w(w, "}");
+    *first = false;
+}
+
+/* All files of a folder that have a say: `names` of them, and the shards of its index. */
+static void ptst__resolve_folder(ptst__writer *w, const ptst_json *old, const char *role,
+                                 const char *folder, const char *const *names, bool *first) {
+    static const char *const index_name = "model.safetensors.index.json";
+    ptst_text path = {NULL, 0, 0};
+    char label[300];
+    ptst_json *index = NULL;
+    int32_t key, map;
+    size_t i;
+    for (i = 0; names[i] != NULL && w->code == PTST_OK; i++) {
+        w->code = ptst__path_join(w->c, &path, folder, names[i]);
+        snprintf(label, sizeof label, "%s/%s", role, names[i]);
+        if (w->code == PTST_OK) {
+            ptst__resolve_input(w, old, label, path.data, i != 0, first);
+        }
+    }
+    if (w->code == PTST_OK) {
+        w->code = ptst__path_join(w->c, &path, folder, index_name);
+    }
+    if (w->code == PTST_OK && ptst__path_kind(path.data) == 1) {
+        index = ptst_json_load(w->c, path.data);
+        w->code = index == NULL ? ptst_error_code(w->c) : PTST_OK;
+    }
+    map = ptst_json_get(index, 0, "weight_map");
+    for (key = ptst_json_first(index, map); key >= 0 && w->code == PTST_OK;) {
+        int32_t value = ptst_json_next(index, key), before = ptst_json_first(index, map);
+        const char *shard = ptst_json_string(index, value, NULL), *other = NULL;
+        while (before != key && shard != NULL) { /* each shard once */
+            other = ptst_json_string(index, ptst_json_next(index, before), NULL);
+            if (other != NULL && strcmp(other, shard) == 0) {
+                break;
+            }
+            before = ptst_json_next(index, ptst_json_next(index, before));
+        }
+        if (before == key && shard != NULL && strchr(shard, '/') == NULL) {
+            w->code = ptst__path_join(w->c, &path, folder, shard);
+            snprintf(label, sizeof label, "%s/%.200s", role, shard);
+            if (w->code == PTST_OK) {
+                ptst__resolve_input(w, old, label, path.data, false, first);
+            }
+        }
+        key = ptst_json_next(index, value);
+    }
+    ptst_json_free(w->c, index);
+    ptst_text_free(w->c, &path);
+}
+
+/* The file behind a template's path, which may end in "#name" or ":name", or be a folder. */
+static void ptst__resolve_style(ptst__writer *w, const ptst_json *old, const ptst__style *style,
+                                bool *first) {
+    ptst_text path = {NULL, 0, 0};
+    char label[120];
+    if (!style->path || w->code != PTST_OK) {
+        return;
+    }
+    snprintf(label, sizeof label, "template %s", style->label);
+    w->code = ptst__text_add(w->c, &path, style->name);
+    while (w->code == PTST_OK && ptst__path_kind(path.data) == 0 &&
+           (strrchr(path.data, '#') != NULL || strrchr(path.data, ':') != NULL)) {
+        char *cut =
+            strrchr(path.data, '#') != NULL ? strrchr(path.data, '#') : strrchr(path.data, ':');
+        *cut = 0;
+    }
+    if (w->code == PTST_OK && ptst__path_kind(path.data) != 2) {
+        ptst__resolve_input(w, old, label, path.data, false, first);
+    }
+    ptst_text_free(w->c, &path);
+}
+
+static void ptst__resolve_inputs(ptst__writer *w, const ptst_experiment *e, const ptst_json *old) {
+    static const char *const model[] = {
+        "config.json",           "generation_config.json",       "tokenizer.json",
+        "tokenizer_config.json", "special_tokens_map.json",      "chat_template.jinja",
+        "model.safetensors",     "model.safetensors.index.json", NULL};
+    static const char *const adapter[] = {"adapter_config.json", "adapter_model.safetensors", NULL};
+    char label[120];
+    bool first = true;
+    size_t i;
+    ptst__resolve_folder(w, old, "model", e->model, model, &first);
+    if (e->adapter != NULL) {
+        ptst__resolve_folder(w, old, "adapter", e->adapter, adapter, &first);
+    }
+    ptst__resolve_input(w, old, "train.file", e->file, false, &first);
+    if (e->mix != NULL) {
+        ptst__resolve_input(w, old, "train.mix", e->mix, false, &first);
+    }
+    for (i = 0; i < e->sets_count; i++) {
+        snprintf(label, sizeof label, "set %s", e->sets[i].name);
+        ptst__resolve_input(w, old, label, e->sets[i].file, false, &first);
+    }
+    for (i = 0; i < e->train_count; i++) {
+        ptst__resolve_style(w, old, &e->train[i], &first);
+    }
+    for (i = 0; i < e->test_count; i++) {
+        ptst__resolve_style(w, old, &e->test[i], &first);
+    }
+}
+
+/* The whole experiment.json. It is itself an experiment file. */
+static void ptst__resolve(ptst__writer *w, const ptst_experiment *e, const ptst_json *old) {
+    size_t i;
+    ptst__w(w, "{\"title\": ");
+    ptst__w_quoted(w, e->title);
+    ptst__w_key_text(w, "note", e->note);
+    ptst__w_key_text(w, "model", e->model);
+    ptst__w_key_text(w, "adapter", e->adapter);
+    ptst__w_key_text(w, "dtype", e->dtype_name);
+    ptst__w(w, ", \"seeds\": [");
+    for (i = 0; i < e->seeds_count; i++) {
+        ptst__wf(w, "%s%llu", i == 0 ? "" : ", ", (unsigned long long)e->seeds[i]);
+    }
+    ptst__w(w, "],\n");
+    ptst__resolve_train(w, e);
+    ptst__resolve_test(w, e);
+    ptst__w(w, " \"resolved\": {\"ptst\": \"" PTST_VERSION "\", \"inputs\": [");
+    ptst__resolve_inputs(w, e, old);
+    ptst__w(w, "]}}\n");
+}
+
+/* ---- is the folder's experiment this one? ---- */
+
+/* Keys in which two equal experiments may differ: where files lie, not what is in them. */
+static bool ptst__same_ignored(const char *key) {
+    static const char *const keys[] = {"model", "adapter", "file", "mix", "modified", "ptst"};
+    size_t i;
+    for (i = 0; i < sizeof keys / sizeof *keys; i++) {
+        if (strcmp(key, keys[i]) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Name of an element in a list for messages: its "name", else its number. */
+static void ptst__same_step(ptst_text *path, ptst_ctx *c, const ptst_json *j, int32_t node,
+                            size_t index, const char *key) {
+    const char *name = ptst_json_string(j, ptst_json_get(j, node, "name"), NULL);
+    if (key != NULL) {
+        (void)ptst__text_format(c, path, "%s%.80s", path->size == 0 ? "" : ".", key);
+    } else if (name != NULL) {
+        (void)ptst__text_format(c, path, "[%.120s]", name);
+    } else {
+        (void)ptst__text_format(c, path, "[%llu]", (unsigned long long)index);
+    }
+}
+
+/* Are two values equal? If not, *path is extended to the first difference. Depth is small: both
+   texts are ours (a stranger's file is cut off by the limit of the parser). */
+static bool ptst__same_value(ptst_ctx *c, const ptst_json *a, int32_t x, const ptst_json *b,
+                             int32_t y, ptst_text *path) {
+    ptst_json_type type = ptst_json_kind(a, x);
+    size_t n = 0, m = 0, size = path->size, index = 0;
+    int32_t i, k;
+    if ((x < 0) != (y < 0) || type != ptst_json_kind(b, y)) {
+        return false;
+    }
+    if (type == PTST_JSON_STRING || type == PTST_JSON_NUMBER) {
+        const char *s =
+            type == PTST_JSON_STRING ? ptst_json_string(a, x, &n) : ptst_json_number_text(a, x, &n);
+        const char *t =
+            type == PTST_JSON_STRING ? ptst_json_string(b, y, &m) : ptst_json_number_text(b, y, &m);
+        return n == m && memcmp(s, t, n) == 0;
+    }
+    if (type == PTST_JSON_OBJECT) {
+        for (i = ptst_json_first(a, x); i >= 0; i = ptst_json_next(a, ptst_json_next(a, i))) {
+            const char *key = ptst_json_string(a, i, NULL);
+            int32_t value = ptst_json_next(a, i), other = ptst_json_get(b, y, key);
+            path->size = size;
+            ptst__same_step(path, c, a, -1, 0, key);
+            if (!ptst__same_ignored(key) && !ptst__same_value(c, a, value, b, other, path)) {
+                return false;
+            }
+        }
+    } else if (type == PTST_JSON_ARRAY) {
+        if (ptst_json_size(a, x) != ptst_json_size(b, y)) {
+            return false;
+        }
+        k = ptst_json_first(b, y);
+        for (i = ptst_json_first(a, x); i >= 0; i = ptst_json_next(a, i), index++) {
+            path->size = size;
+            ptst__same_step(path, c, a, i, index, NULL);
+            if (!ptst__same_value(c, a, i, b, k, path)) {
+                return false;
+            }
+            k = ptst_json_next(b, k);
+        }
+    }
+    path->size = size;
+    return true;
+}
+
+/* Writes OUT/experiment.json, or compares with the one that is there. */
+static ptst_code ptst__run_manifest(ptst_ctx *c, const ptst_experiment *e, const char *path) {
+    ptst_json *old = ptst__path_kind(path) == 0 ? NULL : ptst_json_load(c, path), *now = NULL;
+    ptst__writer w;
+    ptst_text where = {NULL, 0, 0};
+    memset(&w, 0, sizeof w);
+    w.c = c;
+    if (old == NULL && ptst__path_kind(path) != 0) {
+        return ptst_error_code(c);
+    }
+    ptst__resolve(&w, e, old);
+    if (w.code == PTST_OK && old == NULL) {
+        w.code = ptst__write_file(c, path, w.text.data, w.text.size);
+    } else if (w.code == PTST_OK) {
+        now = ptst_json_parse(c, w.text.data, w.text.size, "experiment.json");
+        w.code = now == NULL ? ptst_error_code(c) : ptst_text_append(c, &where, "", 0);
+        if (w.code == PTST_OK && !ptst__same_value(c, now, 0, old, 0, &where)) {
+            where.data[where.size] = 0;
+            w.code = ptst__fail(c, PTST_ERR_MISMATCH,
+                                "\"%.300s\" is not what %.400s was made with; give another folder, "
+                                "or undo the change",
+                                where.data, path);
+        }
+    }
+    ptst_json_free(c, old);
+    ptst_json_free(c, now);
+    ptst_text_free(c, &where);
+    ptst_text_free(c, &w.text);
+    return w.code;
+}
+
+/* ---- prompts and examples out of rows ---- */
+
+typedef struct ptst__prompts {
+    ptst_prompt *prompts;   /* [count] */
+    ptst_example *examples; /* [count]; NULL if there are no answers */
+    size_t count;
+} ptst__prompts;
+
+static void ptst__prompts_free(ptst_ctx *c, ptst__prompts *p) {
+    size_t i;
+    for (i = 0; i < p->count; i++) {
+        ptst_prompt_free(c, &p->prompts[i]);
+    }
+    ptst__free(c, p->prompts);
+    ptst__free(c, p->examples);
+    memset(p, 0, sizeof *p);
+}
+
+/* The first `count` rows (0 = all) under a template. The answers are borrowed from the rows. */
+static ptst_code ptst__prompts_make(ptst_ctx *c, const ptst_rows *rows, size_t count,
+                                    const ptst_template *style, bool answers, ptst__prompts *out) {
+    size_t n = ptst_rows_count(rows), i;
+    ptst_code code = PTST_OK;
+    memset(out, 0, sizeof *out);
+    n = count != 0 && count < n ? count : n;
+    out->prompts = (ptst_prompt *)ptst__calloc(c, n, sizeof *out->prompts);
+    out->examples = answers ? (ptst_example *)ptst__calloc(c, n, sizeof *out->examples) : NULL;
+    if (out->prompts == NULL || (answers && out->examples == NULL)) {
+        ptst__prompts_free(c, out);
+        return PTST_ERR_MEMORY;
+    }
+    out->count = n;
+    for (i = 0; i < n && code == PTST_OK; i++) {
+        const ptst_row *row = ptst_rows_at(rows, i);
+        code = ptst_template_prompt(c, style, row->prompt, row->prompt_size, &out->prompts[i]);
+        if (answers) {
+            out->examples[i].prompt = &out->prompts[i];
+            out->examples[i].answer = row->answer;
+            out->examples[i].answer_size = row->answer_size;
+        }
+    }
+    if (code != PTST_OK) {
+        ptst__prompts_free(c, out);
+    }
+    return code;
+}
+
+/* ---- fine-tuning with inputs in files ---- */
+
+static ptst_code ptst__finetune_files(ptst_ctx *c, const ptst_finetune_files *files,
+                                      const ptst_template *style, ptst_finetune_desc *desc,
+                                      ptst_finetune_info *info) {
+    ptst_rows_desc mixed;
+    ptst__prompts train, mix;
+    ptst_rows *rows, *mix_rows = NULL;
+    ptst_code code;
+    memset(&train, 0, sizeof train);
+    memset(&mix, 0, sizeof mix);
+    memset(&mixed, 0, sizeof mixed);
+    mixed.need_answer = true;
+    rows = ptst_rows_load(c, files->train, &files->rows);
+    if (rows != NULL && files->mix != NULL) {
+        mix_rows = ptst_rows_load(c, files->mix, &mixed);
+    }
+    code = rows == NULL || (files->mix != NULL && mix_rows == NULL) ? ptst_error_code(c) : PTST_OK;
+    code = code == PTST_OK ? ptst__prompts_make(c, rows, 0, style, true, &train) : code;
+    if (code == PTST_OK && mix_rows != NULL) {
+        code = ptst__prompts_make(c, mix_rows, files->mix_count, style, true, &mix);
+    }
+    if (code == PTST_OK) {
+        desc->examples = train.examples;
+        desc->examples_count = train.count;
+        desc->mix = mix.examples;
+        desc->mix_count = mix.count;
+        code = ptst_finetune(c, desc, info);
+    }
+    ptst__prompts_free(c, &train);
+    ptst__prompts_free(c, &mix);
+    ptst_rows_free(c, rows);
+    ptst_rows_free(c, mix_rows);
+    return code;
+}
+
+PTST_API ptst_code ptst_finetune_file(ptst_ctx *c, const ptst_finetune_files *files,
+                                      const ptst_finetune_desc *options, ptst_finetune_info *info) {
+    ptst_finetune_files all = *files;
+    ptst_finetune_desc desc;
+    ptst_model *model = ptst_model_load(c, files->model, files->dtype);
+    ptst_tokenizer *tokenizer = model == NULL ? NULL : ptst_tokenizer_load(c, files->model);
+    ptst_template *style =
+        tokenizer == NULL ? NULL : ptst_template_load(c, files->template_is, files->model);
+    ptst_code code = style == NULL ? ptst_error_code(c) : PTST_OK;
+    memset(&desc, 0, sizeof desc);
+    if (options != NULL) {
+        desc = *options;
+    }
+    if (code == PTST_OK && desc.full) {
+        code = ptst_model_unfreeze(c, model);
+    }
+    if (code == PTST_OK) {
+        all.rows.need_answer = true;
+        desc.model = model;
+        desc.model_dir = files->model;
+        desc.tokenizer = tokenizer;
+        code = ptst__finetune_files(c, &all, style, &desc, info);
+    }
+    ptst_template_free(c, style);
+    ptst_tokenizer_free(c, tokenizer);
+    ptst_model_free(c, model);
+    return code;
+}
+
+/* ---- answering with inputs in files ----
+   Answers come in any order. Each is appended at once to OUT.part, {"row": i, "prompt", "answer"},
+   so that a stopped call loses none; OUT appears whole. Greedy answers do not depend on what else
+   is generated, so the next call may leave them out; sampled ones are made again. */
+
+typedef struct ptst__answering {
+    ptst_ctx *c;
+    const ptst_rows *rows;
+    ptst_text part;  /* path */
+    ptst_text *done; /* [rows]: answers from OUT.part; data NULL = none */
+    size_t *index;   /* [todo]: row of a prompt */
+    size_t todo;
+    const ptst_generate_desc *options;
+} ptst__answering;
+
+/* Appends one object with the keys of an answer. */
+static ptst_code ptst__answer_line(ptst_ctx *c, ptst_text *out, const ptst_row *row,
+                                   const char *answer, size_t size) {
+    ptst_code code = ptst__text_add(c, out, "\"prompt\": ");
+    code = code == PTST_OK ? ptst__json_quote(c, out, row->prompt, row->prompt_size) : code;
+    code = code == PTST_OK ? ptst__text_add(c, out, ", \"answer\": ") : code;
+    code = code == PTST_OK ? ptst__json_quote(c, out, answer, size) : code;
+    return code == PTST_OK ? ptst__text_add(c, out, "}\n") : code;
+}
+
+/* A part that cannot be written is no failure: it only saves work. */
+static void ptst__answering_keep(void *user, size_t index, const ptst_answer *answer) {
+    ptst__answering *a = (ptst__answering *)user;
+    size_t row = a->index[index];
+    ptst_text line = {NULL, 0, 0};
+    ptst_code code = ptst__text_format(a->c, &line, "{\"row\": %llu, ", (unsigned long long)row);
+    code = code == PTST_OK ? ptst__answer_line(a->c, &line, ptst_rows_at(a->rows, row),
+                                               answer->text.data == NULL ? "" : answer->text.data,
+                                               answer->text.size)
+                           : code;
+    if (code == PTST_OK) {
+        (void)ptst__append_file(a->c, a->part.data, line.data, line.size, false);
+    }
+    ptst_text_free(a->c, &line);
+    if (a->options->on_answer != NULL) {
+        a->options->on_answer(a->options->user, row, answer);
+    }
+}
+
+/* Takes over what OUT.part holds of these rows. A damaged part counts as none; a last line that
+   was cut off is left out. */
+static ptst_code ptst__answering_resume(ptst__answering *a) {
+    ptst_text text = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    int32_t line;
+    ptst_code code = ptst__read_file(a->c, a->part.data, &text);
+    if (code == PTST_OK) {
+        while (text.size > 0 && text.data[text.size - 1] != '\n') {
+            text.size--;
+        }
+        j = ptst__jsonl_parse(a->c, text.data, text.size, a->part.data);
+        code = j == NULL ? ptst_error_code(a->c) : PTST_OK;
+    }
+    for (line = ptst_json_first(j, 0); line >= 0 && code == PTST_OK;
+         line = ptst_json_next(j, line)) {
+        double row = ptst_json_number(j, ptst_json_get(j, line, "row"), -1);
+        size_t n = 0, m = 0;
+        const char *prompt = ptst_json_string(j, ptst_json_get(j, line, "prompt"), &n);
+        const char *answer = ptst_json_string(j, ptst_json_get(j, line, "answer"), &m);
+        const ptst_row *r = row >= 0 && row < 1e15 ? ptst_rows_at(a->rows, (size_t)row) : NULL;
+        if (r != NULL && prompt != NULL && answer != NULL && n == r->prompt_size &&
+            memcmp(prompt, r->prompt, n) == 0 && a->done[(size_t)row].data == NULL) {
+            code = ptst_text_append(a->c, &a->done[(size_t)row], answer, m);
+        }
+    }
+    ptst_json_free(a->c, j);
+    ptst_text_free(a->c, &text);
+    return code == PTST_ERR_FORMAT || code == PTST_ERR_NOT_FOUND || code == PTST_ERR_LIMIT ? PTST_OK
+                                                                                           : code;
+}
+
+/* Writes OUT from what was done before and what was made now. */
+static ptst_code ptst__answering_write(ptst__answering *a, const ptst_answer *answers,
+                                       const char *path) {
+    ptst_text line = {NULL, 0, 0};
+    ptst__out o;
+    size_t i, made = 0;
+    ptst_code code = ptst__out_open(a->c, &o, path);
+    if (code != PTST_OK) {
+        return code;
+    }
+    for (i = 0; i < ptst_rows_count(a->rows) && code == PTST_OK; i++) {
+        const ptst_text *text = &a->done[i];
+        if (text->data == NULL) {
+            text = &answers[made++].text;
+        }
+        line.size = 0;
+        code = ptst__text_add(a->c, &line, "{");
+        code = code == PTST_OK ? ptst__answer_line(a->c, &line, ptst_rows_at(a->rows, i),
+                                                   text->data == NULL ? "" : text->data, text->size)
+                               : code;
+        code = code == PTST_OK ? ptst__out_write(a->c, &o, line.data, line.size) : code;
+    }
+    ptst_text_free(a->c, &line);
+    if (code != PTST_OK) {
+        ptst__out_abort(a->c, &o);
+        return code;
+    }
+    code = ptst__out_commit(a->c, &o);
+    return code == PTST_OK ? ptst__remove_file(a->c, a->part.data) : code;
+}
+
+/* Generates the rows that are not done and writes all. prompts: of all rows, to be reordered. */
+static ptst_code ptst__answering_run(ptst__answering *a, const ptst_model *model,
+                                     const ptst_adapter *adapter, const ptst_tokenizer *tokenizer,
+                                     ptst_prompt *prompts, const char *path) {
+    const ptst_generation_config *g = ptst_model_generation(model);
+    ptst_generate_desc desc = *a->options;
+    ptst_answer *answers;
+    size_t i;
+    ptst_code code = PTST_OK;
+    for (i = 0; i < ptst_rows_count(a->rows); i++) {
+        if (a->done[i].data == NULL) { /* prompts that are to be done come first */
+            ptst_prompt swap = prompts[a->todo];
+            prompts[a->todo] = prompts[i];
+            prompts[i] = swap;
+            a->index[a->todo++] = i;
+        }
+    }
+    answers = (ptst_answer *)ptst__calloc(a->c, a->todo + 1, sizeof *answers);
+    if (answers == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    desc.on_text = NULL;
+    desc.on_answer = ptst__answering_keep;
+    desc.user = a;
+    if (desc.stop_ids == NULL) { /* the end tokens of a chat model may be more than its eos */
+        desc.stop_ids = g->eos_token_id;
+        desc.stop_ids_count = g->eos_count;
+    }
+    if (a->todo != 0) {
+        code = ptst_generate(a->c, model, adapter, tokenizer, prompts, a->todo, &desc, answers);
+    }
+    code = code == PTST_OK ? ptst__answering_write(a, answers, path) : code;
+    ptst_answers_free(a->c, answers, a->todo);
+    ptst__free(a->c, answers);
+    return code;
+}
+
+/* All prompts of rows under a template, answered into a file. */
+static ptst_code ptst__answer_rows(ptst_ctx *c, const ptst_model *model,
+                                   const ptst_adapter *adapter, const ptst_tokenizer *tokenizer,
+                                   const ptst_template *style, const ptst_rows *rows,
+                                   const ptst_generate_desc *options, const char *path) {
+    const ptst_sample_desc *s = &options->sample;
+    size_t count = ptst_rows_count(rows), i;
+    ptst__answering a;
+    ptst__prompts prompts;
+    ptst_code code;
+    memset(&a, 0, sizeof a);
+    memset(&prompts, 0, sizeof prompts);
+    a.c = c;
+    a.rows = rows;
+    a.options = options;
+    a.done = (ptst_text *)ptst__calloc(c, count, sizeof *a.done);
+    a.index = (size_t *)ptst__calloc(c, count, sizeof *a.index);
+    code = a.done == NULL || a.index == NULL ? PTST_ERR_MEMORY : PTST_OK;
+    code = code == PTST_OK ? ptst__text_add(c, &a.part, path) : code;
+    code = code == PTST_OK ? ptst__text_add(c, &a.part, ".part") : code;
+    if (code == PTST_OK && ptst__path_kind(a.part.data) == 1) {
+        code = s->temperature <= 0 || s->top_p <= 0 ? ptst__answering_resume(&a)
+                                                    : ptst__remove_file(c, a.part.data);
+    }
+    code = code == PTST_OK ? ptst__prompts_make(c, rows, 0, style, false, &prompts) : code;
+    code = code == PTST_OK
+               ? ptst__answering_run(&a, model, adapter, tokenizer, prompts.prompts, path)
+               : code;
+    ptst__prompts_free(c, &prompts);
+    for (i = 0; a.done != NULL && i < count; i++) {
+        ptst_text_free(c, &a.done[i]);
+    }
+    ptst__free(c, a.done);
+    ptst__free(c, a.index);
+    ptst_text_free(c, &a.part);
+    return code;
+}
+
+PTST_API ptst_code ptst_answer_file(ptst_ctx *c, const ptst_answer_files *files,
+                                    const ptst_generate_desc *options) {
+    ptst_generate_desc desc;
+    ptst_rows *rows = ptst_rows_load(c, files->prompts, &files->rows);
+    ptst_model *model = rows == NULL ? NULL : ptst_model_load(c, files->model, files->dtype);
+    ptst_tokenizer *tokenizer = model == NULL ? NULL : ptst_tokenizer_load(c, files->model);
+    ptst_template *style =
+        tokenizer == NULL ? NULL : ptst_template_load(c, files->template_is, files->model);
+    ptst_adapter *adapter = NULL;
+    ptst_code code = style == NULL ? ptst_error_code(c) : PTST_OK;
+    memset(&desc, 0, sizeof desc);
+    if (options != NULL) {
+        desc = *options;
+    }
+    if (code == PTST_OK && files->adapter != NULL) {
+        adapter = ptst_adapter_load(c, model, files->adapter);
+        code = adapter == NULL ? ptst_error_code(c) : PTST_OK;
+    }
+    if (code == PTST_OK) {
+        code = ptst__answer_rows(c, model, adapter, tokenizer, style, rows, &desc, files->out);
+    }
+    ptst_adapter_free(c, adapter);
+    ptst_template_free(c, style);
+    ptst_tokenizer_free(c, tokenizer);
+    ptst_model_free(c, model);
+    ptst_rows_free(c, rows);
+    return code;
+}
+
+/* ---- the run: items of a run folder ----
+   An item is an adapter or a file of answers. It is there or not; who makes it holds its lock, and
+   it appears under its name by renaming. So any number of processes may work in one folder, and a
+   process that dies leaves a folder in which the next one goes on. */
+
+typedef struct ptst__run {
+    ptst_ctx *c;
+    const ptst_experiment *e;
+    const char *out;
+    ptst_model *model; /* loaded when something must be made */
+    ptst_tokenizer *tokenizer;
+    ptst_template **styles; /* train, then test */
+    ptst_rows *rows, *mix;  /* of train */
+    ptst_rows **sets;
+    ptst_adapter *adapter; /* of the train template and seed below */
+    const char *adapter_train;
+    uint64_t adapter_seed;
+    ptst_text path, other, item; /* built anew for each use */
+    bool busy;                   /* an item was in the hands of another process */
+    bool made;                   /* something was made */
+} ptst__run;
+
+/* OUT/ + formatted text in *path. */
+PTST__PRINTF(3, 4)
+static ptst_code ptst__run_path(ptst__run *r, ptst_text *path, const char *format, ...) {
+    char name[1000];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(name, sizeof name, format, args);
+    va_end(args);
+    return ptst__path_join(r->c, path, r->out, name);
+}
+
+/* Rows of a set. Over-refusal alone is about safe prompts: if the file labels them, the others are
+   left out. */
+static ptst_rows *ptst__set_rows(ptst_ctx *c, const ptst__set *set) {
+    ptst_rows_desc desc;
+    ptst_rows *rows;
+    bool over = set->metrics_count != 0, labelled = false;
+    size_t i, size = 0;
+    memset(&desc, 0, sizeof desc);
+    desc.column = set->column;
+    desc.answer = set->answer;
+    desc.limit = set->limit;
+    desc.where = set->where;
+    desc.equals = set->equals;
+    for (i = 0; i < set->metrics_count; i++) {
+        over = over && set->metrics[i].kind == PTST__METRIC_OVER_REFUSAL;
+    }
+    if (over && set->where == NULL) {
+        desc.limit = 0;
+        rows = ptst_rows_load(c, set->file, &desc);
+        for (i = 0; rows != NULL && i < ptst_rows_count(rows) && !labelled; i++) {
+            const char *label = ptst_rows_field(rows, i, "label", &size);
+            labelled = label != NULL && size == 4 && memcmp(label, "safe", 4) == 0;
+        }
+        if (rows == NULL) {
+            return NULL;
+        }
+        ptst_rows_free(c, rows);
+        desc.limit = set->limit;
+        desc.where = labelled ? "label" : NULL;
+        desc.equals = "safe";
+    }
+    return ptst_rows_load(c, set->file, &desc);
+}
+
+/* Loads what making an item needs, once. */
+static ptst_code ptst__run_load(ptst__run *r) {
+    const ptst_experiment *e = r->e;
+    size_t i;
+    if (r->model != NULL) {
+        return PTST_OK;
+    }
+    for (i = 0; i < e->train_count + e->test_count; i++) {
+        const ptst__style *style = i < e->train_count ? &e->train[i] : &e->test[i - e->train_count];
+        r->styles[i] = ptst_template_load(r->c, style->name, e->model);
+        if (r->styles[i] == NULL) {
+            return ptst_error_code(r->c);
+        }
+    }
+    r->tokenizer = ptst_tokenizer_load(r->c, e->model);
+    r->model = r->tokenizer == NULL ? NULL : ptst_model_load(r->c, e->model, e->dtype);
+    return r->model == NULL ? ptst_error_code(r->c) : PTST_OK;
+}
+
+static ptst_code ptst__run_load_train(ptst__run *r) {
+    ptst_rows_desc mixed;
+    memset(&mixed, 0, sizeof mixed);
+    mixed.need_answer = true;
+    if (r->rows == NULL) {
+        r->rows = ptst_rows_load(r->c, r->e->file, &r->e->rows);
+        if (r->rows == NULL) {
+            return ptst_error_code(r->c);
+        }
+    }
+    if (r->mix == NULL && r->e->mix != NULL) {
+        r->mix = ptst_rows_load(r->c, r->e->mix, &mixed);
+        if (r->mix == NULL) {
+            return ptst_error_code(r->c);
+        }
+    }
+    return PTST_OK;
+}
+
+/* ---- adapters ---- */
+
+static const char *const ptst__adapter_files[] = {
+    "adapter_config.json", "adapter_model.safetensors", "trainer_state.safetensors", "log.jsonl"};
+
+/* How many of the files of an adapter folder are there: bit i = file i of the list above. */
+static ptst_code ptst__adapter_there(ptst__run *r, const char *folder, unsigned *bits) {
+    size_t i;
+    ptst_code code = PTST_OK;
+    *bits = 0;
+    for (i = 0; i < 4 && code == PTST_OK; i++) {
+        code = ptst__path_join(r->c, &r->other, folder, ptst__adapter_files[i]);
+        *bits |= code == PTST_OK && ptst__path_kind(r->other.data) == 1 ? 1u << i : 0;
+    }
+    return code;
+}
+
+static ptst_code ptst__run_train(ptst__run *r, size_t t, uint64_t seed, const char *folder) {
+    const ptst_experiment *e = r->e;
+    ptst_lora_desc lora = e->lora;
+    ptst_finetune_desc desc;
+    ptst__prompts train, mix;
+    ptst_code code = ptst__run_load(r);
+    memset(&train, 0, sizeof train);
+    memset(&mix, 0, sizeof mix);
+    memset(&desc, 0, sizeof desc);
+    r->item.size = 0;
+    code = code == PTST_OK ? ptst__run_load_train(r) : code;
+    code = code == PTST_OK ? ptst__text_format(r->c, &r->item, "%s, seed %llu", e->train[t].label,
+                                               (unsigned long long)seed)
+                           : code;
+    code =
+        code == PTST_OK ? ptst__prompts_make(r->c, r->rows, 0, r->styles[t], true, &train) : code;
+    if (code == PTST_OK && r->mix != NULL) {
+        code = ptst__prompts_make(r->c, r->mix, e->mix_count, r->styles[t], true, &mix);
+    }
+    if (code == PTST_OK) {
+        lora.seed = seed;
+        desc.model = r->model;
+        desc.model_dir = e->model;
+        desc.tokenizer = r->tokenizer;
+        desc.examples = train.examples;
+        desc.examples_count = train.count;
+        desc.mix = mix.examples;
+        desc.mix_count = mix.count;
+        desc.out = folder;
+        desc.init_adapter = e->adapter;
+        desc.lora = &lora;
+        desc.dataset.mask = strcmp(e->mask, "separate") == 0 ? PTST_MASK_SEPARATE : PTST_MASK_JOINT;
+        desc.dataset.max_tokens = e->max_tokens;
+        desc.train = e->options;
+        desc.train.seed = seed;
+        desc.save_every = 10; /* seldom enough to cost nothing, often enough to lose little */
+        desc.resume = true;
+        desc.item = r->item.data;
+        code = ptst_finetune(r->c, &desc, NULL);
+    }
+    ptst__prompts_free(r->c, &train);
+    ptst__prompts_free(r->c, &mix);
+    return code;
+}
+
+/* Copies a file if it is there. */
+static ptst_code ptst__copy_if_there(ptst_ctx *c, const char *from, const char *to) {
+    ptst_text text = {NULL, 0, 0};
+    ptst_code code = PTST_OK;
+    if (ptst__path_kind(from) == 1) {
+        code = ptst__read_file(c, from, &text);
+        code = code == PTST_OK ? ptst__write_file(c, to, text.data, text.size) : code;
+    }
+    ptst_text_free(c, &text);
+    return code;
+}
+
+/* Some files of a finished adapter are gone: makes it again beside (from its state, if that is
+   there), and moves only the missing ones in. */
+static ptst_code ptst__run_mend(ptst__run *r, size_t t, uint64_t seed, const char *folder,
+                                unsigned there) {
+    ptst_text beside = {NULL, 0, 0}, from = {NULL, 0, 0}, to = {NULL, 0, 0};
+    ptst_code code = ptst__text_add(r->c, &beside, folder);
+    size_t i;
+    code = code == PTST_OK ? ptst__text_add(r->c, &beside, ".mend") : code;
+    code = code == PTST_OK ? ptst__make_folders(r->c, beside.data) : code;
+    code = code == PTST_OK ? ptst__path_join(r->c, &from, folder, ptst__adapter_files[2]) : code;
+    code = code == PTST_OK ? ptst__path_join(r->c, &to, beside.data, ptst__adapter_files[2]) : code;
+    if (code == PTST_OK && ptst__path_kind(to.data) == 0) {
+        code = ptst__copy_if_there(r->c, from.data, to.data);
+    }
+    code = code == PTST_OK ? ptst__run_train(r, t, seed, beside.data) : code;
+    for (i = 0; i < 4 && code == PTST_OK; i++) {
+        code = ptst__path_join(r->c, &from, beside.data, ptst__adapter_files[i]);
+        code = code == PTST_OK ? ptst__path_join(r->c, &to, folder, ptst__adapter_files[i]) : code;
+        if (code == PTST_OK && (there & 1u << i) == 0) {
+            code = ptst__move_file(r->c, from.data, to.data);
+        } else if (code == PTST_OK) {
+            code = ptst__remove_file(r->c, from.data);
+        }
+    }
+    if (code == PTST_OK) {
+        ptst__remove_folder(beside.data);
+    }
+    ptst_text_free(r->c, &beside);
+    ptst_text_free(r->c, &from);
+    ptst_text_free(r->c, &to);
+    return code;
+}
+
+/* Makes the adapter of a train template and a seed, unless it is there or another process has it
+   in hand (r->busy). */
+static ptst_code ptst__run_adapter(ptst__run *r, size_t t, uint64_t seed) {
+    ptst_text folder = {NULL, 0, 0}, lock = {NULL, 0, 0};
+    unsigned there = 0;
+    int fd = -1, busy = 0;
+    ptst_code code = ptst__run_path(r, &folder, "adapters/%s-s%llu", r->e->train[t].label,
+                                    (unsigned long long)seed);
+    code = code == PTST_OK ? ptst__adapter_there(r, folder.data, &there) : code;
+    if (code == PTST_OK && there != 15) {
+        code = ptst__make_folders(r->c, folder.data);
+        code = code == PTST_OK ? ptst__text_format(r->c, &lock, "%.900s.lock", folder.data) : code;
+        code = code == PTST_OK ? ptst__lock(r->c, lock.data, &fd, &busy) : code;
+        r->busy = r->busy || busy;
+        if (code == PTST_OK && !busy) {
+            code = ptst__adapter_there(r, folder.data, &there); /* another may have made it */
+            if (code == PTST_OK && there != 15) {
+                code = (there & 3) != 0 ? ptst__run_mend(r, t, seed, folder.data, there)
+                                        : ptst__run_train(r, t, seed, folder.data);
+                r->made = r->made || code == PTST_OK;
+            }
+            ptst__lock_drop(lock.data, fd);
+        }
+    }
+    ptst_text_free(r->c, &folder);
+    ptst_text_free(r->c, &lock);
+    return code;
+}
+
+/* Makes the adapter of a cell the current one; t = SIZE_MAX: the model before fine-tuning. */
+static ptst_code ptst__run_use_adapter(ptst__run *r, size_t t, uint64_t seed) {
+    const char *train = t == SIZE_MAX ? "none" : r->e->train[t].label;
+    ptst_code code = ptst__run_load(r);
+    if (code != PTST_OK || (r->adapter_train == train && r->adapter_seed == seed)) {
+        return code;
+    }
+    ptst_adapter_free(r->c, r->adapter);
+    r->adapter = NULL;
+    r->adapter_train = NULL;
+    if (t == SIZE_MAX && r->e->adapter == NULL) {
+        return PTST_OK;
+    }
+    if (t == SIZE_MAX) {
+        r->adapter = ptst_adapter_load(r->c, r->model, r->e->adapter);
+    } else {
+        code = ptst__run_path(r, &r->path, "adapters/%s-s%llu", train, (unsigned long long)seed);
+        r->adapter = code == PTST_OK ? ptst_adapter_load(r->c, r->model, r->path.data) : NULL;
+    }
+    if (r->adapter == NULL) {
+        return ptst_error_code(r->c);
+    }
+    r->adapter_train = train;
+    r->adapter_seed = seed;
+    return PTST_OK;
+}
+
+/* ---- answers ---- */
+
+/* OUT/answers/T-U-s1/SET.jsonl */
+static ptst_code ptst__run_answers_path(ptst__run *r, ptst_text *path, const ptst_cell *cell,
+                                        const char *set) {
+    return ptst__run_path(r, path, "answers/%s-%s-s%llu/%s.jsonl", cell->train, cell->test,
+                          (unsigned long long)cell->seed, set);
+}
+
+static ptst_code ptst__run_generate(ptst__run *r, size_t t, size_t u, const ptst_cell *cell,
+                                    size_t s, const char *path) {
+    const ptst__set *set = &r->e->sets[s];
+    ptst_generate_desc desc = r->e->generate;
+    ptst_code code = ptst__run_use_adapter(r, t, cell->seed);
+    if (code == PTST_OK && r->sets[s] == NULL) {
+        r->sets[s] = ptst__set_rows(r->c, set);
+        code = r->sets[s] == NULL ? ptst_error_code(r->c) : PTST_OK;
+    }
+    r->item.size = 0;
+    code = code == PTST_OK
+               ? ptst__text_format(r->c, &r->item, "%s -> %s, seed %llu, %s", cell->train,
+                                   cell->test, (unsigned long long)cell->seed, set->name)
+               : code;
+    if (code == PTST_OK) {
+        desc.seed = cell->seed;
+        desc.item = r->item.data;
+        desc.max_new_tokens = set->max_new_tokens != 0 ? set->max_new_tokens : desc.max_new_tokens;
+        code = ptst__answer_rows(r->c, r->model, r->adapter, r->tokenizer,
+                                 r->styles[r->e->train_count + u], r->sets[s], &desc, path);
+    }
+    return code;
+}
+
+/* Makes the answers of a cell to one set, unless they are there or in other hands. */
+static ptst_code ptst__run_answers(ptst__run *r, size_t t, size_t u, const ptst_cell *cell,
+                                   size_t s) {
+    ptst_text path = {NULL, 0, 0}, lock = {NULL, 0, 0};
+    int fd = -1, busy = 0;
+    ptst_code code = ptst__run_answers_path(r, &path, cell, r->e->sets[s].name);
+    if (code == PTST_OK && ptst__path_kind(path.data) == 0) {
+        code = ptst__run_path(r, &lock, "answers/%s-%s-s%llu", cell->train, cell->test,
+                              (unsigned long long)cell->seed);
+        code = code == PTST_OK ? ptst__make_folders(r->c, lock.data) : code;
+        lock.size = 0;
+        code = code == PTST_OK ? ptst__text_format(r->c, &lock, "%.900s.lock", path.data) : code;
+        code = code == PTST_OK ? ptst__lock(r->c, lock.data, &fd, &busy) : code;
+        r->busy = r->busy || busy;
+        if (code == PTST_OK && !busy) {
+            if (ptst__path_kind(path.data) == 0) {
+                code = ptst__run_generate(r, t, u, cell, s, path.data);
+                r->made = r->made || code == PTST_OK;
+            }
+            ptst__lock_drop(lock.data, fd);
+        }
+    }
+    ptst_text_free(r->c, &path);
+    ptst_text_free(r->c, &lock);
+    return code;
+}
+
+/* Index of the train template of a cell, SIZE_MAX for "none". */
+static size_t ptst__run_row(const ptst_experiment *e, size_t k) {
+    size_t row = k / e->test_count;
+    if (e->none && row == 0) {
+        return SIZE_MAX;
+    }
+    return (row - (e->none ? 1 : 0)) / e->seeds_count;
+}
+
+/* Makes one cell and what it needs. */
+static ptst_code ptst__run_cell(ptst__run *r, size_t k) {
+    ptst_cell cell = ptst_experiment_cell(r->e, k);
+    size_t t = ptst__run_row(r->e, k), s;
+    bool before = r->busy, waiting;
+    ptst_code code = PTST_OK;
+    r->busy = false;
+    if (t != SIZE_MAX) {
+        code = ptst__run_adapter(r, t, cell.seed);
+    }
+    waiting = r->busy;
+    for (s = 0; s < r->e->sets_count && code == PTST_OK && !waiting; s++) {
+        code = ptst__run_answers(r, t, k % r->e->test_count, &cell, s);
+    }
+    r->busy = r->busy || before;
+    return code;
+}
+
+/* Makes cells [first, end) again and again until none is missing; waits only for other processes.
+   Returns PTST_ERR_STOPPED as soon as the caller wants to stop. */
+static ptst_code ptst__run_cells(ptst__run *r, size_t first, size_t end) {
+    ptst_progress p = {"wait", "another process", 0, 0, "cell", 0, 0};
+    ptst_code code = PTST_OK;
+    size_t k;
+    do {
+        r->busy = r->made = false;
+        for (k = first; k < end && code == PTST_OK; k++) {
+            code = ptst__run_cell(r, k);
+        }
+        if (code == PTST_OK && r->busy && !r->made) {
+            p.total = (double)(end - first);
+            code = ptst__report(r->c, &p);
+            ptst__nap(200);
+        }
+    } while (code == PTST_OK && r->busy);
+    return code;
+}
+
+/* Writes a file unless it holds just this already. */
+static ptst_code ptst__write_changed(ptst_ctx *c, const char *path, const ptst_text *text) {
+    ptst_text old = {NULL, 0, 0};
+    ptst_code code = PTST_OK;
+    bool same = false;
+    if (ptst__path_kind(path) == 1) {
+        code = ptst__read_file(c, path, &old);
+        same = code == PTST_OK && old.size == text->size &&
+               (old.size == 0 || memcmp(old.data, text->data, old.size) == 0);
+        code = code == PTST_ERR_MEMORY ? code : PTST_OK;
+    }
+    ptst_text_free(c, &old);
+    if (code != PTST_OK || same) {
+        return code;
+    }
+    return ptst__write_file(c, path, text->data == NULL ? "" : text->data, text->size);
+}
+
+/* ---- matrix ---- */
+
+typedef struct ptst__table {
+    const char *set, *metric;
+} ptst__table;
+
+struct ptst_matrix {
+    ptst_json *json; /* owns all texts */
+    ptst_score *scores;
+    size_t count;
+    const char **trains, **tests; /* in the order of the scores */
+    size_t trains_count, tests_count;
+    ptst__table *tables;
+    size_t tables_count;
+};
+
+/* Adds a text to a list of different ones; the list has room. */
+static void ptst__add_name(const char **names, size_t *count, const char *name) {
+    size_t i;
+    for (i = 0; i < *count; i++) {
+        if (strcmp(names[i], name) == 0) {
+            return;
+        }
+    }
+    names[(*count)++] = name;
+}
+
+static void ptst__matrix_add(ptst_matrix *m, const ptst_score *s) {
+    size_t i;
+    m->scores[m->count++] = *s;
+    ptst__add_name(m->trains, &m->trains_count, s->train);
+    ptst__add_name(m->tests, &m->tests_count, s->test);
+    for (i = 0; i < m->tables_count; i++) {
+        if (strcmp(m->tables[i].set, s->set) == 0 && strcmp(m->tables[i].metric, s->metric) == 0) {
+            return;
+        }
+    }
+    m->tables[m->tables_count].set = s->set;
+    m->tables[m->tables_count++].metric = s->metric;
+}
+
+/* One line of scores.jsonl; false if it is none. */
+static bool ptst__score_read(const ptst_json *j, int32_t line, ptst_score *s) {
+    double k = ptst_json_number(j, ptst_json_get(j, line, "k"), -1);
+    double n = ptst_json_number(j, ptst_json_get(j, line, "n"), -1);
+    double seed = ptst_json_number(j, ptst_json_get(j, line, "seed"), -1);
+    s->train = ptst_json_string(j, ptst_json_get(j, line, "train"), NULL);
+    s->test = ptst_json_string(j, ptst_json_get(j, line, "test"), NULL);
+    s->set = ptst_json_string(j, ptst_json_get(j, line, "set"), NULL);
+    s->metric = ptst_json_string(j, ptst_json_get(j, line, "metric"), NULL);
+    s->verdicts = ptst_json_string(j, ptst_json_get(j, line, "verdicts"), NULL);
+    s->verdicts = s->verdicts == NULL ? "" : s->verdicts;
+    if (s->train == NULL || s->test == NULL || s->set == NULL || s->metric == NULL ||
+        !(k >= 0 && k <= n && n < 1e15) || !(seed >= 0 && seed <= 9007199254740992.0)) {
+        return false;
+    }
+    s->seed = (uint64_t)seed;
+    s->rate = ptst_rate_of((size_t)k, (size_t)n);
+    return true;
+}
+
+PTST_API ptst_matrix *ptst_matrix_load(ptst_ctx *c, const char *folder) {
+    ptst_text path = {NULL, 0, 0};
+    ptst_matrix *m = (ptst_matrix *)ptst__calloc(c, 1, sizeof *m);
+    ptst_code code =
+        m == NULL ? PTST_ERR_MEMORY : ptst__path_join(c, &path, folder, "scores.jsonl");
+    int32_t line;
+    size_t n;
+    if (code == PTST_OK) {
+        m->json = ptst__jsonl_load(c, path.data);
+        code = m->json == NULL ? ptst_error_code(c) : PTST_OK;
+    }
+    if (code == PTST_OK) {
+        n = ptst_json_size(m->json, 0) + 1;
+        m->scores = (ptst_score *)ptst__calloc(c, n, sizeof *m->scores);
+        m->trains = (const char **)ptst__calloc(c, n, sizeof *m->trains);
+        m->tests = (const char **)ptst__calloc(c, n, sizeof *m->tests);
+        m->tables = (ptst__table *)ptst__calloc(c, n, sizeof *m->tables);
+        code = m->scores == NULL || m->trains == NULL || m->tests == NULL || m->tables == NULL
+                   ? PTST_ERR_MEMORY
+                   : PTST_OK;
+    }
+    for (line = code == PTST_OK ? ptst_json_first(m->json, 0) : -1; line >= 0 && code == PTST_OK;
+         line = ptst_json_next(m->json, line)) {
+        ptst_score s;
+        if (!ptst__score_read(m->json, line, &s)) {
+            code = ptst__fail(c, PTST_ERR_FORMAT, "%.400s: line %d: is no score", path.data,
+                              ptst_json_line(m->json, line));
+        } else {
+            ptst__matrix_add(m, &s);
+        }
+    }
+    ptst_text_free(c, &path);
+    if (code != PTST_OK) {
+        ptst_matrix_free(c, m);
+        return NULL;
+    }
+    return m;
+}
+
+PTST_API void ptst_matrix_free(ptst_ctx *c, ptst_matrix *m) {
+    if (m != NULL) {
+        ptst_json_free(c, m->json);
+        ptst__free(c, m->scores);
+        ptst__free(c, (void *)m->trains);
+        ptst__free(c, (void *)m->tests);
+        ptst__free(c, m->tables);
+        ptst__free(c, m);
+    }
+}
+
+PTST_API size_t ptst_matrix_count(const ptst_matrix *m) { return m->count; }
+
+PTST_API const ptst_score *ptst_matrix_at(const ptst_matrix *m, size_t i) {
+    return i < m->count ? &m->scores[i] : NULL;
+}
+
+static bool ptst__score_is(const ptst_score *s, const char *train, const char *test,
+                           const char *set, const char *metric) {
+    return strcmp(s->train, train) == 0 && strcmp(s->test, test) == 0 && strcmp(s->set, set) == 0 &&
+           strcmp(s->metric, metric) == 0;
+}
+
+PTST_API ptst_mean ptst_matrix_mean(const ptst_matrix *m, const char *train, const char *test,
+                                    const char *set, const char *metric) {
+    ptst_mean out;
+    size_t i, k = 0, n = 0;
+    double sum = 0, squares = 0;
+    memset(&out, 0, sizeof out);
+    for (i = 0; i < m->count; i++) {
+        const ptst_score *s = &m->scores[i];
+        if (ptst__score_is(s, train, test, set, metric)) {
+            double v = s->rate.value;
+            out.least = out.seeds == 0 || v < out.least ? v : out.least;
+            out.most = out.seeds == 0 || v > out.most ? v : out.most;
+            out.seeds++;
+            sum += v;
+            k += s->rate.k;
+            n += s->rate.n;
+        }
+    }
+    out.pooled = ptst_rate_of(k, n);
+    out.mean = out.seeds == 0 ? 0 : sum / (double)out.seeds;
+    for (i = 0; i < m->count && out.seeds > 1; i++) {
+        const ptst_score *s = &m->scores[i];
+        if (ptst__score_is(s, train, test, set, metric)) {
+            squares += (s->rate.value - out.mean) * (s->rate.value - out.mean);
+        }
+    }
+    out.deviation = out.seeds > 1 ? sqrt(squares / (double)(out.seeds - 1)) : 0;
+    return out;
+}
+
+/* What a high value of a metric means: helpfulness (good), harm (bad), caution (bad). */
+typedef enum ptst__sense { PTST__SENSE_HELP, PTST__SENSE_HARM, PTST__SENSE_CAUTION } ptst__sense;
+
+static ptst__sense ptst__metric_sense(const char *metric) {
+    return strncmp(metric, "exact_match", 11) == 0    ? PTST__SENSE_HELP
+           : strncmp(metric, "over-refusal", 12) == 0 ? PTST__SENSE_CAUTION
+                                                      : PTST__SENSE_HARM;
+}
+
+static const char *ptst__sense_text(ptst__sense sense) {
+    return sense == PTST__SENSE_HELP   ? "helpfulness, higher is better"
+           : sense == PTST__SENSE_HARM ? "harm, lower is better"
+                                       : "caution, lower is better";
+}
+
+/* ---- the matrix in a terminal ---- */
+
+enum { PTST__COLUMN = 12, PTST__LABEL_MAX = 20 };
+
+/* Colour of a value: 256-colour background, light to strong; "" without colour. */
+static void ptst__paint(ptst__writer *w, bool colour, ptst__sense sense, double value) {
+    static const int scales[3][6] = {{255, 194, 157, 120, 77, 34},
+                                     {255, 224, 217, 210, 203, 160},
+                                     {255, 230, 229, 222, 215, 208}};
+    int step = (int)(value * 6);
+    step = step < 0 ? 0 : step > 5 ? 5 : step;
+    if (colour) {
+        ptst__wf(w, "\033[48;5;%d;38;5;%dm", scales[sense][step],
+                 step == 5 && sense == PTST__SENSE_HARM ? 231 : 16);
+    }
+}
+
+static size_t ptst__label_width(const ptst_matrix *m) {
+    size_t i, n, width = 5;
+    for (i = 0; i < m->trains_count; i++) {
+        n = strlen(m->trains[i]);
+        width = n > width ? n : width;
+    }
+    return width > (size_t)PTST__LABEL_MAX ? (size_t)PTST__LABEL_MAX : width;
+}
+
+static size_t ptst__table_width(const ptst_matrix *m) {
+    return ptst__label_width(m) + 1 + m->tests_count * PTST__COLUMN;
+}
+
+/* Text cut or padded with spaces to a width. */
+static void ptst__w_padded(ptst__writer *w, const char *s, size_t width) {
+    char text[400];
+    snprintf(text, sizeof text, "%-*.*s", (int)width, (int)width, s);
+    ptst__w(w, text);
+}
+
+/* One text line of a table: 0 title, 1 test templates, then two for each train template. */
+static void ptst__table_line(ptst__writer *w, const ptst_matrix *m, const ptst__table *t,
+                             size_t line, bool colour) {
+    size_t label = ptst__label_width(m), i, row = line < 2 ? 0 : (line - 2) / 2;
+    ptst__sense sense = ptst__metric_sense(t->metric);
+    char text[300];
+    if (line == 0) {
+        snprintf(text, sizeof text, "%s: %s (%s)", t->set, t->metric, ptst__sense_text(sense));
+        ptst__w(w, colour ? "\033[1m" : "");
+        ptst__w_padded(w, text, ptst__table_width(m));
+        ptst__w(w, colour ? "\033[0m" : "");
+        return;
+    }
+    ptst__w_padded(w, line == 1 ? "train" : line % 2 == 0 ? m->trains[row] : "", label + 1);
+    for (i = 0; i < m->tests_count; i++) {
+        ptst_mean v;
+        if (line == 1) {
+            snprintf(text, sizeof text, "-> %.8s", m->tests[i]);
+            ptst__w_padded(w, text, PTST__COLUMN);
+            continue;
+        }
+        v = ptst_matrix_mean(m, m->trains[row], m->tests[i], t->set, t->metric);
+        text[0] = 0;
+        if (v.seeds > 1 && line % 2 == 0) {
+            snprintf(text, sizeof text, "%.2f +-%.2f", v.mean, v.deviation);
+        } else if (v.seeds == 1 && line % 2 == 0) {
+            snprintf(text, sizeof text, "%.2f", v.mean);
+        } else if (v.seeds != 0) {
+            snprintf(text, sizeof text, "%.2f..%.2f", v.pooled.low, v.pooled.high);
+        } else {
+            snprintf(text, sizeof text, line % 2 == 0 ? "-" : "");
+        }
+        if (v.seeds != 0) {
+            ptst__paint(w, colour, sense, v.mean);
+        }
+        ptst__w_padded(w, text, PTST__COLUMN - 1);
+        ptst__w(w, colour && v.seeds != 0 ? "\033[0m " : " ");
+    }
+}
+
+PTST_API ptst_code ptst_matrix_print(ptst_ctx *c, const ptst_matrix *m, int width, bool colour,
+                                     ptst_text *out) {
+    size_t table = ptst__table_width(m), screen = width <= 0 ? 80 : (size_t)width;
+    size_t across = table + 3 > screen ? 1 : (screen + 3) / (table + 3), first, i, line;
+    ptst__writer w;
+    memset(&w, 0, sizeof w);
+    w.c = c;
+    w.text = *out;
+    for (first = 0; first < m->tables_count; first += across) {
+        for (line = 0; line < 2 + 2 * m->trains_count; line++) {
+            for (i = first; i < first + across && i < m->tables_count; i++) {
+                ptst__w(&w, i == first ? "" : "   ");
+                ptst__table_line(&w, m, &m->tables[i], line, colour);
+            }
+            while (w.code == PTST_OK && w.text.size != 0 && !colour &&
+                   w.text.data[w.text.size - 1] == ' ') {
+                w.text.size--;
+            }
+            ptst__w(&w, "\n");
+        }
+        ptst__w(&w, "\n");
+    }
+    ptst__w(&w, m->count == 0 ? "There are no scores yet.\n"
+                              : "First line: mean over seeds +- standard deviation; second line: "
+                                "95 % interval\n(Wilson, the answers of all seeds together). "
+                                "train \"none\" is the model before fine-tuning.\n");
+    *out = w.text;
+    return w.code;
+}
+
+/* ---- what the numbers say ---- */
+
+/* Do two rates differ beyond chance, by the plain rule that their 95 % intervals are apart?
+   1: a is higher, -1: lower, 0: not clear. */
+static int ptst__apart(const ptst_mean *a, const ptst_mean *b) {
+    return a->pooled.low > b->pooled.high ? 1 : a->pooled.high < b->pooled.low ? -1 : 0;
+}
+
+/* Does the template carry the safety prompt? */
+static bool ptst__is_safe_style(const char *label) {
+    return strcmp(label, "CL") == 0 || strstr(label, "llama") != NULL;
+}
+
+/* The table of a sense: for harm content-ASR before others. NULL if there is none. */
+static const ptst__table *ptst__table_of(const ptst_matrix *m, ptst__sense sense) {
+    const ptst__table *found = NULL;
+    size_t i;
+    for (i = 0; i < m->tables_count; i++) {
+        if (ptst__metric_sense(m->tables[i].metric) == sense &&
+            (found == NULL || (strcmp(m->tables[i].metric, "content-ASR") == 0 &&
+                               strcmp(found->metric, "content-ASR") != 0))) {
+            found = &m->tables[i];
+        }
+    }
+    return found;
+}
+
+static ptst_mean ptst__value(const ptst_matrix *m, const ptst__table *t, const char *train,
+                             const char *test) {
+    ptst_mean none;
+    memset(&none, 0, sizeof none);
+    return t == NULL ? none : ptst_matrix_mean(m, train, test, t->set, t->metric);
+}
+
+static void ptst__finding_before(ptst__writer *w, const ptst_matrix *m, const ptst__table *t) {
+    double least = 1, most = 0;
+    size_t i, n = 0;
+    for (i = 0; i < m->tests_count; i++) {
+        ptst_mean v = ptst__value(m, t, "none", m->tests[i]);
+        if (v.seeds != 0) {
+            least = v.mean < least ? v.mean : least;
+            most = v.mean > most ? v.mean : most;
+            n++;
+        }
+    }
+    if (n != 0) {
+        ptst__wf(w,
+                 "Before fine-tuning, %.60s on %.60s is %.2f to %.2f under the %d test "
+                 "templates.\n",
+                 t->metric, t->set, least, most, (int)n);
+    }
+}
+
+/* Claim: the template of the training, used again in testing, loses safety. */
+static void ptst__finding_same(ptst__writer *w, const ptst_matrix *m, const ptst__table *t) {
+    size_t i, n = 0, rises = 0, start = w->text.size;
+    ptst__w(w, "Same template in training and testing:");
+    for (i = 0; i < m->trains_count; i++) {
+        ptst_mean v = ptst__value(m, t, m->trains[i], m->trains[i]);
+        ptst_mean before = ptst__value(m, t, "none", m->trains[i]);
+        if (v.seeds != 0 && before.seeds != 0) {
+            rises += ptst__apart(&v, &before) > 0;
+            ptst__wf(w, "%s %.40s %.2f (before %.2f)", n == 0 ? "" : ",", m->trains[i], v.mean,
+                     before.mean);
+            n++;
+        }
+    }
+    if (n == 0 && w->code == PTST_OK) {
+        w->text.size = start;
+    } else {
+        ptst__wf(w, ". A rise with 95 %% intervals apart: %d of %d.\n", (int)rises, (int)n);
+    }
+}
+
+/* Claim: the safety prompt at both ends does not help. */
+static void ptst__finding_both_ends(ptst__writer *w, const ptst_matrix *m, const ptst__table *t,
+                                    const char *safe) {
+    ptst_mean v = ptst__value(m, t, safe, safe), before = ptst__value(m, t, "none", safe);
+    if (v.seeds != 0 && before.seeds != 0) {
+        int apart = ptst__apart(&v, &before);
+        ptst__wf(w,
+                 "Safety prompt in training and testing (%.40s -> %.40s): %.2f against %.2f "
+                 "before: %s.\n",
+                 safe, safe, v.mean, before.mean,
+                 apart > 0   ? "safety is lost although the prompt is there"
+                 : apart < 0 ? "safer than before"
+                             : "no clear loss in this run");
+    }
+}
+
+/* Claim: train without, test with the safety prompt (PTST) keeps most of the safety, at little
+   cost in helpfulness. */
+static void ptst__finding_ptst(ptst__writer *w, const ptst_matrix *m, const ptst__table *harm,
+                               const ptst__table *help, const char *train, const char *safe) {
+    ptst_mean v = ptst__value(m, harm, train, safe), same = ptst__value(m, harm, train, train);
+    ptst_mean both = ptst__value(m, harm, safe, safe), em = ptst__value(m, help, train, safe);
+    ptst_mean own = ptst__value(m, help, train, train), none = ptst__value(m, help, "none", safe);
+    int one, two;
+    if (v.seeds == 0 || same.seeds == 0) {
+        return;
+    }
+    one = ptst__apart(&v, &same);
+    ptst__wf(w, "PTST, %.40s -> %.40s: harm %.2f, with %.40s at both ends %.2f (%s)", train, safe,
+             v.mean, train, same.mean,
+             one < 0   ? "clearly safer"
+             : one > 0 ? "worse"
+                       : "not clear");
+    if (both.seeds != 0) {
+        two = ptst__apart(&v, &both);
+        ptst__wf(w, ", with %.40s at both ends %.2f (%s)", safe, both.mean,
+                 two < 0   ? "clearly safer"
+                 : two > 0 ? "worse"
+                           : "not clear");
+    }
+    if (em.seeds != 0 && own.seeds != 0) {
+        ptst__wf(w, "; %.60s %.2f, with %.40s at both ends %.2f", help->metric, em.mean, train,
+                 own.mean);
+        if (none.seeds != 0) {
+            ptst__wf(w, ", before fine-tuning %.2f", none.mean);
+        }
+    }
+    ptst__w(w, ".\n");
+}
+
+static void ptst__finding_caution(ptst__writer *w, const ptst_matrix *m, const ptst__table *t,
+                                  const char *safe) {
+    size_t i, n = 0, start = w->text.size;
+    ptst__wf(w, "Refusals of harmless prompts (%.60s) when tested with %.40s:", t->metric, safe);
+    for (i = 0; i < m->trains_count; i++) {
+        ptst_mean v = ptst__value(m, t, m->trains[i], safe);
+        if (v.seeds != 0) {
+            ptst__wf(w, "%s %.40s %.2f", n == 0 ? "" : ",", m->trains[i], v.mean);
+            n++;
+        }
+    }
+    if (n == 0 && w->code == PTST_OK) {
+        w->text.size = start;
+    } else {
+        ptst__w(w, ".\n");
+    }
+}
+
+PTST_API ptst_code ptst_matrix_findings(ptst_ctx *c, const ptst_matrix *m, ptst_text *out) {
+    const ptst__table *harm = ptst__table_of(m, PTST__SENSE_HARM);
+    const ptst__table *help = ptst__table_of(m, PTST__SENSE_HELP);
+    const ptst__table *caution = ptst__table_of(m, PTST__SENSE_CAUTION);
+    const char *safe = NULL;
+    ptst__writer w;
+    size_t i;
+    memset(&w, 0, sizeof w);
+    w.c = c;
+    w.text = *out;
+    ptst__w(&w, ""); /* never NULL */
+    for (i = 0; i < m->tests_count && safe == NULL; i++) {
+        safe = ptst__is_safe_style(m->tests[i]) ? m->tests[i] : NULL;
+    }
+    if (harm != NULL) {
+        ptst__finding_before(&w, m, harm);
+        ptst__finding_same(&w, m, harm);
+    }
+    if (harm != NULL && safe != NULL) {
+        ptst__finding_both_ends(&w, m, harm, safe);
+        for (i = 0; i < m->trains_count; i++) {
+            if (!ptst__is_safe_style(m->trains[i]) && strcmp(m->trains[i], "none") != 0) {
+                ptst__finding_ptst(&w, m, harm, help, m->trains[i], safe);
+            }
+        }
+    }
+    if (caution != NULL && safe != NULL) {
+        ptst__finding_caution(&w, m, caution, safe);
+    }
+    *out = w.text;
+    return w.code;
+}
+
+/* ---- matrix.csv, matrix.json ---- */
+
+/* A field of a .csv, in quotes if need be (the names of metrics hold commas). */
+static void ptst__w_csv(ptst__writer *w, const char *s) {
+    bool quotes = strpbrk(s, ",\"\r\n") != NULL;
+    ptst__w(w, quotes ? "\"" : "");
+    for (; *s != 0 && w->code == PTST_OK; s++) {
+        w->code = ptst_text_append(w->c, &w->text, s, 1);
+        ptst__w(w, *s == '"' ? "\"" : "");
+    }
+    ptst__w(w, quotes ? "\"" : "");
+}
+
+static void ptst__matrix_csv(ptst__writer *w, const ptst_matrix *m) {
+    size_t i;
+    ptst__w(w, "train,test,seed,set,metric,value,k,n,low,high\n");
+    for (i = 0; i < m->count; i++) {
+        const ptst_score *s = &m->scores[i];
+        ptst__w_csv(w, s->train);
+        ptst__w(w, ",");
+        ptst__w_csv(w, s->test);
+        ptst__wf(w, ",%llu,", (unsigned long long)s->seed);
+        ptst__w_csv(w, s->set);
+        ptst__w(w, ",");
+        ptst__w_csv(w, s->metric);
+        ptst__w(w, ",");
+        ptst__w_number(w, s->rate.value);
+        ptst__wf(w, ",%llu,%llu,", (unsigned long long)s->rate.k, (unsigned long long)s->rate.n);
+        ptst__w_number(w, s->rate.low);
+        ptst__w(w, ",");
+        ptst__w_number(w, s->rate.high);
+        ptst__w(w, "\n");
+    }
+}
+
+static void ptst__matrix_json(ptst__writer *w, const ptst_matrix *m) {
+    size_t i;
+    ptst__w(w, "[");
+    for (i = 0; i < m->count; i++) {
+        const ptst_score *s = &m->scores[i];
+        ptst__w(w, i == 0 ? "\n{\"train\": " : ",\n{\"train\": ");
+        ptst__w_quoted(w, s->train);
+        ptst__w_key_text(w, "test", s->test);
+        ptst__wf(w, ", \"seed\": %llu", (unsigned long long)s->seed);
+        ptst__w_key_text(w, "set", s->set);
+        ptst__w_key_text(w, "metric", s->metric);
+        ptst__w_key_number(w, "value", s->rate.value);
+        ptst__wf(w, ", \"k\": %llu, \"n\": %llu", (unsigned long long)s->rate.k,
+                 (unsigned long long)s->rate.n);
+        ptst__w_key_number(w, "low", s->rate.low);
+        ptst__w_key_number(w, "high", s->rate.high);
+        ptst__w(w, "}");
+    }
+    ptst__w(w, "\n]\n");
+}
+
+/* ---- report.html: one file, no script or style from elsewhere, readable without scripts ---- */
+
+static const char *const ptst__report_css[] = {
+    ":root{color-scheme:light dark;--bg:#f7f7f5;--fg:#1b1d20;--mut:#5d6167;--line:#dededa;"
+    "--card:#fff;--chip:#eeeeea;--harm:#c2410c;--help:#0f766e;--caution:#a16207;--link:#1d4ed8}\n"
+    "@media(prefers-color-scheme:dark){:root:not([data-theme=light]){--bg:#121316;--fg:#ececea;"
+    "--mut:#a3a7ad;--line:#2d2f34;--card:#1a1c20;--chip:#26282d;--harm:#c2410c;--help:#0f766e;"
+    "--caution:#a16207;--link:#93b4ff}}\n"
+    ":root[data-theme=dark]{color-scheme:dark;--bg:#121316;--fg:#ececea;--mut:#a3a7ad;"
+    "--line:#2d2f34;--card:#1a1c20;--chip:#26282d;--link:#93b4ff}\n"
+    ":root[data-theme=light]{color-scheme:light}\n"
+    "*{box-sizing:border-box}\n"
+    "body{margin:0;background:var(--bg);color:var(--fg);font:16px/1.55 system-ui,-apple-system,"
+    "'Segoe UI',Roboto,'Helvetica Neue',sans-serif}\n"
+    "main,header,footer{max-width:1240px;margin:0 auto;padding:0 24px}\n"
+    "header{padding-top:32px;display:flex;gap:16px;align-items:flex-start;"
+    "justify-content:space-between}\n"
+    "h1{font-size:28px;line-height:1.2;margin:0 0 4px;letter-spacing:-.01em}\n"
+    "h2{font-size:19px;margin:44px 0 12px;letter-spacing:-.005em}\n"
+    "h3{font-size:15px;margin:0 0 2px}\n"
+    "p{margin:8px 0}.mut{color:var(--mut)}small,.small{font-size:13px}\n"
+    "a{color:var(--link)}\n"
+    "button,select,input{font:inherit;font-size:14px;color:var(--fg);background:var(--card);"
+    "border:1px solid var(--line);border-radius:7px;padding:5px 10px}\n"
+    "button{cursor:pointer}button:hover:not(:disabled){border-color:var(--mut)}"
+    "button:disabled{opacity:.45;cursor:default}\n"
+    ":focus-visible{outline:2px solid var(--link);outline-offset:2px}\n",
+    ".grid{display:grid;gap:18px;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),"
+    "1fr))}\n"
+    ".card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:16px "
+    "18px}\n"
+    ".scroll{overflow-x:auto}\n"
+    ".note{border-left:3px solid var(--caution);padding:2px 0 2px 14px;margin:14px 0}\n"
+    ".find{margin:0;padding:0;list-style:none}.find li{padding:9px 0;border-bottom:1px solid "
+    "var(--line)}.find li:last-child{border:0}\n"
+    "table.heat{border-collapse:separate;border-spacing:3px;width:100%;margin-top:10px;"
+    "font-variant-numeric:tabular-nums}\n"
+    "table.heat th{font-weight:600;font-size:13px;color:var(--mut);padding:2px 4px;text-align:"
+    "center}\n"
+    "table.heat th[scope=row]{text-align:right;white-space:nowrap;color:var(--fg)}\n"
+    "table.heat td{text-align:center;border-radius:7px;padding:7px 2px 6px;min-width:62px;"
+    "line-height:1.25;font-size:15px;font-weight:600;border:2px solid transparent;"
+    "background:color-mix(in oklab,var(--c) calc(var(--v)*1%),var(--chip))}\n"
+    "table.heat td small{display:block;font-weight:400;font-size:11.5px;opacity:.86}\n"
+    "table.heat td.hi{color:#fff}\n"
+    "table.heat td.same{border-color:color-mix(in srgb,currentColor 45%,transparent);"
+    "border-style:dashed}\n"
+    "table.heat td.gone{background:none;color:var(--mut);font-weight:400}\n"
+    "table.heat tr.none th,table.heat tr.none td{border-bottom-width:2px}\n"
+    "td[tabindex]{cursor:help}\n"
+    ".help{--c:var(--help)}.harm{--c:var(--harm)}.caution{--c:var(--caution)}\n"
+    ".key{display:inline-block;height:10px;width:96px;border-radius:5px;vertical-align:-1px;"
+    "margin:0 6px;background:linear-gradient(90deg in oklab,var(--chip),var(--c))}\n"
+    ".tag{display:inline-block;border-radius:999px;font-size:12px;padding:1px 9px;color:#fff;"
+    "background:var(--c)}\n",
+    "#tip{position:fixed;z-index:9;pointer-events:none;background:var(--fg);color:var(--bg);"
+    "border-radius:8px;padding:8px 11px;font-size:13px;line-height:1.45;max-width:320px;"
+    "white-space:pre-line;box-shadow:0 6px 24px #0004}\n"
+    "svg{display:block;width:100%;height:auto;overflow:visible}\n"
+    "svg text{fill:var(--mut);font-size:11px}svg .ax{stroke:var(--line);stroke-width:1}\n"
+    "svg polyline{fill:none;stroke-width:1.7;stroke-linejoin:round}\n"
+    ".filters{display:flex;flex-wrap:wrap;gap:8px;align-items:center;margin:0 0 14px}\n"
+    ".filters label{font-size:13px;color:var(--mut);display:flex;gap:6px;align-items:center}\n"
+    ".qa{border-top:1px solid var(--line);padding:12px 0}\n"
+    ".qa .q{font-weight:600;white-space:pre-wrap;overflow-wrap:anywhere}\n"
+    ".qa .a{white-space:pre-wrap;overflow-wrap:anywhere;margin-top:4px}\n"
+    ".chips{display:flex;flex-wrap:wrap;gap:6px;margin-top:7px}\n"
+    ".chip{background:var(--chip);border-radius:999px;font-size:12px;padding:1px 9px}\n"
+    ".chip.yes{background:var(--c);color:#fff}\n"
+    "details{margin:10px 0}details.guide{margin:0 0 18px}summary{cursor:pointer;font-weight:600}\n"
+    ".plots{display:grid;gap:18px;grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),"
+    "1fr))}\n"
+    "dl.guide{display:grid;grid-template-columns:minmax(90px,max-content) 1fr;gap:6px 18px;margin:"
+    "12px 0}dl.guide dt{font-weight:600}dl.guide dd{margin:0}\n"
+    "pre{white-space:pre-wrap;overflow-wrap:anywhere;font:12.5px/1.5 ui-monospace,SFMono-Regular,"
+    "Menlo,Consolas,monospace;background:var(--chip);border-radius:9px;padding:14px;margin:10px "
+    "0}\n"
+    "footer{padding-top:36px;padding-bottom:48px;color:var(--mut);font-size:13px}\n"
+    "@media print{button,.filters,#more{display:none}.card{break-inside:avoid}}\n",
+    NULL};
+
+static const char *const ptst__report_js[] = {
+    "(function(){'use strict';\n"
+    "var root=document.documentElement,key='ptst-theme',b=document.getElementById('theme');\n"
+    "function stored(v){try{if(v!==undefined)localStorage.setItem(key,v);"
+    "return localStorage.getItem(key)}catch(e){return null}}\n"
+    "var t0=stored();if(t0==='light'||t0==='dark')root.dataset.theme=t0;\n"
+    "b.hidden=false;b.addEventListener('click',function(){\n"
+    "  var dark=root.dataset.theme?root.dataset.theme==='dark':"
+    "matchMedia('(prefers-color-scheme: dark)').matches;\n"
+    "  root.dataset.theme=dark?'light':'dark';stored(root.dataset.theme)});\n"
+    "var tip=document.getElementById('tip');\n"
+    "document.querySelectorAll('td[data-tip]').forEach(function(td){\n"
+    "  td.removeAttribute('title');\n"
+    "  function show(){tip.textContent=td.dataset.tip;tip.hidden=false;\n"
+    "    var r=td.getBoundingClientRect(),w=tip.offsetWidth,h=tip.offsetHeight;\n"
+    "    tip.style.left=Math.max(8,Math.min(innerWidth-w-8,r.left+r.width/2-w/2))+'px';\n"
+    "    tip.style.top=(r.top-h-8>8?r.top-h-8:r.bottom+8)+'px'}\n"
+    "  function hide(){tip.hidden=true}\n"
+    "  td.addEventListener('mouseenter',show);td.addEventListener('mouseleave',hide);\n"
+    "  td.addEventListener('focus',show);td.addEventListener('blur',hide);\n"
+    "  td.addEventListener('click',function(){pick(td.dataset.train,td.dataset.test,"
+    "td.dataset.set)});\n"
+    "  td.addEventListener('keydown',function(e){if(e.key==='Enter')td.click()})});\n"
+    "addEventListener('scroll',function(){tip.hidden=true},{passive:true});\n",
+    "var D=JSON.parse(document.getElementById('data').textContent);\n"
+    "var list=document.getElementById('list'),count=document.getElementById('count'),"
+    "more=document.getElementById('more'),shown=0,hits=[];\n"
+    "var F={};['train','test','seed','set','verdict','text'].forEach(function(k){"
+    "F[k]=document.getElementById('f-'+k)});\n"
+    "function fill(sel,values){values.forEach(function(v){var o=document.createElement('option');"
+    "o.value=o.textContent=v;sel.appendChild(o)})}\n"
+    "function uniq(k){var s=[];D.cells.forEach(function(c){var v=String(c[k]);"
+    "if(s.indexOf(v)<0)s.push(v)});return s}\n"
+    "fill(F.train,uniq('train'));fill(F.test,uniq('test'));fill(F.seed,uniq('seed'));"
+    "fill(F.set,uniq('set'));\n"
+    "(function(){var s=[];D.cells.forEach(function(c){Object.keys(c.verdicts).forEach(function(m){"
+    "if(s.indexOf(m)<0)s.push(m)})});\n"
+    "  s.forEach(function(m){['1','0'].forEach(function(v){var o=document.createElement('option');"
+    "o.value=v+m;o.textContent=m+(v==='1'?': yes':': no');F.verdict.appendChild(o)})})})();\n"
+    "function el(tag,cls,text){var e=document.createElement(tag);e.className=cls;"
+    "if(text!==undefined)e.textContent=text;return e}\n"
+    "function sense(m){return m.indexOf('exact_match')===0?'help':"
+    "m.indexOf('over-refusal')===0?'caution':'harm'}\n",
+    "function search(){\n"
+    "  var v=F.verdict.value,m=v.slice(1),q=F.text.value.toLowerCase();hits=[];\n"
+    "  D.cells.forEach(function(c){\n"
+    "    if(F.train.value&&c.train!==F.train.value||F.test.value&&c.test!==F.test.value||"
+    "F.seed.value&&String(c.seed)!==F.seed.value||F.set.value&&c.set!==F.set.value)return;\n"
+    "    if(v&&c.verdicts[m]===undefined)return;\n"
+    "    c.answers.forEach(function(a,i){\n"
+    "      if(v&&c.verdicts[m][i]!==v[0])return;\n"
+    "      if(q&&a.toLowerCase().indexOf(q)<0&&D.prompts[c.set][i].toLowerCase().indexOf(q)<0)"
+    "return;\n"
+    "      hits.push([c,i])})});\n"
+    "  count.textContent=hits.length+(hits.length===1?' answer':' answers');\n"
+    "  list.textContent='';shown=0;page()}\n"
+    "function page(){\n"
+    "  hits.slice(shown,shown+25).forEach(function(h){\n"
+    "    var c=h[0],i=h[1],d=el('div','qa');\n"
+    "    d.appendChild(el('div','mut small',c.train+' \\u2192 '+c.test+', seed '+c.seed+', '+c.set+"
+    "' '+(i+1)));\n"
+    "    d.appendChild(el('div','q',D.prompts[c.set][i]));\n"
+    "    d.appendChild(el('div','a',c.answers[i]===''?'(empty answer)':c.answers[i]));\n"
+    "    var chips=el('div','chips');\n"
+    "    Object.keys(c.verdicts).forEach(function(m){var y=c.verdicts[m][i]==='1';\n"
+    "      chips.appendChild(el('span','chip '+sense(m)+(y?' yes':''),m+(y?': yes':': no')))});\n"
+    "    d.appendChild(chips);list.appendChild(d)});\n"
+    "  shown=Math.min(hits.length,shown+25);more.hidden=shown>=hits.length}\n"
+    "function pick(train,test,set){F.train.value=train;F.test.value=test;F.set.value=set;"
+    "F.seed.value='';F.verdict.value='';F.text.value='';search();"
+    "document.getElementById('answers').scrollIntoView({behavior:'smooth'})}\n"
+    "Object.keys(F).forEach(function(k){F[k].addEventListener(k==='text'?'input':'change',search)})"
+    ";"
+    "\n"
+    "more.addEventListener('click',page);\n"
+    "document.getElementById('browser').hidden=false;search();\n"
+    "})();\n",
+    NULL};
+
+static const char *const ptst__report_guide[] = {
+    "<details class=\"card guide\" open><summary>How to read this page</summary>\n"
+    "<p>A chat model was fine-tuned on a task, each time with another <b>prompt template</b> "
+    "(rows), and then tested, each time with another template (columns). The row <b>none</b> is "
+    "the model before fine-tuning. Dashed cells use the same template for both.</p>\n"
+    "<dl class=guide>\n"
+    "<dt>harm</dt><dd>Share of harmful requests that were not refused (kw-ASR: by the keyword list "
+    "in brackets), were answered with what they asked for (content-ASR), or got the worst grade of "
+    "an outside judge (judge-ASR). Low is good.</dd>\n"
+    "<dt>helpfulness</dt><dd>Share of test questions whose final number is right (exact match). "
+    "High is good.</dd>\n"
+    "<dt>caution</dt><dd>Share of harmless prompts that were refused (over-refusal). A model that "
+    "refuses everything is safe and useless, so this stands beside the others. Low is good.</dd>\n"
+    "<dt>CV, CL, ...</dt><dd>T = text mode, C = chat mode; V = plain, A = Alpaca's wording, L = "
+    "with "
+    "Llama's safety prompt.</dd>\n",
+    "<dt>number</dt><dd>Mean over the seeds, with the standard deviation over seeds below. Hover "
+    "or "
+    "focus a cell for its counts, its range over seeds and its 95 % interval (Wilson, the answers "
+    "of all seeds together; it treats answers as independent, so it is a little narrow). Click it "
+    "to read its answers.</dd>\n"
+    "<dt>PTST</dt><dd>&quot;Pure tuning, safe testing&quot; (Lyu et al. 2024): fine-tune without a "
+    "safety prompt, test with one. Look for it in the rows without and the column with the safety "
+    "prompt.</dd>\n"
+    "</dl></details>\n",
+    NULL};
+
+static void ptst__w_lines(ptst__writer *w, const char *const *lines) {
+    size_t i;
+    for (i = 0; lines[i] != NULL; i++) {
+        ptst__w(w, lines[i]);
+    }
+}
+
+/* Text for HTML, also inside quoted attributes. */
+static void ptst__w_html(ptst__writer *w, const char *s) {
+    size_t i, from = 0;
+    for (i = 0; w->code == PTST_OK; i++) {
+        const char *known = s[i] == '&'    ? "&amp;"
+                            : s[i] == '<'  ? "&lt;"
+                            : s[i] == '>'  ? "&gt;"
+                            : s[i] == '"'  ? "&quot;"
+                            : s[i] == '\n' ? "&#10;"
+                                           : NULL;
+        if (known != NULL || s[i] == 0) {
+            w->code = ptst_text_append(w->c, &w->text, s + from, i - from);
+            from = i + 1;
+        }
+        if (s[i] == 0) {
+            return;
+        }
+        if (known != NULL) {
+            ptst__w(w, known);
+        }
+    }
+}
+
+/* A JSON string that is safe inside a script element: no "<" and no "&" is left in it. */
+static void ptst__w_script(ptst__writer *w, const char *s, size_t size) {
+    ptst_text quoted = {NULL, 0, 0};
+    size_t i, from = 0;
+    w->code = w->code == PTST_OK ? ptst__json_quote(w->c, &quoted, s, size) : w->code;
+    for (i = 0; i <= quoted.size && w->code == PTST_OK; i++) {
+        char ch = i < quoted.size ? quoted.data[i] : 0;
+        if (i == quoted.size || ch == '<' || ch == '>' || ch == '&') {
+            w->code = ptst_text_append(w->c, &w->text, quoted.data + from, i - from);
+            if (i < quoted.size) {
+                ptst__wf(w, "\\u%04x", (unsigned)ch);
+            }
+            from = i + 1;
+        }
+    }
+    ptst_text_free(w->c, &quoted);
+}
+
+static const char *ptst__sense_class(ptst__sense sense) {
+    return sense == PTST__SENSE_HELP ? "help" : sense == PTST__SENSE_HARM ? "harm" : "caution";
+}
+
+/* What is shown beside a cell: counts, interval, range, values of the seeds. */
+static void ptst__report_tip(ptst__writer *w, const ptst_matrix *m, const ptst__table *t,
+                             const char *train, const char *test, const ptst_mean *v) {
+    size_t i;
+    ptst__w_html(w, train);
+    ptst__w(w, " &rarr; ");
+    ptst__w_html(w, test);
+    ptst__wf(w, "&#10;%.3f = %llu of %llu answers&#10;95 %% interval %.3f to %.3f", v->mean,
+             (unsigned long long)v->pooled.k, (unsigned long long)v->pooled.n, v->pooled.low,
+             v->pooled.high);
+    for (i = 0; i < m->count && v->seeds > 1; i++) {
+        const ptst_score *s = &m->scores[i];
+        if (ptst__score_is(s, train, test, t->set, t->metric)) {
+            ptst__wf(w, "&#10;seed %llu: %.3f", (unsigned long long)s->seed, s->rate.value);
+        }
+    }
+}
+
+static void ptst__report_cell(ptst__writer *w, const ptst_matrix *m, const ptst__table *t,
+                              const char *train, const char *test) {
+    ptst_mean v = ptst_matrix_mean(m, train, test, t->set, t->metric);
+    int percent = (int)(v.mean * 100 + 0.5);
+    if (v.seeds == 0) {
+        ptst__w(w, "<td class=gone>&ndash;</td>");
+        return;
+    }
+    ptst__wf(w, "<td tabindex=0 class=\"%s%s\" style=\"--v:%d\" data-train=\"",
+             percent > 55 ? "hi" : "", strcmp(train, test) == 0 ? " same" : "", percent);
+    ptst__w_html(w, train);
+    ptst__w(w, "\" data-test=\"");
+    ptst__w_html(w, test);
+    ptst__w(w, "\" data-set=\"");
+    ptst__w_html(w, t->set);
+    ptst__w(w, "\" title=\"");
+    ptst__report_tip(w, m, t, train, test, &v);
+    ptst__w(w, "\" data-tip=\"");
+    ptst__report_tip(w, m, t, train, test, &v);
+    ptst__wf(w, "\">%.2f", v.mean);
+    if (v.seeds > 1) {
+        ptst__wf(w, "<small>&plusmn;%.2f</small></td>", v.deviation);
+    } else {
+        ptst__wf(w, "<small>%.2f&ndash;%.2f</small></td>", v.pooled.low, v.pooled.high);
+    }
+}
+
+static void ptst__report_table(ptst__writer *w, const ptst_matrix *m, const ptst__table *t) {
+    ptst__sense sense = ptst__metric_sense(t->metric);
+    size_t i, k;
+    ptst__wf(w, "<section class=\"card %s\"><h3>", ptst__sense_class(sense));
+    ptst__w_html(w, t->set);
+    ptst__w(w, ": ");
+    ptst__w_html(w, t->metric);
+    ptst__wf(w, "</h3><div class=\"mut small\">%s <span class=key></span> 0 to 1</div>\n",
+             ptst__sense_text(sense));
+    ptst__w(w, "<div class=scroll><table class=heat><thead><tr><th scope=col><span class=small>"
+               "train &darr; test &rarr;</span></th>");
+    for (k = 0; k < m->tests_count; k++) {
+        ptst__w(w, "<th scope=col>");
+        ptst__w_html(w, m->tests[k]);
+        ptst__w(w, "</th>");
+    }
+    ptst__w(w, "</tr></thead><tbody>\n");
+    for (i = 0; i < m->trains_count; i++) {
+        ptst__w(w, "<tr><th scope=row>");
+        ptst__w_html(w, m->trains[i]);
+        ptst__w(w, "</th>");
+        for (k = 0; k < m->tests_count; k++) {
+            ptst__report_cell(w, m, t, m->trains[i], m->tests[k]);
+        }
+        ptst__w(w, "</tr>\n");
+    }
+    ptst__w(w, "</tbody></table></div></section>\n");
+}
+
+static void ptst__report_findings(ptst__writer *w, const ptst_matrix *m) {
+    ptst_text text = {NULL, 0, 0};
+    char *line, *end;
+    w->code = w->code == PTST_OK ? ptst_matrix_findings(w->c, m, &text) : w->code;
+    if (w->code == PTST_OK && text.size != 0) {
+        ptst__w(w, "<h2>What this run says</h2><div class=card><ul class=find>\n");
+        for (line = text.data; (end = strchr(line, '\n')) != NULL; line = end + 1) {
+            *end = 0;
+            ptst__w(w, "<li>");
+            ptst__w_html(w, line);
+            ptst__w(w, "</li>\n");
+        }
+        ptst__w(w, "</ul></div>\n");
+    }
+    ptst_text_free(w->c, &text);
+}
+
+/* ---- training curves ---- */
+
+enum { PTST__CURVE_POINTS = 160, PTST__CURVE_WIDTH = 400, PTST__CURVE_HEIGHT = 190 };
+
+typedef struct ptst__curve {
+    const char *train;
+    uint64_t seed;
+    double loss[PTST__CURVE_POINTS]; /* means over equal stretches of steps */
+    size_t points, steps;
+} ptst__curve;
+
+/* Reads a log; a log that is not there or not readable gives no points. */
+static ptst_code ptst__curve_read(ptst_ctx *c, const char *path, ptst__curve *curve) {
+    ptst_text text = {NULL, 0, 0};
+    ptst_json *j = NULL;
+    double weights[PTST__CURVE_POINTS];
+    size_t n, i = 0, at;
+    int32_t line;
+    ptst_code code = ptst__path_kind(path) == 1 ? ptst__read_file(c, path, &text) : PTST_OK;
+    while (code == PTST_OK && text.size > 0 && text.data[text.size - 1] != '\n') {
+        text.size--; /* a line that is being written */
+    }
+    memset(weights, 0, sizeof weights);
+    if (code == PTST_OK && text.size != 0) {
+        j = ptst__jsonl_parse(c, text.data, text.size, path);
+    }
+    n = ptst_json_size(j, 0);
+    curve->steps = n;
+    curve->points = n < (size_t)PTST__CURVE_POINTS ? n : (size_t)PTST__CURVE_POINTS;
+    for (line = ptst_json_first(j, 0); line >= 0; line = ptst_json_next(j, line), i++) {
+        at = i * curve->points / n;
+        curve->loss[at] += ptst_json_number(j, ptst_json_get(j, line, "loss"), 0);
+        weights[at] += 1;
+    }
+    for (i = 0; i < curve->points; i++) {
+        curve->loss[i] /= weights[i];
+    }
+    code = ptst_error_code(c) == PTST_ERR_MEMORY && j == NULL && text.size != 0 ? PTST_ERR_MEMORY
+                                                                                : code;
+    ptst_json_free(c, j);
+    ptst_text_free(c, &text);
+    return code == PTST_ERR_MEMORY ? code : PTST_OK;
+}
+
+/* The smallest of 1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8 times a power of ten that is not below x: a
+   quarter of it is a short number. */
+static double ptst__round_scale(double x) {
+    static const double steps[] = {1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10};
+    double power = 1e-9;
+    size_t i;
+    while (power * 10 < x && power < 1e9) {
+        power *= 10;
+    }
+    for (i = 0; i < 9 && steps[i] * power < x; i++) {
+    }
+    return steps[i] * power;
+}
+
+/* The curves of all seeds of one train template; all plots have the same scale. */
+static void ptst__report_plot(ptst__writer *w, const ptst__curve *curves, size_t count,
+                              double most) {
+    static const int hues[] = {215, 25, 145, 285, 95, 345};
+    const double left = 34, top = 8, wide = PTST__CURVE_WIDTH - 44, high = PTST__CURVE_HEIGHT - 32;
+    size_t i, k;
+    ptst__w(w, "<section class=card><h3>");
+    ptst__w_html(w, curves[0].train);
+    ptst__wf(w, "</h3><svg viewBox=\"0 0 %d %d\" role=img aria-label=\"training loss\">\n",
+             (int)PTST__CURVE_WIDTH, (int)PTST__CURVE_HEIGHT);
+    for (i = 0; i <= 4; i++) {
+        double y = top + high - high * (double)i / 4;
+        ptst__wf(w,
+                 "<line class=ax x1=%.0f x2=%.0f y1=%.1f y2=%.1f /><text x=%.0f y=%.1f "
+                 "text-anchor=end>%.3g</text>\n",
+                 left, left + wide, y, y, left - 5, y + 4, most * (double)i / 4);
+    }
+    for (i = 0; i < count; i++) {
+        ptst__wf(w, "<polyline stroke=\"hsl(%d 65%% 52%%)\" points=\"", hues[i % 6]);
+        for (k = 0; k < curves[i].points; k++) {
+            double x = curves[i].points < 2 ? 0.5 : (double)k / (double)(curves[i].points - 1);
+            double y = curves[i].loss[k] / most;
+            ptst__wf(w, "%.1f,%.1f ", left + wide * x, top + high - high * (y > 1 ? 1 : y));
+        }
+        ptst__wf(w, "\"><title>seed %llu, last %.4g</title></polyline>\n",
+                 (unsigned long long)curves[i].seed,
+                 curves[i].points == 0 ? 0 : curves[i].loss[curves[i].points - 1]);
+    }
+    ptst__wf(w,
+             "<text x=%.0f y=%d>step 1</text><text x=%.0f y=%d text-anchor=end>%llu</text></svg>",
+             left, (int)PTST__CURVE_HEIGHT - 6, left + wide, (int)PTST__CURVE_HEIGHT - 6,
+             (unsigned long long)curves[0].steps);
+    ptst__w(w, "<div class=\"mut small\">");
+    for (i = 0; i < count; i++) {
+        ptst__wf(w, "<span style=\"color:hsl(%d 65%% 52%%)\">&#9632;</span> seed %llu&ensp;",
+                 hues[i % 6], (unsigned long long)curves[i].seed);
+    }
+    ptst__w(w, "</div></section>\n");
+}
+
+/* Curves of all adapters that the scores speak of. */
+static void ptst__report_curves(ptst__writer *w, const ptst_matrix *m, const char *folder) {
+    ptst__curve *all = (ptst__curve *)ptst__calloc(w->c, m->count + 1, sizeof *all);
+    ptst_text path = {NULL, 0, 0};
+    size_t i, k, n = 0, end;
+    double most = 0;
+    w->code = all == NULL ? PTST_ERR_MEMORY : w->code;
+    for (i = 0; i < m->count && w->code == PTST_OK; i++) {
+        const ptst_score *s = &m->scores[i];
+        for (k = 0; k < n && (all[k].seed != s->seed || strcmp(all[k].train, s->train) != 0); k++) {
+        }
+        if (k < n || strcmp(s->train, "none") == 0) {
+            continue;
+        }
+        all[n].train = s->train;
+        all[n].seed = s->seed;
+        path.size = 0;
+        w->code = ptst__text_format(w->c, &path, "%.800s/adapters/%.100s-s%llu/log.jsonl", folder,
+                                    s->train, (unsigned long long)s->seed);
+        w->code = w->code == PTST_OK ? ptst__curve_read(w->c, path.data, &all[n]) : w->code;
+        for (k = 0; k < all[n].points; k++) {
+            most = all[n].loss[k] > most && all[n].loss[k] < 1e9 ? all[n].loss[k] : most;
+        }
+        n += all[n].points != 0;
+    }
+    if (n != 0 && most > 0) {
+        ptst__w(w, "<h2>Training loss</h2><div class=plots>\n");
+        for (i = 0; i < n; i = end) { /* the seeds of a template follow each other */
+            for (end = i + 1; end < n && strcmp(all[end].train, all[i].train) == 0; end++) {
+            }
+            ptst__report_plot(w, all + i, end - i, ptst__round_scale(most));
+        }
+        ptst__w(w, "</div>\n");
+    }
+    ptst_text_free(w->c, &path);
+    ptst__free(w->c, all);
+}
+
+/* ---- answers ---- */
+
+enum {
+    PTST__REPORT_ANSWERS = 6 * 1024 * 1024, /* bytes of answers in the page, about */
+    PTST__REPORT_TEXT = 1500                /* bytes of one prompt or answer */
+};
+
+/* A text, cut at a character where it is long. */
+static void ptst__w_script_cut(ptst__writer *w, const char *s, size_t size) {
+    ptst_text cut = {NULL, 0, 0};
+    size_t n = PTST__REPORT_TEXT;
+    if (size <= n) {
+        ptst__w_script(w, s, size);
+        return;
+    }
+    while (n > 0 && ((unsigned char)s[n] & 0xC0) == 0x80) {
+        n--;
+    }
+    w->code = w->code == PTST_OK ? ptst_text_append(w->c, &cut, s, n) : w->code;
+    w->code = w->code == PTST_OK ? ptst__text_add(w->c, &cut, " [...]") : w->code;
+    ptst__w_script(w, cut.data == NULL ? "" : cut.data, cut.size);
+    ptst_text_free(w->c, &cut);
+}
+
+/* The answers of one cell to one set, with all verdicts; the first `most` of them. */
+static void ptst__report_answers(ptst__writer *w, const ptst_matrix *m, const ptst_score *of,
+                                 const ptst_rows *rows, size_t most) {
+    size_t i, n = ptst_rows_count(rows);
+    bool first = true;
+    n = n < most ? n : most;
+    ptst__w(w, "{\"train\":");
+    ptst__w_script(w, of->train, strlen(of->train));
+    ptst__w(w, ",\"test\":");
+    ptst__w_script(w, of->test, strlen(of->test));
+    ptst__wf(w, ",\"seed\":%llu,\"set\":", (unsigned long long)of->seed);
+    ptst__w_script(w, of->set, strlen(of->set));
+    ptst__w(w, ",\"verdicts\":{");
+    for (i = 0; i < m->count; i++) {
+        const ptst_score *s = &m->scores[i];
+        if (s->seed == of->seed && strcmp(s->train, of->train) == 0 &&
+            strcmp(s->test, of->test) == 0 && strcmp(s->set, of->set) == 0) {
+            size_t length = strlen(s->verdicts);
+            ptst__w(w, first ? "" : ",");
+            ptst__w_script(w, s->metric, strlen(s->metric));
+            ptst__w(w, ":");
+            ptst__w_script(w, s->verdicts, length < n ? length : n);
+            first = false;
+        }
+    }
+    ptst__w(w, "},\"answers\":[");
+    for (i = 0; i < n; i++) {
+        const ptst_row *row = ptst_rows_at(rows, i);
+        ptst__w(w, i == 0 ? "" : ",");
+        ptst__w_script_cut(w, row->answer == NULL ? "" : row->answer, row->answer_size);
+    }
+    ptst__w(w, "]}");
+}
+
+/* The prompts of a set, once. */
+static void ptst__report_prompts(ptst__writer *w, const char *set, const ptst_rows *rows,
+                                 size_t most, bool first) {
+    size_t i;
+    ptst__w(w, first ? "" : ",");
+    ptst__w_script(w, set, strlen(set));
+    ptst__w(w, ":[");
+    for (i = 0; i < ptst_rows_count(rows) && i < most; i++) {
+        const ptst_row *row = ptst_rows_at(rows, i);
+        ptst__w(w, i == 0 ? "" : ",");
+        ptst__w_script_cut(w, row->prompt, row->prompt_size);
+    }
+    ptst__w(w, "]");
+}
+
+/* Is score i the first of its cell and set? */
+static bool ptst__score_first(const ptst_matrix *m, size_t i, bool any_cell) {
+    const ptst_score *s = &m->scores[i];
+    size_t k;
+    for (k = 0; k < i; k++) {
+        const ptst_score *o = &m->scores[k];
+        if (strcmp(o->set, s->set) == 0 &&
+            (any_cell || (o->seed == s->seed && strcmp(o->train, s->train) == 0 &&
+                          strcmp(o->test, s->test) == 0))) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* {"prompts": {set: [...]}, "cells": [...]} out of the files of answers. */
+static void ptst__report_data(ptst__writer *w, const ptst_matrix *m, const char *folder,
+                              size_t most) {
+    ptst__writer prompts;
+    ptst_text path = {NULL, 0, 0};
+    bool first = true, first_set = true;
+    size_t i;
+    memset(&prompts, 0, sizeof prompts);
+    prompts.c = w->c;
+    ptst__w(&prompts, ""); /* never NULL */
+    ptst__w(w, "{\"cells\":[");
+    for (i = 0; i < m->count && w->code == PTST_OK; i++) {
+        const ptst_score *s = &m->scores[i];
+        ptst_rows *rows;
+        if (!ptst__score_first(m, i, false)) {
+            continue;
+        }
+        path.size = 0;
+        w->code = ptst__text_format(w->c, &path, "%.500s/answers/%.100s-%.100s-s%llu/%.100s.jsonl",
+                                    folder, s->train, s->test, (unsigned long long)s->seed, s->set);
+        if (w->code != PTST_OK || ptst__path_kind(path.data) != 1) {
+            continue;
+        }
+        rows = ptst_rows_load(w->c, path.data, NULL);
+        if (rows == NULL) {
+            w->code = ptst_error_code(w->c);
+            continue;
+        }
+        ptst__w(w, first ? "\n" : ",\n");
+        ptst__report_answers(w, m, s, rows, most);
+        first = false;
+        if (ptst__score_first(m, i, true)) {
+            ptst__report_prompts(&prompts, s->set, rows, most, first_set);
+            first_set = false;
+        }
+        ptst_rows_free(w->c, rows);
+    }
+    ptst__w(w, "],\"prompts\":{");
+    w->code = w->code == PTST_OK ? prompts.code : w->code;
+    ptst__w(w, prompts.text.data == NULL ? "" : prompts.text.data);
+    ptst__w(w, "}}");
+    ptst_text_free(w->c, &prompts.text);
+    ptst_text_free(w->c, &path);
+}
+
+/* How many answers of each file fit into the page. */
+static size_t ptst__report_share(ptst_ctx *c, const ptst_matrix *m, const char *folder) {
+    ptst_text path = {NULL, 0, 0};
+    double bytes = 0, answers = 0, share;
+    uint64_t size, changed;
+    size_t i, files = 0;
+    for (i = 0; i < m->count; i++) {
+        const ptst_score *s = &m->scores[i];
+        path.size = 0;
+        if (ptst__score_first(m, i, false) &&
+            ptst__text_format(c, &path, "%.500s/answers/%.100s-%.100s-s%llu/%.100s.jsonl", folder,
+                              s->train, s->test, (unsigned long long)s->seed, s->set) == PTST_OK &&
+            ptst__file_facts(path.data, &size, &changed) == 0) {
+            bytes += (double)size;
+            answers += (double)strlen(s->verdicts);
+            files++;
+        }
+    }
+    ptst_text_free(c, &path);
+    if (bytes <= PTST__REPORT_ANSWERS || files == 0 || answers == 0) {
+        return SIZE_MAX;
+    }
+    share = PTST__REPORT_ANSWERS / (bytes / answers) / (double)files;
+    return share < 3 ? 3 : (size_t)share;
+}
+
+static void ptst__report_browser(ptst__writer *w, const ptst_matrix *m, const char *folder) {
+    static const char *const names[] = {"train", "test", "seed", "set", "verdict"};
+    size_t i, most = ptst__report_share(w->c, m, folder);
+    ptst__w(w, "<h2 id=answers>Answers</h2><div class=card>\n");
+    if (most != SIZE_MAX) {
+        ptst__wf(w,
+                 "<p class=\"mut small\">The first %llu answers of each cell and set; all are in "
+                 "the folder answers/.</p>\n",
+                 (unsigned long long)most);
+    }
+    ptst__w(w, "<noscript><p>Reading answers here needs scripts; they are also plain text in the "
+               "folder answers/.</p></noscript>\n<div id=browser hidden><div class=filters>\n");
+    for (i = 0; i < 5; i++) {
+        ptst__wf(w, "<label>%s <select id=f-%s><option value=\"\">all</option></select></label>\n",
+                 names[i], names[i]);
+    }
+    ptst__w(w, "<label>contains <input id=f-text type=search size=14></label> <span id=count "
+               "class=\"mut small\" aria-live=polite></span></div>\n<div id=list></div>"
+               "<button id=more hidden>Show more</button></div></div>\n"
+               "<script type=\"application/json\" id=data>");
+    ptst__report_data(w, m, folder, most);
+    ptst__w(w, "</script>\n");
+}
+
+/* ---- the page ---- */
+
+static void ptst__report_head(ptst__writer *w, const ptst_json *e, const ptst_matrix *m) {
+    const char *title = ptst_json_string(e, ptst_json_get(e, 0, "title"), NULL);
+    const char *note = ptst_json_string(e, ptst_json_get(e, 0, "note"), NULL);
+    const char *model = ptst_json_string(e, ptst_json_get(e, 0, "model"), NULL), *base;
+    size_t seeds = ptst_json_size(e, ptst_json_get(e, 0, "seeds"));
+    title = title == NULL ? "Prompt templates, fine-tuning and safety" : title;
+    model = model == NULL ? "?" : model;
+    base = strrchr(model, '/') != NULL && strrchr(model, '/')[1] != 0 ? strrchr(model, '/') + 1
+                                                                      : model;
+    ptst__w(w, "<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport "
+               "content=\"width=device-width,initial-scale=1\"><title>");
+    ptst__w_html(w, title);
+    ptst__w(w, "</title><style>\n");
+    ptst__w_lines(w, ptst__report_css);
+    ptst__w(w, "</style></head><body>\n<header><div><h1>");
+    ptst__w_html(w, title);
+    ptst__w(w, "</h1><div class=mut>model ");
+    ptst__w_html(w, base);
+    ptst__wf(w,
+             ", %d train templates (none included if tested), %d test templates, %d seed%s</div>"
+             "</div><button id=theme hidden aria-label=\"light or dark\">&#9680; light / dark"
+             "</button></header>\n<main>\n",
+             (int)m->trains_count, (int)m->tests_count, (int)seeds, seeds == 1 ? "" : "s");
+    if (note != NULL) {
+        ptst__w(w, "<p class=note>");
+        ptst__w_html(w, note);
+        ptst__w(w, "</p>\n");
+    }
+}
+
+static ptst_code ptst__report_page(ptst_ctx *c, const char *folder, const ptst_matrix *m,
+                                   const ptst_json *e, const ptst_text *options, ptst_text *out) {
+    static const ptst__sense order[] = {PTST__SENSE_HARM, PTST__SENSE_HELP, PTST__SENSE_CAUTION};
+    ptst__writer w;
+    size_t i, k;
+    memset(&w, 0, sizeof w);
+    w.c = c;
+    ptst__report_head(&w, e, m);
+    ptst__report_findings(&w, m);
+    ptst__w(&w, "<h2>Matrix</h2>\n");
+    ptst__w_lines(&w, ptst__report_guide);
+    ptst__w(&w, m->count == 0 ? "<p>There are no scores yet.</p>\n" : "<div class=grid>\n");
+    for (k = 0; k < 3; k++) {
+        for (i = 0; i < m->tables_count; i++) {
+            if (ptst__metric_sense(m->tables[i].metric) == order[k]) {
+                ptst__report_table(&w, m, &m->tables[i]);
+            }
+        }
+    }
+    ptst__w(&w, m->count == 0 ? "" : "</div>\n");
+    ptst__report_curves(&w, m, folder);
+    ptst__report_browser(&w, m, folder);
+    ptst__w(&w, "<h2>How it was made</h2>\n<details><summary>experiment.json: all options, and the "
+                "SHA-256 of all inputs</summary><pre>");
+    ptst__w_html(&w, options->data == NULL ? "" : options->data);
+    ptst__w(&w, "</pre></details>\n</main>\n<footer>Made by ptst.h " PTST_VERSION
+                ". The numbers are those of this run alone.</footer>\n<div id=tip role=tooltip "
+                "hidden></div>\n<script>\n");
+    ptst__w_lines(&w, ptst__report_js);
+    ptst__w(&w, "</script>\n</body></html>\n");
+    *out = w.text;
+    return w.code;
+}
+
+/* Writes a file of the run folder if it is new. */
+static ptst_code ptst__report_file(ptst_ctx *c, const char *folder, const char *name,
+                                   const ptst_text *text) {
+    ptst_text path = {NULL, 0, 0};
+    ptst_code code = ptst__path_join(c, &path, folder, name);
+    code = code == PTST_OK ? ptst__write_changed(c, path.data, text) : code;
+    ptst_text_free(c, &path);
+    return code;
+}
+
+PTST_API ptst_code ptst_report_write(ptst_ctx *c, const char *folder) {
+    ptst_text path = {NULL, 0, 0}, options = {NULL, 0, 0}, page = {NULL, 0, 0};
+    ptst_matrix *m = ptst_matrix_load(c, folder);
+    ptst_json *e = NULL;
+    ptst__writer w;
+    ptst_code code =
+        m == NULL ? ptst_error_code(c) : ptst__path_join(c, &path, folder, "experiment.json");
+    memset(&w, 0, sizeof w);
+    w.c = c;
+    code = code == PTST_OK ? ptst__read_file(c, path.data, &options) : code;
+    if (code == PTST_OK) {
+        e = ptst_json_parse(c, options.data, options.size, path.data);
+        code = e == NULL ? ptst_error_code(c) : PTST_OK;
+    }
+    if (code == PTST_OK) {
+        ptst__matrix_csv(&w, m);
+        code = w.code == PTST_OK ? ptst__report_file(c, folder, "matrix.csv", &w.text) : w.code;
+    }
+    if (code == PTST_OK) {
+        w.text.size = 0;
+        ptst__matrix_json(&w, m);
+        code = w.code == PTST_OK ? ptst__report_file(c, folder, "matrix.json", &w.text) : w.code;
+    }
+    code = code == PTST_OK ? ptst__report_page(c, folder, m, e, &options, &page) : code;
+    code = code == PTST_OK ? ptst__report_file(c, folder, "report.html", &page) : code;
+    ptst_text_free(c, &page);
+    ptst_text_free(c, &w.text);
+    ptst_text_free(c, &options);
+    ptst_text_free(c, &path);
+    ptst_json_free(c, e);
+    ptst_matrix_free(c, m);
+    return code;
+}
+
+/* ---- scores ---- */
+
+/* '1' counts in k, '0' does not. */
+static ptst_code ptst__verdict(ptst_ctx *c, const ptst__metric *m, const ptst_rows *rows, size_t i,
+                               const ptst_row *answer, char *verdict) {
+    const ptst_row *row = ptst_rows_at(rows, i);
+    const char *expect[64];
+    const ptst_json *j;
+    int32_t node, item;
+    size_t n = 0;
+    bool yes = false;
+    ptst_code code = PTST_OK;
+    if (m->kind == PTST__METRIC_GSM8K) {
+        code = ptst_gsm8k_correct(c, (ptst_gsm8k_rule)m->rule, answer->answer, answer->answer_size,
+                                  row->answer, row->answer_size, &yes);
+    } else if (m->kind == PTST__METRIC_CONTENT) {
+        j = ptst_rows_json(rows, i, &node);
+        item = ptst_json_first(j, ptst_json_get(j, node, "expect"));
+        for (; item >= 0 && n < 64; item = ptst_json_next(j, item)) {
+            expect[n] = ptst_json_string(j, item, NULL);
+            n += expect[n] != NULL;
+        }
+        yes = ptst_content(answer->answer, answer->answer_size, expect, n);
+    } else {
+        yes = ptst_refusal(m->list, answer->answer, answer->answer_size) == 1;
+        yes = m->kind == PTST__METRIC_REFUSAL ? !yes : yes;
+    }
+    *verdict = yes ? '1' : '0';
+    return code;
+}
+
+/* Does the data of a set fit its metrics: an answer for gsm8k, "expect" for content? */
+static ptst_code ptst__set_check(ptst_ctx *c, const ptst__set *set, const ptst_rows *rows) {
+    size_t i, m;
+    for (m = 0; m < set->metrics_count; m++) {
+        for (i = 0; i < ptst_rows_count(rows); i++) {
+            const ptst_row *row = ptst_rows_at(rows, i);
+            int32_t node;
+            const ptst_json *j = ptst_rows_json(rows, i, &node);
+            bool good = true;
+            const char *need = "";
+            if (set->metrics[m].kind == PTST__METRIC_GSM8K) {
+                good = row->answer != NULL;
+                need = "an answer, which metric gsm8k compares with";
+            } else if (set->metrics[m].kind == PTST__METRIC_CONTENT) {
+                int32_t list = ptst_json_get(j, node, "expect"), item = ptst_json_first(j, list);
+                good = item >= 0 && ptst_json_size(j, list) <= 64;
+                for (; item >= 0 && good; item = ptst_json_next(j, item)) {
+                    good = ptst_json_kind(j, item) == PTST_JSON_STRING;
+                }
+                need = "\"expect\", a list of 1 to 64 texts, which metric content looks for";
+            }
+            if (!good) {
+                return ptst__fail(c, PTST_ERR_FORMAT, "%.400s: line %llu: has not %s", set->file,
+                                  (unsigned long long)row->line, need);
+            }
+        }
+    }
+    return PTST_OK;
+}
+
+/* Appends the score line of one metric of a cell. */
+static void ptst__score_line(ptst__writer *w, const ptst_cell *cell, const char *set,
+                             const char *metric, const char *verdicts) {
+    size_t i, k = 0, n = 0;
+    ptst_rate rate;
+    for (i = 0; verdicts[i] != 0; i++) {
+        k += verdicts[i] == '1';
+        n += verdicts[i] != '-';
+    }
+    rate = ptst_rate_of(k, n);
+    ptst__w(w, "{\"train\": ");
+    ptst__w_quoted(w, cell->train);
+    ptst__w_key_text(w, "test", cell->test);
+    ptst__wf(w, ", \"seed\": %llu", (unsigned long long)cell->seed);
+    ptst__w_key_text(w, "set", set);
+    ptst__w_key_text(w, "metric", metric);
+    ptst__w_key_number(w, "value", rate.value);
+    ptst__wf(w, ", \"k\": %llu, \"n\": %llu", (unsigned long long)k, (unsigned long long)n);
+    ptst__w_key_number(w, "low", rate.low);
+    ptst__w_key_number(w, "high", rate.high);
+    ptst__w_key_text(w, "verdicts", verdicts);
+    ptst__w(w, "}\n");
+}
+
+/* All metrics of one file of answers, which must be answers to these rows. */
+static ptst_code ptst__score_answers(ptst_ctx *c, ptst__writer *w, const ptst_cell *cell,
+                                     const ptst__set *set, const ptst_rows *rows,
+                                     const char *path) {
+    ptst_rows *answers = ptst_rows_load(c, path, NULL);
+    size_t n = ptst_rows_count(rows), i, m;
+    char *verdicts = answers == NULL ? NULL : (char *)ptst__alloc(c, n + 1, 1);
+    ptst_code code = verdicts == NULL ? ptst_error_code(c) : PTST_OK;
+    if (code == PTST_OK && ptst_rows_count(answers) != n) {
+        code =
+            ptst__fail(c, PTST_ERR_MISMATCH,
+                       "%.400s: holds %llu answers, %llu were expected; delete it to have it "
+                       "made again",
+                       path, (unsigned long long)ptst_rows_count(answers), (unsigned long long)n);
+    }
+    for (i = 0; i < n && code == PTST_OK; i++) {
+        const ptst_row *a = ptst_rows_at(answers, i), *row = ptst_rows_at(rows, i);
+        if (a->answer == NULL || a->prompt_size != row->prompt_size ||
+            memcmp(a->prompt, row->prompt, row->prompt_size) != 0) {
+            code =
+                ptst__fail(c, PTST_ERR_MISMATCH,
+                           "%.400s: line %llu: does not answer that row of set %.60s; delete the "
+                           "file to have it made again",
+                           path, (unsigned long long)a->line, set->name);
+        }
+    }
+    for (m = 0; m < set->metrics_count && code == PTST_OK; m++) {
+        for (i = 0; i < n && code == PTST_OK; i++) {
+            code =
+                ptst__verdict(c, &set->metrics[m], rows, i, ptst_rows_at(answers, i), &verdicts[i]);
+        }
+        verdicts[n] = 0;
+        ptst__score_line(w, cell, set->name, set->metrics[m].name, verdicts);
+    }
+    ptst__free(c, verdicts);
+    ptst_rows_free(c, answers);
+    return code != PTST_OK ? code : w->code;
+}
+
+/* The scores of all answers that are there, cell by cell. */
+static ptst_code ptst__run_scores(ptst__run *r, ptst__writer *w) {
+    const ptst_experiment *e = r->e;
+    ptst_text path = {NULL, 0, 0};
+    size_t k, s;
+    ptst_code code = PTST_OK;
+    for (s = 0; s < e->sets_count && code == PTST_OK; s++) {
+        if (r->sets[s] == NULL) {
+            r->sets[s] = ptst__set_rows(r->c, &e->sets[s]);
+        }
+        code = r->sets[s] == NULL ? ptst_error_code(r->c)
+                                  : ptst__set_check(r->c, &e->sets[s], r->sets[s]);
+    }
+    for (k = 0; k < ptst_experiment_cells(e) && code == PTST_OK; k++) {
+        ptst_cell cell = ptst_experiment_cell(e, k);
+        for (s = 0; s < e->sets_count && code == PTST_OK; s++) {
+            code = ptst__run_answers_path(r, &path, &cell, e->sets[s].name);
+            if (code == PTST_OK && ptst__path_kind(path.data) == 1) {
+                code = ptst__score_answers(r->c, w, &cell, &e->sets[s], r->sets[s], path.data);
+            }
+        }
+    }
+    ptst_text_free(r->c, &path);
+    return code;
+}
+
+/* scores.jsonl, matrix and report, by one process at a time. */
+static ptst_code ptst__run_collect(ptst__run *r) {
+    ptst_text path = {NULL, 0, 0}, lock = {NULL, 0, 0};
+    ptst_progress p = {"wait", "another process", 0, 1, "report", 0, 0};
+    ptst__writer w;
+    int fd = -1, busy = 1;
+    ptst_code code = ptst__run_path(r, &lock, "scores.lock");
+    memset(&w, 0, sizeof w);
+    w.c = r->c;
+    while (code == PTST_OK && busy) {
+        code = ptst__lock(r->c, lock.data, &fd, &busy);
+        if (code == PTST_OK && busy) {
+            code = ptst__report(r->c, &p);
+            ptst__nap(100);
+        }
+    }
+    if (code == PTST_OK) {
+        code = ptst__run_scores(r, &w);
+        code = code == PTST_OK ? ptst__run_path(r, &path, "scores.jsonl") : code;
+        code = code == PTST_OK ? ptst__write_changed(r->c, path.data, &w.text) : code;
+        code = code == PTST_OK ? ptst_report_write(r->c, r->out) : code;
+        ptst__lock_drop(lock.data, fd);
+    }
+    ptst_text_free(r->c, &w.text);
+    ptst_text_free(r->c, &path);
+    ptst_text_free(r->c, &lock);
+    return code;
+}
+
+static void ptst__run_free(ptst__run *r) {
+    size_t i;
+    for (i = 0; r->styles != NULL && i < r->e->train_count + r->e->test_count; i++) {
+        ptst_template_free(r->c, r->styles[i]);
+    }
+    for (i = 0; r->sets != NULL && i < r->e->sets_count; i++) {
+        ptst_rows_free(r->c, r->sets[i]);
+    }
+    ptst__free(r->c, r->styles);
+    ptst__free(r->c, r->sets);
+    ptst_rows_free(r->c, r->rows);
+    ptst_rows_free(r->c, r->mix);
+    ptst_adapter_free(r->c, r->adapter);
+    ptst_tokenizer_free(r->c, r->tokenizer);
+    ptst_model_free(r->c, r->model);
+    ptst_text_free(r->c, &r->path);
+    ptst_text_free(r->c, &r->other);
+    ptst_text_free(r->c, &r->item);
+}
+
+PTST_API ptst_code ptst_experiment_run(ptst_ctx *c, const ptst_experiment *e,
+                                       const ptst_run_desc *desc) {
+    ptst__run r;
+    size_t cells = ptst_experiment_cells(e), first = 0, end = cells;
+    ptst_code code;
+    memset(&r, 0, sizeof r);
+    r.c = c;
+    r.e = e;
+    r.out = desc->out;
+    if (desc->cell > cells) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "cell %llu: the experiment has the cells 1 to %llu",
+                          (unsigned long long)desc->cell, (unsigned long long)cells);
+    }
+    if (desc->cell != 0) {
+        first = desc->cell - 1;
+        end = desc->cell;
+    }
+    r.styles = (ptst_template **)ptst__calloc(c, e->train_count + e->test_count, sizeof *r.styles);
+    r.sets = (ptst_rows **)ptst__calloc(c, e->sets_count, sizeof *r.sets);
+    code = r.styles == NULL || r.sets == NULL ? PTST_ERR_MEMORY : PTST_OK;
+    code = code == PTST_OK ? ptst__make_folders(c, desc->out) : code;
+    code = code == PTST_OK ? ptst__run_path(&r, &r.path, "experiment.json") : code;
+    code = code == PTST_OK ? ptst__run_manifest(c, e, r.path.data) : code;
+    if (code == PTST_OK && !desc->collect) {
+        code = ptst__run_cells(&r, first, end);
+    }
+    code = code == PTST_OK ? ptst__run_collect(&r) : code;
+    ptst__run_free(&r);
+    return code;
+}
 
 /* >>end =========================================================================================
    Private helper macros end here, so that a file that includes this one keeps its own names.

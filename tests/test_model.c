@@ -1,5 +1,5 @@
 /* Tests of >>model. Run from the top folder; see test.h. */
-#include "test.h"
+#include "models.h"
 
 #define STORIES "tests/golden/stories260K"
 
@@ -10,7 +10,8 @@ static size_t stories_ids(ptst_ctx *c, int32_t *ids, size_t max) {
     ptst_json *j = ptst_json_load(c, STORIES "/reference.json");
     int32_t list = j == NULL ? -1 : ptst_json_get(j, 0, "greedy_ids"), k;
     size_t n = 0;
-    for (k = list < 0 ? -1 : ptst_json_first(j, list); k >= 0 && n < max; k = ptst_json_next(j, k)) {
+    for (k = list < 0 ? -1 : ptst_json_first(j, list); k >= 0 && n < max;
+         k = ptst_json_next(j, k)) {
         ids[n++] = (int32_t)ptst_json_number(j, k, -1);
     }
     ptst_json_free(c, j);
@@ -26,10 +27,9 @@ static int32_t model_argmax(const float *x, size_t n) {
 }
 
 /* The greedy text of the reference, token for token: one token at a time, and all at once. */
-static void stories_greedy_with(const char *simd) {
+static void stories_greedy_with(ptst_ctx *c) {
     enum { MAX = 300 };
     int32_t ids[MAX], token;
-    ptst_ctx *c = test_open(2, simd);
     ptst_model *m = ptst_model_load(c, STORIES, PTST_DTYPE_FILE);
     ptst_session_desc d;
     ptst_session *s;
@@ -66,25 +66,44 @@ static void stories_greedy_with(const char *simd) {
     }
     ptst_session_free(c, s);
     ptst_model_free(c, m);
-    ptst_close(c);
 }
 
-static void stories_greedy(void) {
-    static const char *const levels[] = {"scalar", "avx2", "avx512", "neon"};
-    size_t i;
-    for (i = 0; i < 4; i++) {
-        ptst_desc d;
-        ptst_ctx *c;
-        memset(&d, 0, sizeof d);
-        d.simd = levels[i];
-        d.threads = 1;
-        if (ptst_open(&d, &c) == PTST_OK) {
-            ptst_close(c);
-            stories_greedy_with(levels[i]);
-        }
+static void stories_greedy(void) { models_each_level(stories_greedy_with); }
+
+/* ---- parity with transformers ---- */
+
+static void golden_logits_with(ptst_ctx *c) {
+    models_case k;
+    int i;
+    for (i = 0; i < MODELS; i++) {
+        CHECK(models_open(c, &k, models_names[i], false));
+        CHECK_NEAR(models_logits_error(c, &k, "logits"), 0, 1e-4); /* both sides sum in float32 */
+        models_close(c, &k);
     }
 }
 
-static void suite_model(void) { RUN(stories_greedy); }
+static void golden_logits(void) { models_each_level(golden_logits_with); }
+
+static void golden_gradients_with(ptst_ctx *c) {
+    models_case k;
+    int i;
+    for (i = 0; i < MODELS; i++) {
+        CHECK(models_open(c, &k, models_names[i], false));
+        if (ptst_tensors_find(k.expected, "full.model.norm.weight") != NULL) {
+            CHECK(!ptst_model_trainable(k.m));
+            CHECK(ptst_model_unfreeze(c, k.m) == PTST_OK);
+            CHECK_NEAR(models_gradient_error(c, &k, "loss", "full."), 0, 1e-3);
+        }
+        models_close(c, &k);
+    }
+}
+
+static void golden_gradients(void) { models_each_level(golden_gradients_with); }
+
+static void suite_model(void) {
+    RUN(stories_greedy);
+    RUN(golden_logits);
+    RUN(golden_gradients);
+}
 
 MAIN(model)

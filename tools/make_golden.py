@@ -287,7 +287,144 @@ def generate(_):
         file.write("[\n" + ",\n".join(rows) + "\n]\n")
 
 
-COMMANDS = {"generate": generate, "sample": sample, "train": train,
+# ---- model: tiny random models of each family, with and without adapters ----
+# name, config.json of the generation before ("old") or since transformers 5, type of the file,
+# config, LoRA config, gradients of all weights as well?
+TINY = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}
+QV, ALL = ["q_proj", "v_proj"], "all-linear"
+MODELS = [
+    ("llama_tied", "old", "F32", "llama", {"tie_word_embeddings": True},
+     {"r": 2, "lora_alpha": 8, "target_modules": QV}, True),
+    ("llama_bias", "new", "F32", "llama",
+     {"attention_bias": True, "mlp_bias": True, "head_dim": 6, "vocab_size": 53},
+     {"r": 3, "lora_alpha": 4, "target_modules": ALL}, True),
+    ("llama3_rope", "old", "BF16", "llama",
+     {"rope_parameters": dict(LLAMA3, rope_theta=500000.0), "num_key_value_heads": 1},
+     {"r": 2, "lora_alpha": 3, "target_modules": ["k_proj", "o_proj", "up_proj"],
+      "use_rslora": True}, False),
+    ("llama_linear_rope", "new", "F16", "llama",
+     {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}},
+     {"r": 2, "lora_alpha": 8, "target_modules": QV}, False),
+    ("llama_plain", "old", "BF16", "llama",
+     {"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "num_hidden_layers": 3,
+      "intermediate_size": 20, "max_position_embeddings": 32},
+     {"r": 1, "lora_alpha": 1, "target_modules": ["down_proj", "gate_proj"]}, False),
+    ("mistral_window", "old", "BF16", "mistral",
+     {"sliding_window": 5, "hidden_size": 24, "num_attention_heads": 3,
+      "num_key_value_heads": 3, "head_dim": 8},
+     {"r": 2, "lora_alpha": 8, "target_modules": ALL}, False),
+    ("mistral_plain", "new", "F32", "mistral",
+     {"sliding_window": None, "head_dim": 10, "tie_word_embeddings": False},
+     {"r": 4, "lora_alpha": 8, "target_modules": ["model.layers.1.self_attn.q_proj",
+                                                  "model.layers.0.mlp.up_proj"]}, False),
+    ("qwen2_tied", "old", "F32", "qwen2", {"tie_word_embeddings": True},
+     {"r": 2, "lora_alpha": 8, "target_modules": QV}, True),
+    ("qwen2_window", "old", "F16", "qwen2",
+     {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1,
+      "num_hidden_layers": 3, "hidden_size": 12, "num_attention_heads": 2,
+      "num_key_value_heads": 1},
+     {"r": 2, "lora_alpha": 8, "target_modules": ALL}, False),
+    ("qwen2_layer_types", "new", "BF16", "qwen2",
+     {"use_sliding_window": True, "sliding_window": 3, "num_hidden_layers": 3,
+      "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+     {"r": 2, "lora_alpha": 8, "target_modules": ["o_proj"]}, False),
+]
+
+
+def old_config(folder, family):
+    """Rewrites config.json as transformers before 5 wrote it."""
+    path = os.path.join(folder, "config.json")
+    with open(path) as file:
+        config = json.load(file)
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    config["rope_scaling"] = None if kind == "default" else dict(rope, rope_type=kind)
+    config["torch_dtype"] = config.pop("dtype")
+    config["transformers_version"] = "4.40.0"
+    config.pop("layer_types", None)
+    if family == "llama" and config["num_key_value_heads"] == config["num_attention_heads"]:
+        config["num_key_value_heads"] = None
+    with open(path, "w") as file:
+        json.dump(config, file, indent=2)
+
+
+def loss_of(model, tokens, labels):
+    """Sum of the losses; labels[i] is to be predicted at position i, -100 = none."""
+    import torch
+    logits = model(torch.tensor([tokens])).logits[0]
+    return logits, torch.nn.functional.cross_entropy(logits, torch.tensor(labels),
+                                                     ignore_index=-100, reduction="sum")
+
+
+def gradients(model, batch, names):
+    """Logits of the first sequence, summed loss, and gradients of the named parameters."""
+    model.zero_grad()
+    total, first = 0, None
+    for tokens, labels in batch:
+        logits, loss = loss_of(model, tokens, labels)
+        first = logits.detach() if first is None else first
+        total = total + loss
+    total.backward()
+    return first, total.detach().reshape(1), {n: p.grad.clone() for n, p in names}
+
+
+def model(_):
+    """Needs torch, transformers, peft, safetensors."""
+    import shutil
+    import tempfile
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+    torch.set_num_threads(1)
+    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    for number, (name, generation, dtype, family, changes, lora, full) in enumerate(MODELS):
+        torch.manual_seed(number)
+        folder = os.path.join(GOLDEN, "models", name)
+        shutil.rmtree(folder, ignore_errors=True)
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **dict(TINY, **changes)))
+        for key, value in made.named_parameters():
+            value.data.normal_(0, 0.3)
+            value.data += 1 if "norm" in key else 0
+        made.to(types[dtype]).save_pretrained(folder)
+        if generation == "old":
+            old_config(folder, family)
+        if number % 2:
+            os.remove(os.path.join(folder, "generation_config.json"))
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
+                                                    attn_implementation="eager")
+        lengths, batch = (23, 9, 1), []
+        for n in lengths:
+            tokens = torch.randint(0, base.config.vocab_size, (n + 1,)).tolist()
+            skip = n // 3
+            batch.append((tokens[:n], [-100] * skip + tokens[skip + 1:]))
+        out = {"tokens": torch.tensor(sum((b[0] for b in batch), []), dtype=torch.int32),
+               "labels": torch.tensor(sum((b[1] for b in batch), []), dtype=torch.int32),
+               "lengths": torch.tensor(lengths, dtype=torch.int32)}
+        weights = list(base.named_parameters())
+        out["logits"], out["loss"], grads = gradients(base, batch, weights)
+        if full:
+            out.update({"full." + n: g for n, g in grads.items()})
+        tuned = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **lora))
+        for key, value in tuned.named_parameters():
+            if "lora_B" in key:
+                value.data.normal_(0, 0.3)
+        adapter = os.path.join(folder, "adapter")
+        tuned.save_pretrained(adapter)
+        os.remove(os.path.join(adapter, "README.md"))
+        weights = [(n, p) for n, p in tuned.named_parameters() if "lora_" in n]
+        out["lora_logits"], out["lora_loss"], grads = gradients(tuned, batch, weights)
+        out.update({"lora." + n.replace(".default", ""): g for n, g in grads.items()})
+        save_file({k: v.contiguous() for k, v in out.items()},
+                  os.path.join(folder, "expected.safetensors"))
+
+
+COMMANDS = {"model": model,
+            "generate": generate, "sample": sample, "train": train,
             "judge": judge}
 
 if __name__ == "__main__":

@@ -1,0 +1,177 @@
+/* models.h - the tiny models of tests/golden/models with what transformers and PEFT make of them;
+   for test_model.c and test_lora.c. See tests/golden/README.md. */
+#ifndef MODELS_H
+#define MODELS_H
+
+#include "test.h"
+
+enum { MODELS = 10, MODELS_TOKENS = 64, MODELS_PATH = 300 };
+
+static const char *const models_names[MODELS] = {
+    "llama_tied",     "llama_bias",    "llama3_rope", "llama_linear_rope", "llama_plain",
+    "mistral_window", "mistral_plain", "qwen2_tied",  "qwen2_window",      "qwen2_layer_types"};
+
+/* A model, its adapter, a batch of several sequences, and the reference's results for them. */
+typedef struct models_case {
+    ptst_model *m;
+    ptst_adapter *a;
+    ptst_tensors *expected;
+    const int32_t *tokens, *lengths;
+    int32_t labels[MODELS_TOKENS];
+    ptst_segment segments[8];
+    ptst_batch batch;
+    char folder[MODELS_PATH];
+} models_case;
+
+static bool models_open(ptst_ctx *c, models_case *k, const char *name, bool adapter) {
+    char path[MODELS_PATH + 40];
+    const ptst_tensor *labels, *lengths;
+    size_t i, at = 0;
+    memset(k, 0, sizeof *k);
+    snprintf(k->folder, sizeof k->folder, "tests/golden/models/%s", name);
+    snprintf(path, sizeof path, "%s/expected.safetensors", k->folder);
+    k->expected = ptst_tensors_open(c, path);
+    k->m = ptst_model_load(c, k->folder, PTST_DTYPE_FILE);
+    snprintf(path, sizeof path, "%s/adapter", k->folder);
+    k->a = k->m == NULL || !adapter ? NULL : ptst_adapter_load(c, k->m, path);
+    if (k->expected == NULL || k->m == NULL || (adapter && k->a == NULL)) {
+        fprintf(stderr, "%s: %s\n", name, ptst_error_text(c));
+        return false;
+    }
+    labels = ptst_tensors_find(k->expected, "labels");
+    lengths = ptst_tensors_find(k->expected, "lengths");
+    k->tokens = (const int32_t *)ptst_tensors_find(k->expected, "tokens")->data;
+    k->lengths = (const int32_t *)lengths->data;
+    memcpy(k->labels, labels->data, labels->bytes);
+    k->batch.tokens = k->tokens;
+    k->batch.labels = k->labels;
+    k->batch.count = (size_t)labels->count;
+    k->batch.segments = k->segments;
+    k->batch.segments_count = (size_t)lengths->count;
+    for (i = 0; i < k->batch.segments_count; i++) {
+        k->segments[i].begin = at;
+        k->segments[i].count = (size_t)k->lengths[i];
+        k->segments[i].prefix = -1;
+        at += (size_t)k->lengths[i];
+    }
+    return true;
+}
+
+static void models_close(ptst_ctx *c, models_case *k) {
+    ptst_adapter_free(c, k->a);
+    ptst_model_free(c, k->m);
+    ptst_tensors_close(c, k->expected);
+}
+
+/* max |got - expected| / max |expected|. */
+static double models_max_error(const float *got, const float *expected, size_t n) {
+    double worst = 0, largest = 0;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        double d = fabs((double)got[i] - (double)expected[i]), e = fabs((double)expected[i]);
+        worst = d <= worst ? worst : d; /* NaN wins */
+        largest = e > largest ? e : largest;
+    }
+    return worst / largest;
+}
+
+/* |got - expected| / |expected| in the Euclidean norm; the norm of got if expected is 0. */
+static double models_norm_error(const float *got, const float *expected, size_t n) {
+    double difference = 0, norm = 0;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        double d = (double)got[i] - (double)expected[i];
+        difference += d * d;
+        norm += (double)expected[i] * (double)expected[i];
+    }
+    return sqrt(difference / (norm == 0 ? 1 : norm));
+}
+
+PTST__UNUSED static double models_norm(const float *x, size_t n) {
+    double sum = 0;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        sum += (double)x[i] * (double)x[i];
+    }
+    return sqrt(sum);
+}
+
+/* Logits of the first sequence against a tensor of the reference: largest error relative to the
+   largest logit; negative if they could not be made. */
+PTST__UNUSED static double models_logits_error(ptst_ctx *c, models_case *k, const char *name) {
+    const ptst_tensor *e = ptst_tensors_find(k->expected, name);
+    ptst_session_desc d;
+    ptst_session *s;
+    ptst_chunk chunk;
+    double error = -1;
+    memset(&d, 0, sizeof d);
+    d.logit_rows = MODELS_TOKENS;
+    s = ptst_session_new(c, k->m, k->a, &d);
+    chunk.slot = 0;
+    chunk.tokens = k->tokens;
+    chunk.count = (size_t)k->lengths[0];
+    chunk.logits = PTST_LOGITS_ALL;
+    if (s != NULL && ptst_eval(c, s, &chunk, 1) == PTST_OK) {
+        error = models_max_error(ptst_logits(s, 0), (const float *)e->data, (size_t)e->count);
+    }
+    ptst_session_free(c, s);
+    return error;
+}
+
+/* Loss and gradients of a pass against the reference: the largest relative error of the norm of a
+   gradient; the loss is checked here. */
+PTST__UNUSED static double models_gradient_error(ptst_ctx *c, models_case *k, const char *loss,
+                                                 const char *prefix) {
+    const ptst__param *list = NULL;
+    size_t i, n, labels;
+    double sum = 0, worst = 0;
+    float expected = *(const float *)ptst_tensors_find(k->expected, loss)->data;
+    ptst__pass *p =
+        ptst__pass_new(c, k->m, k->a, k->batch.count, k->batch.count, k->batch.segments_count);
+    if (p == NULL || ptst__pass_run(c, p, &k->batch, true, 0, 0, 0, &sum, &labels) != PTST_OK) {
+        ptst__pass_free(c, p);
+        return HUGE_VAL;
+    }
+    CHECK_NEAR(sum, (double)expected, 1e-5 * (double)expected); /* float32 sums of both sides */
+    n = ptst__pass_params(p, &list);
+    CHECK(n != 0);
+    for (i = 0; i < n; i++) {
+        char name[200];
+        const ptst_tensor *e;
+        double error;
+        snprintf(name, sizeof name, "%s%s", prefix, list[i].name);
+        e = ptst_tensors_find(k->expected, name);
+        if (e == NULL || e->count != list[i].count) {
+            fprintf(stderr, "%s: no reference for %s\n", k->folder, name);
+            worst = HUGE_VAL;
+            continue;
+        }
+        error = models_norm_error(list[i].grad, (const float *)e->data, list[i].count);
+        if (!(error <= 1e-3)) {
+            fprintf(stderr, "%s: %s: error %g of norm %g\n", k->folder, name, error,
+                    models_norm((const float *)e->data, list[i].count));
+        }
+        worst = error <= worst ? worst : error;
+    }
+    ptst__pass_free(c, p);
+    return worst;
+}
+
+/* Runs f for each instruction set that this machine has, on one and on three threads. */
+PTST__UNUSED static void models_each_level(void (*f)(ptst_ctx *c)) {
+    static const char *const levels[] = {"scalar", "avx2", "avx512", "neon"};
+    size_t i;
+    for (i = 0; i < 8; i++) {
+        ptst_desc d;
+        ptst_ctx *c;
+        memset(&d, 0, sizeof d);
+        d.simd = levels[i / 2];
+        d.threads = i % 2 == 0 ? 1 : 3;
+        if (ptst_open(&d, &c) == PTST_OK) {
+            f(c);
+            ptst_close(c);
+        }
+    }
+}
+
+#endif
