@@ -12,6 +12,7 @@
 #include "test_generate.c"
 #include "test_train.c"
 #include "test_ops.c"
+#include "test_jinja.c"
 #include "test_template.c"
 
 int main(int argc, char **argv) {
@@ -27,6 +28,7 @@ int main(int argc, char **argv) {
     suite_train();
     suite_ops();
     suite_model();
+    suite_jinja();
     suite_lora();
     suite_template();
     return test_summary();
