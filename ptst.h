@@ -19043,10 +19043,11 @@ static const ptst__family *ptst__family_find(const char *model_type) {
     return NULL;
 }
 
-/* Copies a name that fits with its NUL into `size` bytes; false (and nothing) if it does not. */
+/* Copies a name that fits with its NUL into `size` bytes; false (and nothing) if it does not, or
+   is NULL. */
 static bool ptst__config_name(char *to, size_t size, const char *name) {
-    size_t n = name == NULL ? size : strlen(name) + 1;
-    if (n > size) {
+    size_t n = name == NULL ? 0 : strlen(name) + 1;
+    if (n == 0 || n > size) {
         return false;
     }
     memcpy(to, name, n);
@@ -19171,10 +19172,11 @@ static void ptst__config_rope(ptst__config_reader *r, ptst_config *g) {
     const char *type;
     double theta = ptst__config_number(r, 0, "rope_theta", 1e-3, 1e15, 10000);
     bool object;
-    rope = rope < 0 || ptst_json_size(r->json, rope) == 0
-               ? ptst__config_get(r, 0, "rope_parameters")
-               : rope;
     object = ptst_json_kind(r->json, rope) == PTST_JSON_OBJECT;
+    if (rope < 0 || (object && ptst_json_size(r->json, rope) == 0)) {
+        rope = ptst__config_get(r, 0, "rope_parameters");
+        object = ptst_json_kind(r->json, rope) == PTST_JSON_OBJECT;
+    }
     if (rope >= 0 && !object) {
         ptst__config_fail(r, PTST_ERR_FORMAT, "rope_scaling", "expected an object or null");
     }
@@ -21978,11 +21980,11 @@ static ptst_code ptst__lora_write_config(ptst_ctx *c, const ptst_adapter *a, con
                                 "  \"inference_mode\": true,\n  \"init_lora_weights\": true,\n"
                                 "  \"lora_alpha\": ");
     code = code != PTST_OK ? code : ptst__json_put_number(c, t, a->desc.alpha);
-    code = code != PTST_OK ? code : ptst__text_add(c, t, ",\n  \"lora_dropout\": ");
-    code = code != PTST_OK ? code : ptst__json_put_number(c, t, a->desc.dropout);
+    code = code != PTST_OK ? code : ptst__text_add(c, t, ",\n");
+    code = code != PTST_OK ? code : ptst__config_put_float(c, t, "lora_dropout", a->desc.dropout);
     code = code != PTST_OK ? code
                            : ptst__text_format(c, t,
-                                               ",\n  \"peft_type\": \"LORA\",\n  \"r\": %ld,\n"
+                                               "  \"peft_type\": \"LORA\",\n  \"r\": %ld,\n"
                                                "  \"target_modules\": [",
                                                (long)a->desc.rank);
     while (code == PTST_OK && *s != 0) {
