@@ -2,6 +2,7 @@
 #define TEST_ALL
 #include "test_core.c"
 #include "test_data.c"
+#include "test_experiment.c"
 #include "test_json.c"
 #include "test_judge.c"
 #include "test_kernels.c"
@@ -11,6 +12,7 @@
 #include "test_generate.c"
 #include "test_train.c"
 #include "test_ops.c"
+#include "test_jinja.c"
 #include "test_template.c"
 
 int main(int argc, char **argv) {
@@ -19,12 +21,14 @@ int main(int argc, char **argv) {
     suite_json();
     suite_data();
     suite_judge();
+    suite_experiment();
     suite_kernels();
     suite_safetensors();
     suite_generate();
     suite_train();
     suite_ops();
     suite_model();
+    suite_jinja();
     suite_lora();
     suite_template();
     return test_summary();

@@ -287,6 +287,34 @@ def generate(_):
         file.write("[\n" + ",\n".join(rows) + "\n]\n")
 
 
+# ---- jinja ----
+def jinja_oracle(source, context):
+    """The text that transformers' environment of Jinja2 renders, or None if it refuses."""
+    from transformers.utils import chat_template_utils
+    try:
+        text = chat_template_utils._cached_compile_jinja_template(source).render(**context)
+    except Exception:
+        return None
+    return None if re.search(r" at 0x[0-9a-f]+>", text) else text
+
+
+def jinja(args):
+    """Fills in what Jinja2 makes of each case. To add one, add {"source": ...} and run this."""
+    path = os.path.join(GOLDEN, "jinja_cases.json")
+    with open(path, encoding="utf-8") as file:
+        cases = json.load(file)
+    with open(path, "w", encoding="utf-8") as file:
+        lines = []
+        for case in cases:
+            out = {"source": case["source"]}
+            if case.get("context"):
+                out["context"] = case["context"]
+            text = jinja_oracle(case["source"], case.get("context", {}))
+            out.update({"text": text} if text is not None else {"error": True})
+            lines.append(json.dumps(out, ensure_ascii=False))
+        file.write("[\n" + ",\n".join(lines) + "\n]\n")
+
+
 # ---- model: tiny random models of each family, with and without adapters ----
 # name, config.json of the generation before ("old") or since transformers 5, type of the file,
 # config, LoRA config, gradients of all weights as well?
@@ -423,7 +451,8 @@ def model(_):
                   os.path.join(folder, "expected.safetensors"))
 
 
-COMMANDS = {"model": model,
+COMMANDS = {"jinja": jinja,
+            "model": model,
             "generate": generate, "sample": sample, "train": train,
             "judge": judge}
 
