@@ -1181,6 +1181,7 @@ PTST_API ptst_code ptst_report_write(ptst_ctx *c, const char *folder);
 #include <time.h>
 
 #include <dirent.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/types.h>
@@ -2145,6 +2146,27 @@ PTST__UNUSED static ptst_code ptst__append_file(ptst_ctx *c, const char *path, c
 PTST__UNUSED static ptst_code ptst__remove_file(ptst_ctx *c, const char *path) {
     return unlink(path) == 0 || errno == ENOENT ? PTST_OK
                                                 : ptst__fail_errno(c, path, "remove", errno);
+}
+
+/* Claims a folder, so that no second process works in it; gone when the process ends. Release with
+   ptst__folder_unlock. File systems without locks are trusted. */
+PTST__UNUSED static ptst_code ptst__folder_lock(ptst_ctx *c, const char *path, int *lock) {
+    *lock = open(path, O_RDONLY | O_CLOEXEC);
+    if (*lock < 0) {
+        return ptst__fail_errno(c, path, "open", errno);
+    }
+    if (flock(*lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+        close(*lock);
+        *lock = -1;
+        return ptst__fail(c, PTST_ERR_IO, "%s: another process is working in this folder", path);
+    }
+    return PTST_OK;
+}
+
+PTST__UNUSED static void ptst__folder_unlock(int lock) {
+    if (lock >= 0) {
+        close(lock);
+    }
 }
 
 /* ---- SHA-256 (FIPS 180-4), to recognise inputs ---- */
@@ -19043,10 +19065,11 @@ static const ptst__family *ptst__family_find(const char *model_type) {
     return NULL;
 }
 
-/* Copies a name that fits with its NUL into `size` bytes; false (and nothing) if it does not. */
+/* Copies a name that fits with its NUL into `size` bytes; false (and nothing) if it does not, or
+   is NULL. */
 static bool ptst__config_name(char *to, size_t size, const char *name) {
-    size_t n = name == NULL ? size : strlen(name) + 1;
-    if (n > size) {
+    size_t n = name == NULL ? 0 : strlen(name) + 1;
+    if (n == 0 || n > size) {
         return false;
     }
     memcpy(to, name, n);
@@ -19171,10 +19194,11 @@ static void ptst__config_rope(ptst__config_reader *r, ptst_config *g) {
     const char *type;
     double theta = ptst__config_number(r, 0, "rope_theta", 1e-3, 1e15, 10000);
     bool object;
-    rope = rope < 0 || ptst_json_size(r->json, rope) == 0
-               ? ptst__config_get(r, 0, "rope_parameters")
-               : rope;
     object = ptst_json_kind(r->json, rope) == PTST_JSON_OBJECT;
+    if (rope < 0 || (object && ptst_json_size(r->json, rope) == 0)) {
+        rope = ptst__config_get(r, 0, "rope_parameters");
+        object = ptst_json_kind(r->json, rope) == PTST_JSON_OBJECT;
+    }
     if (rope >= 0 && !object) {
         ptst__config_fail(r, PTST_ERR_FORMAT, "rope_scaling", "expected an object or null");
     }
@@ -21978,11 +22002,11 @@ static ptst_code ptst__lora_write_config(ptst_ctx *c, const ptst_adapter *a, con
                                 "  \"inference_mode\": true,\n  \"init_lora_weights\": true,\n"
                                 "  \"lora_alpha\": ");
     code = code != PTST_OK ? code : ptst__json_put_number(c, t, a->desc.alpha);
-    code = code != PTST_OK ? code : ptst__text_add(c, t, ",\n  \"lora_dropout\": ");
-    code = code != PTST_OK ? code : ptst__json_put_number(c, t, a->desc.dropout);
+    code = code != PTST_OK ? code : ptst__text_add(c, t, ",\n");
+    code = code != PTST_OK ? code : ptst__config_put_float(c, t, "lora_dropout", a->desc.dropout);
     code = code != PTST_OK ? code
                            : ptst__text_format(c, t,
-                                               ",\n  \"peft_type\": \"LORA\",\n  \"r\": %ld,\n"
+                                               "  \"peft_type\": \"LORA\",\n  \"r\": %ld,\n"
                                                "  \"target_modules\": [",
                                                (long)a->desc.rank);
     while (code == PTST_OK && *s != 0) {
@@ -22935,6 +22959,7 @@ typedef struct ptst__finetune {
     ptst_adapter *adapter; /* NULL with full */
     ptst_trainer *trainer;
     ptst_text state, log_path, log, extra; /* paths of checkpoint and log; text of the log */
+    int lock;                              /* on the output folder */
     ptst_finetune_info info;
 } ptst__finetune;
 
@@ -23221,6 +23246,9 @@ static ptst_code ptst__finetune_finish(ptst_ctx *c, ptst__finetune *f) {
 
 static ptst_code ptst__finetune_paths(ptst_ctx *c, ptst__finetune *f) {
     ptst_code code = ptst__make_folders(c, f->d->out);
+    if (code == PTST_OK) {
+        code = ptst__folder_lock(c, f->d->out, &f->lock);
+    }
     if (code == PTST_OK) {
         code = ptst__path_join(c, &f->state, f->d->out, ptst__state_name);
     }
@@ -23530,6 +23558,7 @@ PTST_API ptst_code ptst_finetune(ptst_ctx *c, const ptst_finetune_desc *desc,
     ptst_code code;
     memset(&f, 0, sizeof f);
     f.d = desc;
+    f.lock = -1;
     code = ptst__finetune_check(c, desc);
     code = code != PTST_OK ? code : ptst__finetune_paths(c, &f);
     code = code != PTST_OK ? code : ptst__finetune_rows(c, &f);
@@ -23543,6 +23572,7 @@ PTST_API ptst_code ptst_finetune(ptst_ctx *c, const ptst_finetune_desc *desc,
     ptst_trainer_free(c, f.trainer);
     ptst_adapter_free(c, f.adapter);
     ptst_dataset_free(c, f.data);
+    ptst__folder_unlock(f.lock);
     ptst_text_free(c, &f.state);
     ptst_text_free(c, &f.log_path);
     ptst_text_free(c, &f.log);

@@ -140,7 +140,9 @@ if [ "$(wc -l <"$WORK/a.log")" -eq 6 ] && grep -q '"learning_rate"' "$WORK/a.log
 expect "generate with the adapter" 0 "$PTST" generate --quiet --model $MODEL --adapter "$WORK/a" --template TV \
     --prompts "$WORK/prompts.txt" --max-new-tokens 4
 expect "check an adapter" 0 "$PTST" check "$WORK/a"
-tune --out "$WORK/b" --log "$WORK/b.log" >/dev/null 2>&1 &
+# exec, so that the signal goes to the program and not to a shell around it
+(exec "$PTST" finetune --quiet --model $MODEL --train "$WORK/train.jsonl" --template TV --batch 2 \
+    --max-steps 6 --save-every 2 --lr 1e-3 --out "$WORK/b" --log "$WORK/b.log" >/dev/null 2>&1) &
 pid=$!
 for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
     [ -s "$WORK/b.log" ] && [ "$(wc -l <"$WORK/b.log")" -ge 3 ] && break

@@ -29,5 +29,13 @@ else
     failed=$((failed + 1))
 fi
 
+if $CC $CFLAGS -pthread tools/ptst.c -o "$BUILD/ptst" -lm; then
+    sh tests/cli.sh "$BUILD/ptst" >"$BUILD/cli.out"
+    count "tests/cli.sh" "$BUILD/cli.out" $?
+else
+    echo "FAILED tools/ptst.c does not compile"
+    failed=$((failed + 1))
+fi
+
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" -eq 0 ]
