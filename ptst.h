@@ -748,7 +748,7 @@ typedef struct ptst_train_desc {
     size_t batch;       /* rows (or contexts) of a batch; 0 = 4 */
     size_t accumulate;  /* batches of a step; 0 = 1 */
     ptst_batching batching;
-    size_t context;      /* tokens, for packing; 0 = 4096; at most what the model takes */
+    size_t context;      /* tokens, for packing; 0 = 4096, or what the model was made for */
     double beta1, beta2; /* AdamW; 0 = 0.9, 0.999 */
     double eps;          /* 0 = 1e-8 */
     double weight_decay; /* 0 = none */
@@ -876,8 +876,7 @@ typedef struct ptst_generate_desc {
     ptst_sample_desc sample;
     size_t max_new_tokens;   /* 0 = 512 */
     size_t batch;            /* answers at a time; 0 = 16 */
-    size_t capacity;         /* tokens of prompt and answer; 0 = what the prompts need, at most
-                                what the model can take */
+    size_t capacity;         /* tokens of prompt and answer; 0 = what they need */
     uint64_t seed;           /* of random numbers */
     const int32_t *stop_ids; /* besides the tokenizer's eos */
     size_t stop_ids_count;
@@ -1282,6 +1281,12 @@ static int ptst__path_kind(const char *path) {
         return 0;
     }
     return S_ISDIR(s.st_mode) ? 2 : S_ISREG(s.st_mode) ? 1 : 0;
+}
+
+/* Is it there, but neither a file nor a folder (a terminal, a pipe, /dev/null)? */
+static bool ptst__path_is_device(const char *path) {
+    struct stat s;
+    return stat(path, &s) == 0 && !S_ISREG(s.st_mode) && !S_ISDIR(s.st_mode);
 }
 
 /* Do both paths lead to the same file or folder? */
@@ -2000,16 +2005,20 @@ static ptst_code ptst__read_file(ptst_ctx *c, const char *path, ptst_text *out) 
 }
 
 /* A file that appears whole or not at all: written under a temporary name in the same folder,
-   flushed, renamed. After any failure call ptst__out_abort; after ptst__out_commit nothing. */
+   flushed, renamed. A device or pipe (/dev/stdout) is written as it is: renaming would replace it.
+   After any failure call ptst__out_abort; after ptst__out_commit nothing. */
 typedef struct ptst__out {
     FILE *file;
     ptst_text path, temporary;
+    bool device;
 } ptst__out;
 
 static void ptst__out_abort(ptst_ctx *c, ptst__out *o) {
     if (o->file != NULL) {
         fclose(o->file);
-        unlink(o->temporary.data);
+        if (!o->device) {
+            unlink(o->temporary.data);
+        }
     }
     ptst_text_free(c, &o->path);
     ptst_text_free(c, &o->temporary);
@@ -2020,8 +2029,12 @@ static ptst_code ptst__out_open(ptst_ctx *c, ptst__out *o, const char *path) {
     ptst_code code;
     memset(o, 0, sizeof *o);
     code = ptst__text_add(c, &o->path, path);
+    o->device = ptst__path_is_device(path);
     if (code == PTST_OK) {
-        code = ptst__text_format(c, &o->temporary, "%.900s.tmp.%ld", path, (long)getpid());
+        code = ptst__text_add(c, &o->temporary, path);
+    }
+    if (code == PTST_OK && !o->device) {
+        code = ptst__text_format(c, &o->temporary, ".tmp.%ld", (long)getpid());
     }
     if (code == PTST_OK) {
         o->file = fopen(o->temporary.data, "wb");
@@ -2046,18 +2059,20 @@ static ptst_code ptst__out_write(ptst_ctx *c, ptst__out *o, const void *data, si
 static ptst_code ptst__out_commit(ptst_ctx *c, ptst__out *o) {
     int error = 0;
     ptst_code code = PTST_OK;
-    if (fflush(o->file) != 0 || fsync(fileno(o->file)) != 0) {
+    if (fflush(o->file) != 0 || (!o->device && fsync(fileno(o->file)) != 0)) {
         error = errno;
     }
     if (fclose(o->file) != 0 && error == 0) {
         error = errno;
     }
     o->file = NULL;
-    if (error == 0 && rename(o->temporary.data, o->path.data) != 0) {
+    if (error == 0 && !o->device && rename(o->temporary.data, o->path.data) != 0) {
         error = errno;
     }
-    if (error != 0) {
+    if (error != 0 && !o->device) {
         unlink(o->temporary.data);
+    }
+    if (error != 0) {
         code = ptst__fail_errno(c, o->path.data, "write", error);
     } else {
         ptst__sync_folder_of(o->path.data);
@@ -13984,7 +13999,7 @@ static ptst_code ptst__tensor_fail(ptst__tensor_reader *r, const char *name, con
 
 /* A JSON number that is a whole number of 64 bits, written without sign, point or exponent. */
 static bool ptst__tensor_integer(const ptst_json *j, int32_t node, uint64_t *out) {
-    size_t i, size;
+    size_t i, size = 0;
     const char *s = ptst_json_number_text(j, node, &size);
     uint64_t value = 0;
     if (s == NULL) {
@@ -14139,7 +14154,7 @@ static ptst_code ptst__tensor_bind(ptst__tensor_reader *r, ptst__tensor *e) {
 
 static ptst_code ptst__tensor_add(ptst__tensor_reader *r, int32_t key, int32_t value) {
     ptst_tensors *t = r->t;
-    size_t size;
+    size_t size = 0;
     const char *name = ptst_json_string(r->json, key, &size);
     void *list = t->list;
     ptst__tensor *e;
@@ -14182,7 +14197,7 @@ static ptst_code ptst__tensor_notes(ptst__tensor_reader *r, int32_t object) {
     }
     for (key = ptst_json_first(j, object); key >= 0; key = ptst_json_next(j, value)) {
         ptst__tensor_note *note;
-        size_t key_size, size = 0;
+        size_t key_size = 0, size = 0;
         const char *name = ptst_json_string(j, key, &key_size), *s;
         value = ptst_json_next(j, key);
         s = ptst_json_string(j, value, &size);
@@ -14268,7 +14283,7 @@ static ptst_code ptst__tensor_walk(ptst__tensor_reader *r) {
     ptst_code code = PTST_OK;
     for (key = ptst_json_first(r->json, 0); key >= 0 && code == PTST_OK;
          key = ptst_json_next(r->json, value)) {
-        size_t size;
+        size_t size = 0;
         const char *name = ptst_json_string(r->json, key, &size);
         value = ptst_json_next(r->json, key);
         if (size != 12 || memcmp(name, "__metadata__", 12) != 0) {
@@ -14407,9 +14422,9 @@ static ptst_code ptst__tensors_index_walk(ptst_ctx *c, ptst_tensors *t, const ch
                           path);
     }
     for (key = ptst_json_first(j, map); key >= 0; key = ptst_json_next(j, value)) {
-        size_t size = 0, name_size;
+        size_t size = 0, name_size = 0;
         const char *name = ptst_json_string(j, key, &name_size), *shard;
-        uint32_t file;
+        uint32_t file = 0;
         int32_t at;
         value = ptst_json_next(j, key);
         shard = ptst_json_string(j, value, &size);
@@ -22615,7 +22630,9 @@ static ptst_code ptst__train_gradients(ptst_ctx *c, ptst_trainer *t, ptst__curso
 
 /* ---- options, resolved and as text ---- */
 
-static ptst_train_desc ptst__train_resolve(const ptst_train_desc *desc) {
+static ptst_train_desc ptst__train_resolve(const ptst_train_desc *desc,
+                                           const ptst_config *config) {
+    size_t longest = (size_t)config->max_position_embeddings;
     ptst_train_desc d;
     memset(&d, 0, sizeof d);
     if (desc != NULL) {
@@ -22626,7 +22643,7 @@ static ptst_train_desc ptst__train_resolve(const ptst_train_desc *desc) {
     d.epochs = d.epochs == 0 ? 3 : d.epochs;
     d.batch = d.batch == 0 ? 4 : d.batch;
     d.accumulate = d.accumulate == 0 ? 1 : d.accumulate;
-    d.context = d.context == 0 ? 4096 : d.context;
+    d.context = d.context != 0 ? d.context : longest < 4096 ? longest : 4096;
     d.beta1 = d.beta1 == 0 ? 0.9 : d.beta1;
     d.beta2 = d.beta2 == 0 ? 0.999 : d.beta2;
     d.eps = d.eps == 0 ? 1e-8 : d.eps;
@@ -22749,8 +22766,8 @@ static ptst_code ptst__train_same_options(ptst_ctx *c, const char *path, const p
 
 /* ---- checkpoint: one file, so that it is there whole or not at all ----
    Tensors "value.NAME", and while there are steps left "m.NAME" and "v.NAME", of each trained
-   tensor; U8 "log", the text of the log so far; in __metadata__ "ptst_trainer" = "1", "step" and
-   "options". */
+   tensor; U8 "log", the text of the log so far; in __metadata__ "ptst_trainer" = "1", "step",
+   "options" and "kernels". */
 
 static const char ptst__state_name[] = "trainer_state.safetensors";
 
@@ -22805,7 +22822,7 @@ static ptst_code ptst__state_save(ptst_ctx *c, const ptst_trainer *t, const char
     ptst_text options = {NULL, 0, 0};
     ptst__state s;
     char step[32];
-    const char *metadata[7];
+    const char *metadata[9];
     size_t i;
     ptst_code code;
     for (i = 0; i < t->params_count; i++) {
@@ -22830,7 +22847,9 @@ static ptst_code ptst__state_save(ptst_ctx *c, const ptst_trainer *t, const char
         metadata[3] = step;
         metadata[4] = "options";
         metadata[5] = options.data;
-        metadata[6] = NULL;
+        metadata[6] = "kernels";
+        metadata[7] = ptst_simd_name(c);
+        metadata[8] = NULL;
         code = ptst_tensors_write(c, path, s.list, s.count, metadata);
     }
     ptst_text_free(c, &options);
@@ -22865,6 +22884,7 @@ static ptst_code ptst__state_check(ptst_ctx *c, const ptst_trainer *t, const pts
     const char *version = ptst_tensors_metadata(f, "ptst_trainer");
     const char *text = ptst_tensors_metadata(f, "options");
     const char *digits = ptst_tensors_metadata(f, "step");
+    const char *kernels = ptst_tensors_metadata(f, "kernels");
     ptst_text options = {NULL, 0, 0};
     ptst_json *then = NULL, *now = NULL;
     ptst_code code;
@@ -22884,6 +22904,12 @@ static ptst_code ptst__state_check(ptst_ctx *c, const ptst_trainer *t, const pts
     if (code == PTST_OK && *step > t->steps) {
         code = ptst__fail(c, PTST_ERR_MISMATCH, "%s: is at step %llu of %llu", path,
                           (unsigned long long)*step, (unsigned long long)t->steps);
+    }
+    if (code == PTST_OK && kernels != NULL && strcmp(kernels, ptst_simd_name(c)) != 0) {
+        ptst__log(c, PTST_LOG_WARNING,
+                  "%s: was written with %.40s kernels and goes on with %s: sums are rounded in "
+                  "another order from here on",
+                  path, kernels, ptst_simd_name(c));
     }
     ptst_json_free(c, now);
     ptst_json_free(c, then);
@@ -23006,6 +23032,10 @@ static ptst_code ptst__finetune_check(ptst_ctx *c, const ptst_finetune_desc *d) 
                                                                           : NULL;
     if (missing != NULL) {
         return ptst__fail(c, PTST_ERR_ARGUMENT, "fine-tuning needs %s", missing);
+    }
+    if (d->model_dir != NULL && ptst__same_path(d->model_dir, d->out)) {
+        return ptst__fail(c, PTST_ERR_ARGUMENT, "%s: is the model itself; write to another folder",
+                          d->out);
     }
     if (d->full && (d->init_adapter != NULL || d->lora != NULL)) {
         return ptst__fail(c, PTST_ERR_ARGUMENT,
@@ -23398,7 +23428,7 @@ PTST_API void ptst_trainer_free(ptst_ctx *c, ptst_trainer *t) {
 static ptst_code ptst__trainer_rows(ptst_ctx *c, ptst_trainer *t, const ptst_config *config) {
     const ptst_dataset *d = t->data;
     ptst__sha256 h;
-    size_t i, k;
+    size_t i, k, longest = 0;
     if (d->info.rows == 0) {
         return ptst__fail(c, PTST_ERR_ARGUMENT, "training: there is no row with an answer");
     }
@@ -23406,11 +23436,7 @@ static ptst_code ptst__trainer_rows(ptst_ctx *c, ptst_trainer *t, const ptst_con
     for (i = 0; i < d->info.rows; i++) {
         const ptst__sample *row = &d->rows[i];
         const int32_t *tokens = d->tokens.data + row->begin;
-        if (row->count - 1u > (uint32_t)config->max_position_embeddings) {
-            return ptst__fail(c, PTST_ERR_LIMIT, "row %llu has %lu tokens, the model can take %ld",
-                              (unsigned long long)i + 1, (unsigned long)row->count,
-                              (long)config->max_position_embeddings);
-        }
+        longest = row->count - 1u > longest ? row->count - 1u : longest;
         for (k = 0; k < row->count; k++) {
             if (tokens[k] < 0 || tokens[k] >= config->vocab_size) {
                 return ptst__fail(c, PTST_ERR_MISMATCH,
@@ -23425,6 +23451,10 @@ static ptst_code ptst__trainer_rows(ptst_ctx *c, ptst_trainer *t, const ptst_con
         ptst__sha256_add(&h, tokens, row->count * sizeof *tokens);
     }
     ptst__sha256_end(&h, t->hash);
+    if (longest > (size_t)config->max_position_embeddings) {
+        ptst__log(c, PTST_LOG_WARNING, "the longest row has %llu tokens, the model was made for %ld",
+                  (unsigned long long)longest, (long)config->max_position_embeddings);
+    }
     return PTST_OK;
 }
 
@@ -23471,12 +23501,9 @@ PTST_API ptst_trainer *ptst_trainer_new(ptst_ctx *c, ptst_model *model, ptst_ada
     if (t == NULL) {
         return NULL;
     }
-    t->desc = ptst__train_resolve(desc);
+    t->desc = ptst__train_resolve(desc, config);
     t->data = data;
     t->order_epoch = UINT64_MAX;
-    if (t->desc.context > (size_t)config->max_position_embeddings) {
-        t->desc.context = (size_t)config->max_position_embeddings;
-    }
     code = ptst__train_validate(c, &t->desc);
     if (code == PTST_OK && !ptst__mul(t->desc.batch, t->desc.context, &t->budget)) {
         code = ptst__fail(c, PTST_ERR_ARGUMENT, "training: batch is out of range");
@@ -23832,20 +23859,25 @@ static ptst_code ptst__generate_memory(ptst_ctx *c, ptst__generator *g, const pt
     size_t i, longest = 0;
     ptst_session_desc s;
     memset(&s, 0, sizeof s);
-    g->limit = (size_t)config->max_position_embeddings;
-    g->limit = g->d->capacity != 0 && g->d->capacity < g->limit ? g->d->capacity : g->limit;
     for (i = 0; i < g->count; i++) {
-        const ptst__question *q = &g->questions[i];
-        if (q->count >= g->limit) {
+        longest = g->questions[i].count > longest ? g->questions[i].count : longest;
+        if (g->d->capacity != 0 && g->questions[i].count >= g->d->capacity) {
             return ptst__fail(c, PTST_ERR_LIMIT,
                               "prompt %llu has %llu tokens and needs one more, there is room for "
                               "%llu",
-                              (unsigned long long)i + 1, (unsigned long long)q->count,
-                              (unsigned long long)g->limit);
+                              (unsigned long long)i + 1, (unsigned long long)g->questions[i].count,
+                              (unsigned long long)g->d->capacity);
         }
-        longest = q->count > longest ? q->count : longest;
     }
-    g->limit = g->max_new < g->limit - longest ? longest + g->max_new : g->limit;
+    if (!ptst__add(longest, g->max_new, &g->limit) || g->limit > INT32_MAX) {
+        return ptst__fail(c, PTST_ERR_LIMIT, "generation: max_new_tokens is out of range");
+    }
+    g->limit = g->d->capacity != 0 && g->d->capacity < g->limit ? g->d->capacity : g->limit;
+    if (longest > (size_t)config->max_position_embeddings) {
+        ptst__log(c, PTST_LOG_WARNING,
+                  "the longest prompt has %llu tokens, the model was made for %ld",
+                  (unsigned long long)longest, (long)config->max_position_embeddings);
+    }
     s.slots = g->batch + (g->head != 0);
     s.capacity = g->limit - g->head > g->head ? g->limit - g->head : g->head;
     s.logit_rows = g->batch;

@@ -230,7 +230,8 @@ static void core_append_and_finite(void) {
     char folder[] = "/tmp/ptst_test_XXXXXX", path[64];
     ptst_ctx *c = test_open(1, NULL);
     ptst_text text = {NULL, 0, 0};
-    int lock, second;
+    int lock, second, pipe;
+    char bytes[4];
     CHECK(mkdtemp(folder) != NULL);
     snprintf(path, sizeof path, "%s/log", folder);
     CHECK(ptst__append_file(c, path, "a\n", 2, false) == PTST_OK);
@@ -242,9 +243,19 @@ static void core_append_and_finite(void) {
     CHECK(ptst__read_file(c, path, &text) == PTST_OK);
     CHECK_TEXT(text.data, "c\n");
     CHECK(ptst__append_file(c, folder, "x", 1, false) == PTST_ERR_IO);
-    CHECK(ptst__append_file(c, "/dev/null", "x", 1, true) == PTST_OK);
-    if (ptst__path_kind("/dev") == 2 && access("/dev/full", W_OK) == 0) {
+    snprintf(path, sizeof path, "%s/pipe", folder); /* a pipe stays a pipe */
+    CHECK(mkfifo(path, 0600) == 0);
+    pipe = open(path, O_RDWR);
+    CHECK(ptst__write_file(c, path, "abc", 3) == PTST_OK && ptst__path_is_device(path));
+    CHECK(ptst__append_file(c, path, "d", 1, true) == PTST_OK);
+    CHECK(read(pipe, bytes, 4) == 4 && memcmp(bytes, "abcd", 4) == 0);
+    close(pipe);
+    unlink(path);
+    snprintf(path, sizeof path, "%s/log", folder);
+    if (ptst__path_is_device("/dev/full")) {
         CHECK(ptst__append_file(c, "/dev/full", "x", 1, false) == PTST_ERR_IO);
+        CHECK(ptst__write_file(c, "/dev/full", "x", 1) == PTST_ERR_IO);
+        CHECK(ptst__path_is_device("/dev/full"));
     }
     ptst_text_free(c, &text);
     CHECK(ptst__remove_file(c, path) == PTST_OK && ptst__remove_file(c, path) == PTST_OK);

@@ -300,8 +300,9 @@ static void generate_ends(void) {
     memset(a, 0, sizeof a);
     memset(&d, 0, sizeof d);
     d.ignore_eos = true;
+    d.capacity = 96;
     CHECK(ptst_generate(w.c, w.model, NULL, w.tokenizer, w.prompts, GEN_PROMPTS, &d, a) == PTST_OK);
-    for (i = 0; i < GEN_PROMPTS; i++) { /* 512 are wanted, the model takes 96 in all */
+    for (i = 0; i < GEN_PROMPTS; i++) { /* 512 are wanted, there is room for 96 in all */
         CHECK(a[i].prompt_tokens + a[i].ids.count == 96 && a[i].finish == PTST_FINISH_LENGTH);
     }
     d.capacity = 40;
@@ -319,6 +320,14 @@ static void generate_ends(void) {
     CHECK(ptst_generate(w.c, w.model, NULL, w.tokenizer, w.prompts, GEN_PROMPTS, &d, a) ==
           PTST_ERR_LIMIT);
     CHECK(ptst_generate(w.c, w.model, NULL, w.tokenizer, w.prompts, 0, NULL, a) == PTST_OK);
+    d.capacity = 0;
+    d.max_new_tokens = 120; /* beyond the 96 positions the model was made for */
+    d.stop_ids_count = 0;
+    CHECK(ptst_generate(w.c, w.model, NULL, w.tokenizer, w.prompts, 1, &d, a) == PTST_OK);
+    CHECK(a[0].ids.count == 120);
+    d.max_new_tokens = SIZE_MAX;
+    CHECK(ptst_generate(w.c, w.model, NULL, w.tokenizer, w.prompts, 1, &d, a) == PTST_ERR_LIMIT);
+    d.max_new_tokens = 3;
     d.sample.temperature = -1;
     CHECK(ptst_generate(w.c, w.model, NULL, w.tokenizer, w.prompts, 1, &d, a) == PTST_ERR_ARGUMENT);
     d.sample.temperature = 1;
