@@ -541,7 +541,7 @@ static const ops_shape ops_shapes[] = {
     {6, 2, 64, 0, 37, 4, {1, 1, 0, 1}, {1, 600, 3, 33}, false}, /* decoding; a span of no query */
     {4, 1, 80, 64, 37, 3, {1, 1, 2, 0}, {100, 20, 40, 0}, false},
     {14, 2, 9, 300, 40, 3, {1, 2, 4, 0}, {700, 20, 4, 0}, false},
-    {2, 2, 16, 0, 0, 2, {5, 3, 0, 0}, {3, 0, 0, 0}, false}, /* queries that see no key */
+    {2, 2, 16, 0, 0, 2, {9, 3, 0, 0}, {6, 0, 0, 0}, false}, /* queries that see no key */
     {2, 2, 16, 0, 0, 0, {0, 0, 0, 0}, {0, 0, 0, 0}, false},
 };
 
