@@ -22605,7 +22605,7 @@ static ptst_code ptst__train_not_finite(ptst_ctx *c, const ptst_trainer *t, cons
 static ptst_code ptst__train_gradients(ptst_ctx *c, ptst_trainer *t, ptst__cursor *at,
                                        ptst_step *out, double *loss) {
     uint64_t seed = t->desc.seed ^ ptst__stream_drop;
-    size_t i, k, labels, taken;
+    size_t i, k, labels = 0, taken;
     *loss = 0;
     for (i = 0; i < t->params_count; i++) {
         memset(t->params[i].grad, 0, t->params[i].count * sizeof *t->params[i].grad);

@@ -524,24 +524,24 @@ static const ops_shape ops_shapes[] = {
     {1, 1, 1, 0, 0, 1, {1, 0, 0, 0}, {1, 0, 0, 0}, false},
     {2, 1, 7, 0, 0, 1, {50, 0, 0, 0}, {50, 0, 0, 0}, false},
     {3, 3, 8, 0, 1, 2, {47, 49, 0, 0}, {47, 49, 0, 0}, false},
-    {9, 3, 64, 0, 0, 2, {97, 40, 0, 0}, {97, 40, 0, 0}, false},
-    {9, 3, 64, 0, 70, 4, {70, 33, 1, 60}, {70, 33, 1, 60}, true},
+    {3, 1, 64, 0, 0, 2, {97, 40, 0, 0}, {97, 40, 0, 0}, false},
+    {4, 2, 64, 0, 70, 4, {70, 33, 1, 20}, {70, 33, 1, 20}, true},
     {4, 2, 33, 0, 96, 3, {20, 96, 3, 0}, {20, 96, 99, 0}, false},
     {4, 4, 16, 10, 20, 3, {64, 100, 7, 0}, {64, 100, 30, 0}, false},
     {2, 1, 12, 1, 5, 2, {60, 10, 0, 0}, {60, 10, 0, 0}, false},
-    {2, 2, 24, 100, 0, 2, {300, 260, 0, 0}, {300, 260, 0, 0}, false},
+    {1, 1, 24, 100, 0, 2, {300, 230, 0, 0}, {300, 230, 0, 0}, false},
     {2, 1, 6, 0, 0, 1, {1070, 0, 0, 0}, {1070, 0, 0, 0}, false}, /* two key ranges, groups */
     {1, 1, 5, 0, 0, 2, {250, 0, 0, 0}, {1100, 0, 0, 0}, false},
     {2, 1, 4, 300, 1030, 2, {1030, 250, 0, 0}, {1030, 250, 0, 0}, true},
-    {1, 1, 150, 0, 40, 2, {240, 240, 0, 0}, {1030, 1030, 0, 0}, false},
+    {1, 1, 150, 0, 40, 2, {100, 160, 0, 0}, {110, 160, 0, 0}, false},
     {2, 2, 128, 0, 10, 2, {65, 2, 0, 0}, {65, 2, 0, 0}, true},
     {2, 1, 130, 0, 10, 2, {50, 6, 0, 0}, {50, 6, 0, 0}, true},
     {3, 1, 256, 0, 0, 1, {55, 0, 0, 0}, {55, 0, 0, 0}, false},
     {2, 1, 300, 0, 17, 2, {33, 9, 0, 0}, {33, 9, 0, 0}, true},
-    {6, 2, 64, 0, 37, 4, {1, 1, 0, 1}, {1, 900, 3, 33}, false}, /* decoding; a span of no query */
+    {6, 2, 64, 0, 37, 4, {1, 1, 0, 1}, {1, 600, 3, 33}, false}, /* decoding; a span of no query */
     {4, 1, 80, 64, 37, 3, {1, 1, 2, 0}, {100, 20, 40, 0}, false},
     {14, 2, 9, 300, 40, 3, {1, 2, 4, 0}, {700, 20, 4, 0}, false},
-    {2, 2, 16, 0, 0, 2, {5, 3, 0, 0}, {3, 0, 0, 0}, false}, /* queries that see no key */
+    {2, 2, 16, 0, 0, 2, {9, 3, 0, 0}, {6, 0, 0, 0}, false}, /* queries that see no key */
     {2, 2, 16, 0, 0, 0, {0, 0, 0, 0}, {0, 0, 0, 0}, false},
 };
 
@@ -556,7 +556,7 @@ static void ops_attention_parity(const ops_shape *shape) {
     ops_attention_backward(&e);
     for (k = 0; ops_simds[k] != NULL; k++) {
         ops_attention first = ops_attention_new(NULL, shape);
-        for (threads = 1; threads <= (e.keys > 900 && k == 0 ? 1 : 3); threads++) {
+        for (threads = 1; threads <= 3; threads += k == 0 ? 2 : 1) { /* scalar is slow */
             ptst_ctx *c = ops_open(ops_simds[k], threads);
             ops_attention t = ops_attention_new(c, shape);
             if (c != NULL) {
@@ -890,6 +890,144 @@ static void sums_parity(void) {
     }
 }
 
+/* ---- PyTorch ---- */
+
+/* sin(0.7 i + phase), the inputs of ops.json. */
+static void ops_wave(float *x, size_t n, double phase) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        x[i] = (float)sin(0.7 * (double)i + phase);
+    }
+}
+
+/* x against the numbers of an array in the golden file: 2e-6 of the largest one covers float32
+   rounding of sums of some ten terms of size 1. */
+static void ops_golden(const ptst_json *j, int32_t object, const char *key, const float *x) {
+    int32_t array = ptst_json_get(j, object, key), e = ptst_json_first(j, array);
+    size_t n = ptst_json_size(j, array), i;
+    double largest = 0, worst = 0;
+    for (i = 0; i < n; i++, e = ptst_json_next(j, e)) {
+        double expected = ptst_json_number(j, e, NAN), d = fabs((double)x[i] - expected);
+        largest = fmax(largest, fabs(expected));
+        worst = d <= worst ? worst : d;
+    }
+    CHECK(n > 0);
+    CHECK_NEAR(worst, 0, 2e-6 * largest);
+}
+
+static void ops_golden_attention(ptst_ctx *c, const ptst_json *j, const char *key, size_t window) {
+    enum { H = 4, K = 2, D = 6, T = 7 };
+    float q[T * H * D], k[T * K * D], v[T * K * D], dout[T * H * D], out[T * H * D], lse[T * H];
+    float dq[T * H * D], dk[T * K * D], dv[T * K * D];
+    int32_t golden = ptst_json_get(j, 0, key);
+    ptst_attention a;
+    ptst_span s;
+    void *scratch;
+    memset(&a, 0, sizeof a);
+    memset(&s, 0, sizeof s);
+    a.H = H, a.K = K, a.D = D;
+    a.scale = (float)(1 / sqrt(6.0));
+    a.window = window;
+    a.q_ld = H * D;
+    a.kv_ld = K * D;
+    a.spans = &s;
+    a.spans_count = 1;
+    s.count = s.keys[1] = T;
+    s.k[1] = k, s.v[1] = v, s.dk[1] = dk, s.dv[1] = dv;
+    ops_wave(q, T * H * D, 0.1);
+    ops_wave(k, T * K * D, 0.2);
+    ops_wave(v, T * K * D, 0.3);
+    ops_wave(dout, T * H * D, 0.4);
+    memset(dk, 0, sizeof dk);
+    memset(dv, 0, sizeof dv);
+    scratch = malloc(ptst_attention_backward_scratch(&a));
+    ptst_attention_forward(c, &a, q, out, lse);
+    ptst_attention_backward(c, &a, q, out, lse, dout, dq, scratch);
+    free(scratch);
+    ops_golden(j, golden, "out", out);
+    ops_golden(j, golden, "dq", dq);
+    ops_golden(j, golden, "dk", dk);
+    ops_golden(j, golden, "dv", dv);
+}
+
+static void ops_golden_layers(ptst_ctx *c, const ptst_json *j) {
+    static const int32_t labels[] = {2, -1, 0, 5};
+    float x[24], w[9], y[24], dy[24], dx[24] = {0}, dw[24] = {0}, rstd[3];
+    double losses[4];
+    size_t i;
+    int32_t golden = ptst_json_get(j, 0, "rmsnorm");
+    ops_wave(x, 15, 0.1);
+    ops_wave(w, 5, 0.2);
+    ops_wave(dy, 15, 0.3);
+    ptst_rmsnorm_forward(c, 3, 5, 1e-5f, x, w, y, rstd);
+    ptst_rmsnorm_backward(c, 3, 5, x, w, rstd, dy, dx, dw);
+    ops_golden(j, golden, "y", y);
+    ops_golden(j, golden, "dx", dx);
+    ops_golden(j, golden, "dw", dw);
+    golden = ptst_json_get(j, 0, "swiglu");
+    ops_wave(x, 9, 0.4);
+    ops_wave(w, 9, 0.5);
+    ops_wave(dy, 9, 0.6);
+    for (i = 0; i < 9; i++) {
+        x[i] *= 4;
+    }
+    ptst_swiglu_forward(c, 9, x, w, y);
+    ptst_swiglu_backward(c, 9, x, w, dy, dx, dw);
+    ops_golden(j, golden, "y", y);
+    ops_golden(j, golden, "dgate", dx);
+    ops_golden(j, golden, "dup", dw);
+    golden = ptst_json_get(j, 0, "cross_entropy");
+    ops_wave(x, 24, 0.7);
+    for (i = 0; i < 24; i++) {
+        x[i] *= 3;
+    }
+    ptst_cross_entropy(c, 4, 6, x, labels, losses, 1);
+    for (i = 0; i < 4; i++) {
+        y[i] = (float)losses[i];
+    }
+    ops_golden(j, golden, "losses", y);
+    ops_golden(j, golden, "dx", x);
+}
+
+/* Bit for bit the steps would need PyTorch's order of roundings; one rounding more or less in a
+   step of 0.01 changes a weight of size 1 by 6e-8. */
+static void ops_golden_adamw(ptst_ctx *c, const ptst_json *j, const char *key, double decay) {
+    float w[5], g[5], m[5] = {0}, v[5] = {0};
+    int32_t array = ptst_json_get(j, 0, key);
+    uint64_t step;
+    size_t i;
+    CHECK(ptst_json_size(j, array) == 4);
+    ops_wave(w, 5, 0.1);
+    for (step = 1; step <= 4; step++) {
+        int32_t golden = ptst_json_at(j, array, (size_t)step - 1);
+        ops_wave(g, 5, (double)step);
+        ptst_adamw(c, 5, w, g, m, v, 0.01, 0.9, 0.99, 1e-8, decay, step, 1);
+        for (i = 0; i < 5; i++) {
+            CHECK_NEAR((double)w[i], ptst_json_number(j, ptst_json_at(j, golden, i), NAN), 2.5e-7);
+        }
+    }
+}
+
+static void ops_against_pytorch(void) {
+    int k;
+    for (k = 0; ops_simds[k] != NULL; k++) {
+        ptst_ctx *c = ops_open(ops_simds[k], 2);
+        if (c != NULL) {
+            ptst_json *j = ptst_json_load(c, "tests/golden/ops.json");
+            CHECK(j != NULL);
+            if (j != NULL) {
+                ops_golden_attention(c, j, "attention", 0);
+                ops_golden_attention(c, j, "window", 3);
+                ops_golden_layers(c, j);
+                ops_golden_adamw(c, j, "adamw", 0);
+                ops_golden_adamw(c, j, "decay", 0.1);
+            }
+            ptst_json_free(c, j);
+            ptst_close(c);
+        }
+    }
+}
+
 static void suite_ops(void) {
     RUN(exp_accuracy);
     RUN(rmsnorm_gradient);
@@ -908,6 +1046,7 @@ static void suite_ops(void) {
     RUN(adamw_steps);
     RUN(adamw_parity);
     RUN(sums_parity);
+    RUN(ops_against_pytorch);
 }
 
 MAIN(ops)

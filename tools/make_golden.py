@@ -530,10 +530,77 @@ def template(args):
         file.write("[\n" + ",\n".join(rows) + "\n]\n")
 
 
-COMMANDS = {"jinja": jinja, "template": template,
-            "model": model,
-            "generate": generate, "sample": sample, "train": train,
-            "judge": judge}
+# ---- ops: the operations of a layer and AdamW, by PyTorch ----
+def wave(torch, phase, *shape):
+    """float32 numbers that the test makes as well: sin(0.7 i + phase)."""
+    count = 1
+    for n in shape:
+        count *= n
+    x = torch.sin(0.7 * torch.arange(count, dtype=torch.float64) + phase)
+    return x.float().double().reshape(shape).requires_grad_()
+
+
+def numbers(x):
+    return [float("%.9g" % v) for v in x.detach().flatten().tolist()]
+
+
+def golden_attention(torch, window):
+    H, K, D, T = 4, 2, 6, 7
+    q, k, v = wave(torch, 0.1, T, H, D), wave(torch, 0.2, T, K, D), wave(torch, 0.3, T, K, D)
+    i = torch.arange(T)
+    mask = (i[None, :] <= i[:, None]) & (i[:, None] - i[None, :] < window)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=mask, enable_gqa=True)
+    out = out.transpose(0, 1)
+    (out * wave(torch, 0.4, T, H, D).detach()).sum().backward()
+    return {"out": numbers(out), "dq": numbers(q.grad), "dk": numbers(k.grad),
+            "dv": numbers(v.grad)}
+
+
+def golden_layers(torch):
+    F = torch.nn.functional
+    x, w = wave(torch, 0.1, 3, 5), wave(torch, 0.2, 5)
+    y = F.rms_norm(x, (5,), w, 1e-5)
+    (y * wave(torch, 0.3, 3, 5).detach()).sum().backward()
+    g, u = wave(torch, 0.4, 9), wave(torch, 0.5, 9)
+    s = F.silu(4 * g) * u
+    (s * wave(torch, 0.6, 9).detach()).sum().backward()
+    logits = wave(torch, 0.7, 4, 6)
+    labels = torch.tensor([2, -1, 0, 5])
+    losses = F.cross_entropy(3 * logits, labels, reduction="none", ignore_index=-1)
+    losses.sum().backward()
+    return {"rmsnorm": {"y": numbers(y), "dx": numbers(x.grad), "dw": numbers(w.grad)},
+            "swiglu": {"y": numbers(s), "dgate": numbers(g.grad / 4), "dup": numbers(u.grad)},
+            "cross_entropy": {"losses": numbers(losses), "dx": numbers(logits.grad / 3)}}
+
+
+def golden_adamw(torch, decay):
+    w = wave(torch, 0.1, 5).detach().float().requires_grad_()
+    o = torch.optim.AdamW([w], lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=decay)
+    steps = []
+    for step in range(4):
+        w.grad = wave(torch, 1.0 + step, 5).detach().float()
+        o.step()
+        steps.append(numbers(w))
+    return steps
+
+
+def ops(_):
+    """Outputs and gradients of attention, norm, swiglu and cross-entropy, and steps of AdamW."""
+    import torch
+    torch.set_num_threads(1)
+    golden = golden_layers(torch)
+    golden["attention"] = golden_attention(torch, 100)
+    golden["window"] = golden_attention(torch, 3)
+    golden["adamw"] = golden_adamw(torch, 0)
+    golden["decay"] = golden_adamw(torch, 0.1)
+    with open(os.path.join(GOLDEN, "ops.json"), "w") as f:
+        json.dump(golden, f, separators=(",", ":"))
+        f.write("\n")
+
+
+COMMANDS = {"generate": generate, "jinja": jinja, "judge": judge, "model": model, "ops": ops,
+            "sample": sample, "template": template, "train": train}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
