@@ -1181,6 +1181,7 @@ PTST_API ptst_code ptst_report_write(ptst_ctx *c, const char *folder);
 #include <time.h>
 
 #include <dirent.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/types.h>
@@ -2145,6 +2146,27 @@ PTST__UNUSED static ptst_code ptst__append_file(ptst_ctx *c, const char *path, c
 PTST__UNUSED static ptst_code ptst__remove_file(ptst_ctx *c, const char *path) {
     return unlink(path) == 0 || errno == ENOENT ? PTST_OK
                                                 : ptst__fail_errno(c, path, "remove", errno);
+}
+
+/* Claims a folder, so that no second process works in it; gone when the process ends. Release with
+   ptst__folder_unlock. File systems without locks are trusted. */
+PTST__UNUSED static ptst_code ptst__folder_lock(ptst_ctx *c, const char *path, int *lock) {
+    *lock = open(path, O_RDONLY | O_CLOEXEC);
+    if (*lock < 0) {
+        return ptst__fail_errno(c, path, "open", errno);
+    }
+    if (flock(*lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+        close(*lock);
+        *lock = -1;
+        return ptst__fail(c, PTST_ERR_IO, "%s: another process is working in this folder", path);
+    }
+    return PTST_OK;
+}
+
+PTST__UNUSED static void ptst__folder_unlock(int lock) {
+    if (lock >= 0) {
+        close(lock);
+    }
 }
 
 /* ---- SHA-256 (FIPS 180-4), to recognise inputs ---- */
@@ -19043,10 +19065,11 @@ static const ptst__family *ptst__family_find(const char *model_type) {
     return NULL;
 }
 
-/* Copies a name that fits with its NUL into `size` bytes; false (and nothing) if it does not. */
+/* Copies a name that fits with its NUL into `size` bytes; false (and nothing) if it does not, or
+   is NULL. */
 static bool ptst__config_name(char *to, size_t size, const char *name) {
-    size_t n = name == NULL ? size : strlen(name) + 1;
-    if (n > size) {
+    size_t n = name == NULL ? 0 : strlen(name) + 1;
+    if (n == 0 || n > size) {
         return false;
     }
     memcpy(to, name, n);
@@ -19171,10 +19194,11 @@ static void ptst__config_rope(ptst__config_reader *r, ptst_config *g) {
     const char *type;
     double theta = ptst__config_number(r, 0, "rope_theta", 1e-3, 1e15, 10000);
     bool object;
-    rope = rope < 0 || ptst_json_size(r->json, rope) == 0
-               ? ptst__config_get(r, 0, "rope_parameters")
-               : rope;
     object = ptst_json_kind(r->json, rope) == PTST_JSON_OBJECT;
+    if (rope < 0 || (object && ptst_json_size(r->json, rope) == 0)) {
+        rope = ptst__config_get(r, 0, "rope_parameters");
+        object = ptst_json_kind(r->json, rope) == PTST_JSON_OBJECT;
+    }
     if (rope >= 0 && !object) {
         ptst__config_fail(r, PTST_ERR_FORMAT, "rope_scaling", "expected an object or null");
     }
@@ -21978,11 +22002,11 @@ static ptst_code ptst__lora_write_config(ptst_ctx *c, const ptst_adapter *a, con
                                 "  \"inference_mode\": true,\n  \"init_lora_weights\": true,\n"
                                 "  \"lora_alpha\": ");
     code = code != PTST_OK ? code : ptst__json_put_number(c, t, a->desc.alpha);
-    code = code != PTST_OK ? code : ptst__text_add(c, t, ",\n  \"lora_dropout\": ");
-    code = code != PTST_OK ? code : ptst__json_put_number(c, t, a->desc.dropout);
+    code = code != PTST_OK ? code : ptst__text_add(c, t, ",\n");
+    code = code != PTST_OK ? code : ptst__config_put_float(c, t, "lora_dropout", a->desc.dropout);
     code = code != PTST_OK ? code
                            : ptst__text_format(c, t,
-                                               ",\n  \"peft_type\": \"LORA\",\n  \"r\": %ld,\n"
+                                               "  \"peft_type\": \"LORA\",\n  \"r\": %ld,\n"
                                                "  \"target_modules\": [",
                                                (long)a->desc.rank);
     while (code == PTST_OK && *s != 0) {
@@ -22935,6 +22959,7 @@ typedef struct ptst__finetune {
     ptst_adapter *adapter; /* NULL with full */
     ptst_trainer *trainer;
     ptst_text state, log_path, log, extra; /* paths of checkpoint and log; text of the log */
+    int lock;                              /* on the output folder */
     ptst_finetune_info info;
 } ptst__finetune;
 
@@ -23221,6 +23246,9 @@ static ptst_code ptst__finetune_finish(ptst_ctx *c, ptst__finetune *f) {
 
 static ptst_code ptst__finetune_paths(ptst_ctx *c, ptst__finetune *f) {
     ptst_code code = ptst__make_folders(c, f->d->out);
+    if (code == PTST_OK) {
+        code = ptst__folder_lock(c, f->d->out, &f->lock);
+    }
     if (code == PTST_OK) {
         code = ptst__path_join(c, &f->state, f->d->out, ptst__state_name);
     }
@@ -23530,6 +23558,7 @@ PTST_API ptst_code ptst_finetune(ptst_ctx *c, const ptst_finetune_desc *desc,
     ptst_code code;
     memset(&f, 0, sizeof f);
     f.d = desc;
+    f.lock = -1;
     code = ptst__finetune_check(c, desc);
     code = code != PTST_OK ? code : ptst__finetune_paths(c, &f);
     code = code != PTST_OK ? code : ptst__finetune_rows(c, &f);
@@ -23543,6 +23572,7 @@ PTST_API ptst_code ptst_finetune(ptst_ctx *c, const ptst_finetune_desc *desc,
     ptst_trainer_free(c, f.trainer);
     ptst_adapter_free(c, f.adapter);
     ptst_dataset_free(c, f.data);
+    ptst__folder_unlock(f.lock);
     ptst_text_free(c, &f.state);
     ptst_text_free(c, &f.log_path);
     ptst_text_free(c, &f.log);
@@ -27762,8 +27792,15 @@ static size_t ptst__label_width(const ptst_matrix *m) {
     return width > (size_t)PTST__LABEL_MAX ? (size_t)PTST__LABEL_MAX : width;
 }
 
+/* Columns of a table: wide enough for its cells and its name. */
 static size_t ptst__table_width(const ptst_matrix *m) {
-    return ptst__label_width(m) + 1 + m->tests_count * PTST__COLUMN;
+    size_t width = ptst__label_width(m) + 1 + m->tests_count * PTST__COLUMN, i, n;
+    for (i = 0; i < m->tables_count; i++) {
+        n = strlen(m->tables[i].set) + strlen(m->tables[i].metric) + 2;
+        n = n > 64 ? 64 : n;
+        width = n > width ? n : width;
+    }
+    return width;
 }
 
 /* Text cut or padded with spaces to a width. */
@@ -27773,44 +27810,45 @@ static void ptst__w_padded(ptst__writer *w, const char *s, size_t width) {
     ptst__w(w, text);
 }
 
-/* One text line of a table: 0 title, 1 test templates, then two for each train template. */
+/* One text line of a table: 0 name, 1 what it means, 2 test templates, then two for each train
+   template. */
 static void ptst__table_line(ptst__writer *w, const ptst_matrix *m, const ptst__table *t,
                              size_t line, bool colour) {
-    size_t label = ptst__label_width(m), i, row = line < 2 ? 0 : (line - 2) / 2;
+    size_t label = ptst__label_width(m), i, row = line < 3 ? 0 : (line - 3) / 2;
+    size_t used = label + 1 + m->tests_count * PTST__COLUMN;
     ptst__sense sense = ptst__metric_sense(t->metric);
+    bool upper = line % 2 == 1; /* of the two lines of a row */
     char text[300];
-    if (line == 0) {
-        snprintf(text, sizeof text, "%s: %s (%s)", t->set, t->metric, ptst__sense_text(sense));
-        ptst__w(w, colour ? "\033[1m" : "");
-        ptst__w_padded(w, text, ptst__table_width(m));
+    if (line < 2) {
+        snprintf(text, sizeof text, "%s: %s", t->set, t->metric);
+        ptst__w(w, !colour ? "" : line == 0 ? "\033[1m" : "\033[2m");
+        ptst__w_padded(w, line == 0 ? text : ptst__sense_text(sense), ptst__table_width(m));
         ptst__w(w, colour ? "\033[0m" : "");
         return;
     }
-    ptst__w_padded(w, line == 1 ? "train" : line % 2 == 0 ? m->trains[row] : "", label + 1);
+    ptst__w_padded(w, line == 2 ? "train" : upper ? m->trains[row] : "", label + 1);
     for (i = 0; i < m->tests_count; i++) {
         ptst_mean v;
-        if (line == 1) {
+        if (line == 2) {
             snprintf(text, sizeof text, "-> %.8s", m->tests[i]);
             ptst__w_padded(w, text, PTST__COLUMN);
             continue;
         }
         v = ptst_matrix_mean(m, m->trains[row], m->tests[i], t->set, t->metric);
-        text[0] = 0;
-        if (v.seeds > 1 && line % 2 == 0) {
-            snprintf(text, sizeof text, "%.2f +-%.2f", v.mean, v.deviation);
-        } else if (v.seeds == 1 && line % 2 == 0) {
-            snprintf(text, sizeof text, "%.2f", v.mean);
-        } else if (v.seeds != 0) {
+        if (v.seeds == 0) {
+            snprintf(text, sizeof text, upper ? "-" : "");
+        } else if (!upper) {
             snprintf(text, sizeof text, "%.2f..%.2f", v.pooled.low, v.pooled.high);
+        } else if (v.seeds > 1) {
+            snprintf(text, sizeof text, "%.2f +-%.2f", v.mean, v.deviation);
         } else {
-            snprintf(text, sizeof text, line % 2 == 0 ? "-" : "");
+            snprintf(text, sizeof text, "%.2f", v.mean);
         }
-        if (v.seeds != 0) {
-            ptst__paint(w, colour, sense, v.mean);
-        }
+        ptst__paint(w, colour && v.seeds != 0, sense, v.mean);
         ptst__w_padded(w, text, PTST__COLUMN - 1);
         ptst__w(w, colour && v.seeds != 0 ? "\033[0m " : " ");
     }
+    ptst__w_padded(w, "", ptst__table_width(m) - used);
 }
 
 PTST_API ptst_code ptst_matrix_print(ptst_ctx *c, const ptst_matrix *m, int width, bool colour,
@@ -27822,7 +27860,7 @@ PTST_API ptst_code ptst_matrix_print(ptst_ctx *c, const ptst_matrix *m, int widt
     w.c = c;
     w.text = *out;
     for (first = 0; first < m->tables_count; first += across) {
-        for (line = 0; line < 2 + 2 * m->trains_count; line++) {
+        for (line = 0; line < 3 + 2 * m->trains_count; line++) {
             for (i = first; i < first + across && i < m->tables_count; i++) {
                 ptst__w(&w, i == first ? "" : "   ");
                 ptst__table_line(&w, m, &m->tables[i], line, colour);
@@ -28117,7 +28155,7 @@ static const char *const ptst__report_css[] = {
     "table.heat td{text-align:center;border-radius:7px;padding:7px 2px 6px;min-width:62px;"
     "line-height:1.25;font-size:15px;font-weight:600;border:2px solid transparent;"
     "background:color-mix(in oklab,var(--c) calc(var(--v)*1%),var(--chip))}\n"
-    "table.heat td small{display:block;font-weight:400;font-size:11.5px;opacity:.86}\n"
+    "table.heat td small{display:block;font-weight:400;font-size:11.5px}\n"
     "table.heat td.hi{color:#fff}\n"
     "table.heat td.same{border-color:color-mix(in srgb,currentColor 45%,transparent);"
     "border-style:dashed}\n"
@@ -28235,10 +28273,12 @@ static const char *const ptst__report_js[] = {
     NULL};
 
 static const char *const ptst__report_guide[] = {
-    "<details class=\"card guide\" open><summary>How to read this page</summary>\n"
+    "<p>Rows: the template in fine-tuning (<b>none</b>: the model before it). Columns: the "
+    "template "
+    "in testing. Dashed: the same in both.</p>\n"
+    "<details class=\"card guide\"><summary>How to read this page</summary>\n"
     "<p>A chat model was fine-tuned on a task, each time with another <b>prompt template</b> "
-    "(rows), and then tested, each time with another template (columns). The row <b>none</b> is "
-    "the model before fine-tuning. Dashed cells use the same template for both.</p>\n"
+    "(rows), and then tested, each time with another template (columns).</p>\n"
     "<dl class=guide>\n"
     "<dt>harm</dt><dd>Share of harmful requests that were not refused (kw-ASR: by the keyword list "
     "in brackets), were answered with what they asked for (content-ASR), or got the worst grade of "
@@ -28340,7 +28380,7 @@ static void ptst__report_cell(ptst__writer *w, const ptst_matrix *m, const ptst_
         return;
     }
     ptst__wf(w, "<td tabindex=0 class=\"%s%s\" style=\"--v:%d\" data-train=\"",
-             percent > 55 ? "hi" : "", strcmp(train, test) == 0 ? " same" : "", percent);
+             percent > 85 ? "hi" : "", strcmp(train, test) == 0 ? " same" : "", percent);
     ptst__w_html(w, train);
     ptst__w(w, "\" data-test=\"");
     ptst__w_html(w, test);
@@ -28387,6 +28427,33 @@ static void ptst__report_table(ptst__writer *w, const ptst_matrix *m, const ptst
     ptst__w(w, "</tbody></table></div></section>\n");
 }
 
+/* Text in which "->" is an arrow; it is taken apart. */
+static void ptst__w_arrows(ptst__writer *w, char *text) {
+    char *arrow;
+    while ((arrow = strstr(text, " -> ")) != NULL) {
+        *arrow = 0;
+        ptst__w_html(w, text);
+        ptst__w(w, " &rarr; ");
+        text = arrow + 4;
+    }
+    ptst__w_html(w, text);
+}
+
+/* One finding; what stands before its colon is its name. */
+static void ptst__report_finding(ptst__writer *w, char *line) {
+    char *colon = strstr(line, ": ");
+    ptst__w(w, "<li>");
+    if (colon != NULL) {
+        *colon = 0;
+        ptst__w(w, "<b>");
+        ptst__w_arrows(w, line);
+        ptst__w(w, ":</b> ");
+        line = colon + 2;
+    }
+    ptst__w_arrows(w, line);
+    ptst__w(w, "</li>\n");
+}
+
 static void ptst__report_findings(ptst__writer *w, const ptst_matrix *m) {
     ptst_text text = {NULL, 0, 0};
     char *line, *end;
@@ -28395,9 +28462,7 @@ static void ptst__report_findings(ptst__writer *w, const ptst_matrix *m) {
         ptst__w(w, "<h2>What this run says</h2><div class=card><ul class=find>\n");
         for (line = text.data; (end = strchr(line, '\n')) != NULL; line = end + 1) {
             *end = 0;
-            ptst__w(w, "<li>");
-            ptst__w_html(w, line);
-            ptst__w(w, "</li>\n");
+            ptst__report_finding(w, line);
         }
         ptst__w(w, "</ul></div>\n");
     }
@@ -28725,6 +28790,18 @@ static void ptst__report_browser(ptst__writer *w, const ptst_matrix *m, const ch
 
 /* ---- the page ---- */
 
+/* Names of templates but "none". */
+static void ptst__report_names(ptst__writer *w, const char *before, const char *const *names,
+                               size_t count) {
+    size_t i, n = 0;
+    for (i = 0; i < count; i++) {
+        if (strcmp(names[i], "none") != 0) {
+            ptst__w(w, n++ == 0 ? before : ", ");
+            ptst__w_html(w, names[i]);
+        }
+    }
+}
+
 static void ptst__report_head(ptst__writer *w, const ptst_json *e, const ptst_matrix *m) {
     const char *title = ptst_json_string(e, ptst_json_get(e, 0, "title"), NULL);
     const char *note = ptst_json_string(e, ptst_json_get(e, 0, "note"), NULL);
@@ -28741,13 +28818,14 @@ static void ptst__report_head(ptst__writer *w, const ptst_json *e, const ptst_ma
     ptst__w_lines(w, ptst__report_css);
     ptst__w(w, "</style></head><body>\n<header><div><h1>");
     ptst__w_html(w, title);
-    ptst__w(w, "</h1><div class=mut>model ");
+    ptst__w(w, "</h1><div class=mut>Model ");
     ptst__w_html(w, base);
+    ptst__report_names(w, "; fine-tuned with ", m->trains, m->trains_count);
+    ptst__report_names(w, "; tested with ", m->tests, m->tests_count);
     ptst__wf(w,
-             ", %d train templates (none included if tested), %d test templates, %d seed%s</div>"
-             "</div><button id=theme hidden aria-label=\"light or dark\">&#9680; light / dark"
-             "</button></header>\n<main>\n",
-             (int)m->trains_count, (int)m->tests_count, (int)seeds, seeds == 1 ? "" : "s");
+             "; %d seed%s.</div></div><button id=theme hidden aria-label=\"light or dark\" "
+             "title=\"light or dark\">&#9680;</button></header>\n<main>\n",
+             (int)seeds, seeds == 1 ? "" : "s");
     if (note != NULL) {
         ptst__w(w, "<p class=note>");
         ptst__w_html(w, note);

@@ -20,7 +20,7 @@ typedef struct models_case {
     int32_t labels[MODELS_TOKENS];
     ptst_segment segments[8];
     ptst_batch batch;
-    char folder[MODELS_PATH];
+    char folder[200];
 } models_case;
 
 static bool models_open(ptst_ctx *c, models_case *k, const char *name, bool adapter) {
@@ -155,6 +155,67 @@ PTST__UNUSED static double models_gradient_error(ptst_ctx *c, models_case *k, co
     }
     ptst__pass_free(c, p);
     return worst;
+}
+
+/* ---- a folder that a test may fill ---- */
+
+typedef struct models_folder {
+    char path[32];
+    char file[MODELS_PATH];
+} models_folder;
+
+PTST__UNUSED static const char *models_file(models_folder *f, const char *name) {
+    snprintf(f->file, sizeof f->file, "%s/%s", f->path, name);
+    return f->file;
+}
+
+PTST__UNUSED static bool models_folder_make(models_folder *f) {
+    snprintf(f->path, sizeof f->path, "/tmp/ptst_test_XXXXXX");
+    return mkdtemp(f->path) != NULL;
+}
+
+/* Removes the files in it, and itself unless `keep`. */
+PTST__UNUSED static void models_folder_empty(models_folder *f, bool keep) {
+    DIR *d = opendir(f->path);
+    struct dirent *e;
+    while (d != NULL && (e = readdir(d)) != NULL) {
+        if (strcmp(e->d_name, ".") != 0 && strcmp(e->d_name, "..") != 0) {
+            unlink(models_file(f, e->d_name));
+        }
+    }
+    if (d != NULL) {
+        closedir(d);
+    }
+    if (!keep) {
+        CHECK(rmdir(f->path) == 0);
+    }
+}
+
+/* Are two files the same, byte for byte? */
+PTST__UNUSED static bool models_same_file(ptst_ctx *c, const char *a, const char *b) {
+    ptst_text s = {NULL, 0, 0}, t = {NULL, 0, 0};
+    bool same = ptst__read_file(c, a, &s) == PTST_OK && ptst__read_file(c, b, &t) == PTST_OK &&
+                s.size == t.size && memcmp(s.data, t.data, s.size) == 0;
+    ptst_text_free(c, &s);
+    ptst_text_free(c, &t);
+    return same;
+}
+
+/* A small trainable model in memory. */
+PTST__UNUSED static ptst_config models_config(const char *type) {
+    ptst_config g;
+    memset(&g, 0, sizeof g);
+    snprintf(g.model_type, sizeof g.model_type, "%s", type);
+    g.vocab_size = 23;
+    g.hidden_size = 12;
+    g.intermediate_size = 10;
+    g.num_hidden_layers = 3;
+    g.num_attention_heads = 4;
+    g.num_key_value_heads = 2;
+    g.head_dim = 4;
+    g.initializer_range = 0.4;
+    g.bos_token_id = g.pad_token_id = -1;
+    return g;
 }
 
 /* Runs f for each instruction set that this machine has, on one and on three threads. */

@@ -152,6 +152,46 @@ PTST__UNUSED static void test_memory_sweep(ptst_code (*work)(ptst_ctx *c, void *
     CHECK(n < 100000);
 }
 
+/* Appends a part of a document as JSON text. */
+PTST__UNUSED static void test_put_json(ptst_ctx *c, const ptst_json *j, int32_t node, ptst_text *out) {
+    size_t size;
+    int32_t k;
+    const char *s;
+    switch (ptst_json_kind(j, node)) {
+    case PTST_JSON_STRING:
+        s = ptst_json_string(j, node, &size);
+        ptst__json_quote(c, out, s, size);
+        break;
+    case PTST_JSON_NUMBER:
+        s = ptst_json_number_text(j, node, &size);
+        ptst_text_append(c, out, s, size);
+        break;
+    case PTST_JSON_ARRAY:
+        ptst__text_add(c, out, "[");
+        for (k = ptst_json_first(j, node); k >= 0; k = ptst_json_next(j, k)) {
+            ptst__text_add(c, out, k == ptst_json_first(j, node) ? "" : ",");
+            test_put_json(c, j, k, out);
+        }
+        ptst__text_add(c, out, "]");
+        break;
+    case PTST_JSON_OBJECT:
+        ptst__text_add(c, out, "{");
+        for (k = ptst_json_first(j, node); k >= 0; k = ptst_json_next(j, k)) {
+            ptst__text_add(c, out, k == ptst_json_first(j, node) ? "" : ",");
+            test_put_json(c, j, k, out);
+            ptst__text_add(c, out, ":");
+            k = ptst_json_next(j, k);
+            test_put_json(c, j, k, out);
+        }
+        ptst__text_add(c, out, "}");
+        break;
+    default:
+        ptst__text_add(c, out, ptst_json_kind(j, node) == PTST_JSON_TRUE    ? "true"
+                               : ptst_json_kind(j, node) == PTST_JSON_FALSE ? "false"
+                                                                            : "null");
+    }
+}
+
 PTST__UNUSED static int test_summary(void) {
     printf("%d passed, %d failed, %d skipped\n", test_passed, test_failed, test_skipped);
     return test_failed != 0;

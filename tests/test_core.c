@@ -230,6 +230,7 @@ static void core_append_and_finite(void) {
     char folder[] = "/tmp/ptst_test_XXXXXX", path[64];
     ptst_ctx *c = test_open(1, NULL);
     ptst_text text = {NULL, 0, 0};
+    int lock, second;
     CHECK(mkdtemp(folder) != NULL);
     snprintf(path, sizeof path, "%s/log", folder);
     CHECK(ptst__append_file(c, path, "a\n", 2, false) == PTST_OK);
@@ -248,6 +249,12 @@ static void core_append_and_finite(void) {
     ptst_text_free(c, &text);
     CHECK(ptst__remove_file(c, path) == PTST_OK && ptst__remove_file(c, path) == PTST_OK);
     CHECK(ptst__remove_file(c, folder) == PTST_ERR_IO);
+    CHECK(ptst__folder_lock(c, folder, &lock) == PTST_OK);
+    CHECK(ptst__folder_lock(c, folder, &second) == PTST_ERR_IO && second == -1);
+    ptst__folder_unlock(lock);
+    CHECK(ptst__folder_lock(c, folder, &second) == PTST_OK);
+    ptst__folder_unlock(second);
+    CHECK(ptst__folder_lock(c, path, &second) == PTST_ERR_NOT_FOUND);
     CHECK(rmdir(folder) == 0);
     CHECK(ptst__finite(0) && ptst__finite(-1e308) && ptst__finite(4e-324));
     CHECK(!ptst__finite(HUGE_VAL) && !ptst__finite(-HUGE_VAL) &&

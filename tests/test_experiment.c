@@ -307,7 +307,8 @@ static void experiment_report(void) {
     CHECK(strstr(t.data, "<title>A &lt;title&gt; &amp; more</title>") != NULL);
     CHECK(strstr(t.data, "Made up.") != NULL && strstr(t.data, "<polyline") != NULL);
     CHECK(strstr(t.data, "exact_match,strict-match") != NULL);
-    CHECK(strstr(t.data, "PTST, CV -&gt; CL: harm 0.00, with CV at both ends 0.75") != NULL);
+    CHECK(strstr(t.data, "<b>PTST, CV &rarr; CL:</b> harm 0.00, with CV at both ends 0.75") !=
+          NULL);
     for (i = 0; i < sizeof never / sizeof *never; i++) {
         CHECK(strstr(t.data, never[i]) == NULL);
     }

@@ -20,46 +20,6 @@ static ptst_code jinja_render(ptst_ctx *c, const char *source, const char *conte
     return code;
 }
 
-/* Renders the context node of a case: the document has to be parsed alone. */
-static void jinja_put_node(ptst_ctx *c, const ptst_json *j, int32_t node, ptst_text *out) {
-    size_t size;
-    int32_t k;
-    const char *s;
-    switch (ptst_json_kind(j, node)) {
-    case PTST_JSON_STRING:
-        s = ptst_json_string(j, node, &size);
-        ptst__json_quote(c, out, s, size);
-        break;
-    case PTST_JSON_NUMBER:
-        s = ptst_json_number_text(j, node, &size);
-        ptst_text_append(c, out, s, size);
-        break;
-    case PTST_JSON_ARRAY:
-        ptst__text_add(c, out, "[");
-        for (k = ptst_json_first(j, node); k >= 0; k = ptst_json_next(j, k)) {
-            ptst__text_add(c, out, k == ptst_json_first(j, node) ? "" : ",");
-            jinja_put_node(c, j, k, out);
-        }
-        ptst__text_add(c, out, "]");
-        break;
-    case PTST_JSON_OBJECT:
-        ptst__text_add(c, out, "{");
-        for (k = ptst_json_first(j, node); k >= 0; k = ptst_json_next(j, k)) {
-            ptst__text_add(c, out, k == ptst_json_first(j, node) ? "" : ",");
-            jinja_put_node(c, j, k, out);
-            ptst__text_add(c, out, ":");
-            k = ptst_json_next(j, k);
-            jinja_put_node(c, j, k, out);
-        }
-        ptst__text_add(c, out, "}");
-        break;
-    default:
-        ptst__text_add(c, out, ptst_json_kind(j, node) == PTST_JSON_TRUE    ? "true"
-                               : ptst_json_kind(j, node) == PTST_JSON_FALSE ? "false"
-                                                                            : "null");
-    }
-}
-
 /* Each case: the same text as Jinja2, or both refuse. */
 static void jinja_language(void) {
     ptst_ctx *c = test_open(1, NULL);
@@ -81,7 +41,7 @@ static void jinja_language(void) {
         if (node < 0) {
             ptst__text_add(c, &context, "{}");
         } else {
-            jinja_put_node(c, cases, node, &context);
+            test_put_json(c, cases, node, &context);
         }
         j = ptst_json_parse(c, context.data, context.size, "context");
         CHECK(j != NULL);

@@ -451,7 +451,86 @@ def model(_):
                   os.path.join(folder, "expected.safetensors"))
 
 
-COMMANDS = {"jinja": jinja,
+# ---- template ----
+def chat_templates(shared):
+    """Chat templates whose licence allows a copy; (name, source, special tokens)."""
+    def config(folder):
+        with open(os.path.join(shared, "tokenizers", folder, "tokenizer_config.json"),
+                  encoding="utf-8") as file:
+            return json.load(file)["chat_template"]
+
+    im = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    chatml = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + "
+              "message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+              "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+    smollm2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' "
+               "%}{{ '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by "
+               "Hugging Face<|im_end|>\\n' }}{% endif %}{{'<|im_start|>' + message['role'] + "
+               "'\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+               "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+    zephyr = ("{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
+              "{{ '<|user|>\\n' + message['content'] + eos_token }}\n"
+              "{% elif message['role'] == 'system' %}\n"
+              "{{ '<|system|>\\n' + message['content'] + eos_token }}\n"
+              "{% elif message['role'] == 'assistant' %}\n"
+              "{{ '<|assistant|>\\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+              "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n"
+              "{% endfor %}")
+    mistral = ("{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != "
+               "(loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate "
+               "user/assistant/user/assistant/...') }}{% endif %}{% if message['role'] == 'user' "
+               "%}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == "
+               "'assistant' %}{{ message['content'] + eos_token + ' ' }}{% else %}"
+               "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}"
+               "{% endfor %}")
+    with open(os.path.join(shared, "tokenizers", "smollm3-config", "chat_template.jinja"),
+              encoding="utf-8") as file:
+        smollm3 = file.read()
+    date = 'strftime_now("%d %B %Y")'
+    assert date in smollm3
+    s = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return [("chatml", chatml, im), ("smollm2", smollm2, im),
+            ("smollm3", smollm3.replace(date, '"26 July 2024"'), im),
+            ("zephyr", zephyr, s), ("mistral", mistral, s), ("qwen2.5", config("qwen2.5"), im),
+            ("qwen3", config("qwen3-config"), im),
+            ("phi3", config("phi-3-mini"), dict(s, eos_token="<|endoftext|>"))]
+
+
+def fnv(text):
+    h = 1469598103934665603
+    for byte in text.encode():
+        h = (h ^ byte) * 1099511628211 % 2**64
+    return "%016x" % h
+
+
+def template(args):
+    """apply_chat_template of each template over each conversation. Long texts as size and hash."""
+    from transformers.utils import chat_template_utils
+    path = os.path.join(GOLDEN, "conversations.json")
+    with open(path, encoding="utf-8") as file:
+        conversations = json.load(file)
+    rows = []
+    for name, source, special in chat_templates(args.shared):
+        row = {"name": name, "special": special, "source": source, "texts": []}
+        for number, conversation in enumerate(conversations):
+            more = {k: v for k, v in conversation.items() if k not in ("messages", "tools")}
+            messages = [{k: v for k, v in m.items() if v is not None}
+                        for m in conversation["messages"]]
+            try:
+                text = chat_template_utils.render_jinja_template(
+                    [messages], tools=conversation.get("tools"), chat_template=source,
+                    add_generation_prompt=number % 2 == 0, **special, **more)[0][0]
+            except Exception:
+                text = None
+            if text is not None and len(text) > 400:
+                text = {"size": len(text.encode()), "fnv": fnv(text)}
+            row["texts"].append(text)
+        rows.append(json.dumps(row, ensure_ascii=False))
+    with open(os.path.join(GOLDEN, "chat_templates.json"), "w", encoding="utf-8") as file:
+        file.write("[\n" + ",\n".join(rows) + "\n]\n")
+
+
+COMMANDS = {"jinja": jinja, "template": template,
             "model": model,
             "generate": generate, "sample": sample, "train": train,
             "judge": judge}
