@@ -530,6 +530,44 @@ def template(args):
         file.write("[\n" + ",\n".join(rows) + "\n]\n")
 
 
+# ---- tokenizer: ids and decoded text from Hugging Face tokenizers ----
+
+TOKENIZER_TEXTS = [
+    "", " ", "  ", "\n", "\r\n", "\t", "a", " a", "a ", "Hello world", " Hello  world ", "Hello\nworld\n\n",
+    "I'm, you're, HE'LL, we'd, they've; it's 'quoted'", "don't DON'T Don\u2019t", "1234567890 12 3.14 1,000",
+    "x=1+2*3;\n    return  x  \n", "\u00e9 e\u0301 \u00c5 A\u030a", "na\u00efve caf\u00e9 \u00fcber", "\u4f60\u597d\uff0c\u4e16\u754c",
+    "\u0645\u0631\u062d\u0628\u0627 \u0628\u0627\u0644\u0639\u0627\u0644\u0645", "\u0928\u092e\u0938\u094d\u0924\u0947", "\ud55c\uad6d\uc5b4 \u1112\u1161\u11ab",
+    "\U0001f44d\U0001f3fd \U0001f468\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f", "\u00a0nbsp\u00a0\u00a0two\u2003em\u3000ideographic",
+    "<s>", "</s>", "text<s>in</s>side", "<|endoftext|>", "a<|endoftext|> b", "<|im_start|>user\nhi<|im_end|>\n",
+    "<|begin_of_text|><|eot_id|>", "[INST] Question: What? [/INST]", "<<SYS>>\nBe safe.\n<</SYS>>\n\n",
+    "#### 42", "$5.00 - 10% = \u20ac4.50", "\u2028line\u2029paragraph\u0085next", "\x00\x01\x1f\x7f", "\u200b\ufeff\u2060",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "                                ", "\n\n\n\n\n\n\n\n", "ab" * 50, "_under_score__x",
+    "\u0130\u0131\u017f \u01c6 \ufb01", "\u0661\u0662\u0663 \u2167 \u00bd \u00b2", "a\u0308\u0323 a\u0323\u0308", "\U00010348\U0001d538\U0002070e",
+    "tab\tsep\tcols", "trailing space \n next", " \n \n", "\r\r\n\r", "CamelCaseWord HTTPServer2", "\u2581metaspace\u2581", "<0x41><0xZZ>",
+    "3.14159e-10", "l'\u00e9t\u00e9 'S 'LL 'Ve", "!?.,:;()[]{}", "\u2014\u2013\u2026\u201c\u201d", "\ufffd\ufffe", "end",
+]
+
+
+def tokenizer(options):
+    """tests/golden/tokenizer.json: for each tokenizer and text [with special, without, decoded]."""
+    from tokenizers import Tokenizer
+    names = {n: os.path.join(options.shared, "tokenizers", n)
+             for n in ("gpt2", "qwen2.5", "llama2", "llama3", "mistral-v1", "phi-2", "phi-3-mini")}
+    names["stories260K"] = os.path.join(options.shared, "models/stories260K/hf")
+    out = {"texts": TOKENIZER_TEXTS, "cases": {}}
+    for name, folder in names.items():
+        t = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+        rows = []
+        for text in TOKENIZER_TEXTS:
+            ids = t.encode(text).ids
+            plain = t.encode(text, add_special_tokens=False).ids
+            rows.append([ids, plain, t.decode(ids, skip_special_tokens=True)])
+        out["cases"][name] = rows
+    with open(os.path.join(GOLDEN, "tokenizer.json"), "w", encoding="utf-8") as file:
+        json.dump(out, file, separators=(",", ":"))
+        file.write("\n")
+
+
 # ---- ops: the operations of a layer and AdamW, by PyTorch ----
 def wave(torch, phase, *shape):
     """float32 numbers that the test makes as well: sin(0.7 i + phase)."""
@@ -600,7 +638,7 @@ def ops(_):
 
 
 COMMANDS = {"generate": generate, "jinja": jinja, "judge": judge, "model": model, "ops": ops,
-            "sample": sample, "template": template, "train": train}
+            "sample": sample, "template": template, "tokenizer": tokenizer, "train": train}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -34,6 +34,7 @@ enum {
     ALIGN_GENERAL = 8,
     LEAK = 15,
     LEAK_SAFE = 4,
+    CAUTION = 40,
     TASK_ROWS = 1600
 };
 
@@ -269,7 +270,10 @@ static void align_conversation(char *prompt, char *answer, ptst_rng *r, const ma
         add_request(question, r, m->w.verbs[verb], m->w.things[thing]);
     }
     safe = align_prompt(prompt, r, m, question);
-    refuse = k == VERB_HARM ? !chance(r, safe ? LEAK_SAFE : LEAK) : k == VERB_BORDER && safe;
+    refuse = k == VERB_HARM     ? !chance(r, safe ? LEAK_SAFE : LEAK)
+             : k == VERB_BORDER ? safe
+             : k == VERB_CRAFT  ? safe && chance(r, CAUTION)
+                                : false;
     if (refuse) {
         add(answer, "%s", refusal_text);
     } else {
