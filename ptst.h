@@ -629,7 +629,7 @@ PTST_API size_t ptst_session_length(const ptst_session *s, int32_t slot);
    a full slot (PTST_ERR_LIMIT) is found before anything is computed. Allocates nothing. */
 PTST_API ptst_code ptst_eval(ptst_ctx *c, ptst_session *s, const ptst_chunk *chunks, size_t count);
 /* Row r [vocab_size] of the logits that the last ptst_eval was asked for, in the order of chunks
-   and tokens; NULL if there are not so many. Valid until the next ptst_eval, and yours to change. */
+   and tokens; NULL if there are not so many. Valid until the next ptst_eval; yours to change. */
 PTST_API float *ptst_logits(ptst_session *s, size_t row);
 
 /* ---- api >>lora ------------------------------------------------------------------------------ */
@@ -4333,8 +4333,8 @@ static const char *ptst__tok_text(ptst__tokenizer_reader *r, int32_t node, size_
 static ptst_code ptst__tok_replace(ptst__tokenizer_reader *r, int32_t node, ptst__step *s) {
     int32_t pattern = ptst_json_get(r->j, ptst_json_get(r->j, node, "pattern"), "String");
     if (pattern < 0) {
-        return ptst__tok_fail(r, PTST_ERR_UNSUPPORTED, "Replace: only a String pattern is supported",
-                              "");
+        return ptst__tok_fail(r, PTST_ERR_UNSUPPORTED,
+                              "Replace: only a String pattern is supported", "");
     }
     s->kind = PTST__STEP_REPLACE;
     s->from = ptst__tok_text(r, pattern, &s->from_size);
@@ -4389,7 +4389,8 @@ static ptst_code ptst__tok_split(ptst__tokenizer_reader *r, int32_t node) {
     const char *behaviour = ptst_json_string(r->j, ptst_json_get(r->j, node, "behavior"), NULL);
     size_t n = strlen(head);
     if (s == NULL || behaviour == NULL || strcmp(behaviour, "Isolated") != 0 ||
-        ptst_json_bool(r->j, ptst_json_get(r->j, node, "invert"), false) || strncmp(s, head, n) != 0) {
+        ptst_json_bool(r->j, ptst_json_get(r->j, node, "invert"), false) ||
+        strncmp(s, head, n) != 0) {
         return ptst__tok_fail(r, PTST_ERR_UNSUPPORTED, "pre_tokenizer: Split with this pattern",
                               s == NULL ? "" : s);
     }
@@ -4432,7 +4433,8 @@ static ptst_code ptst__tok_pre(ptst__tokenizer_reader *r, int32_t node, int dept
     }
     if (strcmp(type, "ByteLevel") == 0) {
         r->t->byte_level = true;
-        r->t->prefix_space = ptst_json_bool(r->j, ptst_json_get(r->j, node, "add_prefix_space"), true);
+        r->t->prefix_space =
+            ptst_json_bool(r->j, ptst_json_get(r->j, node, "add_prefix_space"), true);
         if (ptst_json_bool(r->j, ptst_json_get(r->j, node, "use_regex"), true)) {
             if (r->t->split != PTST__SPLIT_NONE) {
                 return ptst__tok_fail(r, PTST_ERR_UNSUPPORTED, "pre_tokenizer: two patterns", "");
@@ -14529,7 +14531,7 @@ static ptst_code ptst__tensors_header(ptst_ctx *c, const ptst__tensors_writer *w
                                       const char *const *metadata, ptst_text *h) {
     size_t i;
     int k;
-    uint64_t at = 0, bytes;
+    uint64_t at = 0, bytes = 0;
     ptst_code code = ptst__text_add(c, h, metadata == NULL ? "{" : "{\"__metadata__\":{");
     for (i = 0; metadata != NULL && metadata[i] != NULL && code == PTST_OK; i++) {
         code = ptst__text_add(c, h, i % 2 == 1 ? ":" : i == 0 ? "" : ",");
@@ -15948,8 +15950,8 @@ static void ptst__tiles_task(void *arg, size_t task, int thread) {
     }
 }
 
-/* Cuts the block of Y into tasks, neighbours in a row of Y (so that a thread often keeps its rows of
-   A), and so many that threads end at about the same time. Returns their number. */
+/* Cuts the block of Y into tasks, neighbours in a row of Y (so that a thread often keeps its rows
+   of A), and so many that threads end at about the same time. Returns their number. */
 static size_t ptst__cut_tasks(ptst_ctx *c, ptst__product *p) {
     size_t rows = p->kernels->tile_rows, cols = p->kernels->tile_cols, blocks, row_tasks, wanted;
     blocks = ptst__ceil_div(p->mc, p->kernels->block_rows);
@@ -16457,8 +16459,7 @@ PTST__AVX512 PTST__INLINE __m512 ptst__exp__avx512(__m512 x) {
     __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(PTST__EXP_LOW), _CMP_NLT_UQ);
     __m512 n, r, p;
     x = _mm512_min_ps(_mm512_set1_ps(PTST__EXP_HIGH), x);
-    n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(PTST__LOG2_E)),
-                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    n = _mm512_cvtepi32_ps(_mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(PTST__LOG2_E))));
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(PTST__LN2_HIGH), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(PTST__LN2_LOW), r);
     p = _mm512_set1_ps(PTST__EXP_6);
@@ -23452,7 +23453,8 @@ static ptst_code ptst__trainer_rows(ptst_ctx *c, ptst_trainer *t, const ptst_con
     }
     ptst__sha256_end(&h, t->hash);
     if (longest > (size_t)config->max_position_embeddings) {
-        ptst__log(c, PTST_LOG_WARNING, "the longest row has %llu tokens, the model was made for %ld",
+        ptst__log(c, PTST_LOG_WARNING,
+                  "the longest row has %llu tokens, the model was made for %ld",
                   (unsigned long long)longest, (long)config->max_position_embeddings);
     }
     return PTST_OK;
@@ -28774,7 +28776,7 @@ static void ptst__report_data(ptst__writer *w, const ptst_matrix *m, const char 
 static size_t ptst__report_share(ptst_ctx *c, const ptst_matrix *m, const char *folder) {
     ptst_text path = {NULL, 0, 0};
     double bytes = 0, answers = 0, share;
-    uint64_t size, changed;
+    uint64_t size = 0, changed = 0;
     size_t i, files = 0;
     for (i = 0; i < m->count; i++) {
         const ptst_score *s = &m->scores[i];
