@@ -14,6 +14,7 @@
 #include "test_ops.c"
 #include "test_jinja.c"
 #include "test_template.c"
+#include "test_tokenizer.c"
 
 int main(int argc, char **argv) {
     test_filter = argc > 1 ? argv[1] : NULL;
@@ -31,5 +32,6 @@ int main(int argc, char **argv) {
     suite_jinja();
     suite_lora();
     suite_template();
+    suite_tokenizer();
     return test_summary();
 }

@@ -1,0 +1,361 @@
+/* Tests of >>unicode and >>tokenizer: ids and text recorded from Hugging Face tokenizers, marks,
+   limits, files that are wrong, no memory. */
+#include "test.h"
+
+/* ---- unicode ---- */
+
+static void tok_categories(void) {
+    CHECK(ptst__is_letter('a') && ptst__is_letter(0xE9) && ptst__is_letter(0x4F60));
+    CHECK(ptst__is_letter(0x2070E) && !ptst__is_letter('1') && !ptst__is_letter(0x0301));
+    CHECK(ptst__is_number('7') && ptst__is_number(0x0661) && ptst__is_number(0x2167));
+    CHECK(ptst__is_number(0xBD) && !ptst__is_number('x') && !ptst__is_number(0x10FFFF));
+    CHECK(ptst__is_space(0xA0) && ptst__is_space(0x3000) && ptst__is_space(0x85));
+    CHECK(!ptst__is_space(0x200B) && !ptst__is_space('a'));
+}
+
+static void tok_nfc(void) {
+    static const char *const cases[][2] = {
+        {"e\xCC\x81", "\xC3\xA9"},
+        {"a\xCC\x88\xCC\xA3", "\xE1\xBA\xA1\xCC\x88"}, /* marks are ordered, then composed */
+        {"\xE1\x84\x92\xE1\x85\xA1\xE1\x86\xAB", "\xED\x95\x9C"}, /* Hangul */
+        {"\xE2\x84\xAB", "\xC3\x85"},                             /* the sign for angstrom */
+        {"plain", "plain"},
+        {"", ""}};
+    ptst_ctx *c = test_open(1, NULL);
+    size_t i;
+    for (i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        ptst_text out = {NULL, 0, 0};
+        CHECK(ptst_text_append(c, &out, "", 0) == PTST_OK);
+        CHECK(ptst__unicode_nfc(c, cases[i][0], strlen(cases[i][0]), &out) == PTST_OK);
+        CHECK_TEXT(out.data, cases[i][1]);
+        ptst_text_free(c, &out);
+    }
+    ptst_close(c);
+}
+
+/* ---- against the recorded ids ---- */
+
+static bool tok_same(const ptst_json *j, int32_t array, const ptst_ids *ids) {
+    size_t i = 0;
+    int32_t k;
+    if (ptst_json_size(j, array) != ids->count) {
+        return false;
+    }
+    for (k = ptst_json_first(j, array); k >= 0; k = ptst_json_next(j, k)) {
+        if ((int32_t)ptst_json_number(j, k, -1) != ids->data[i++]) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* One text: [ids with special tokens, ids without, decoded text]. */
+static bool tok_case(ptst_ctx *c, const ptst_tokenizer *t, const ptst_json *j, int32_t text,
+                     int32_t row) {
+    size_t size = 0, wanted_size = 0;
+    const char *s = ptst_json_string(j, text, &size);
+    const char *wanted = ptst_json_string(j, ptst_json_at(j, row, 2), &wanted_size);
+    ptst_ids with = {NULL, 0, 0}, without = {NULL, 0, 0};
+    ptst_text out = {NULL, 0, 0};
+    bool good = ptst_encode(c, t, s, size, PTST_ADD_SPECIAL, &with) == PTST_OK &&
+                ptst_encode(c, t, s, size, 0, &without) == PTST_OK &&
+                ptst_decode(c, t, with.data, with.count, PTST_SKIP_SPECIAL, &out) == PTST_OK &&
+                tok_same(j, ptst_json_at(j, row, 0), &with) &&
+                tok_same(j, ptst_json_at(j, row, 1), &without) && out.size == wanted_size &&
+                memcmp(out.size == 0 ? "" : out.data, wanted, wanted_size) == 0;
+    ptst_ids_free(c, &with);
+    ptst_ids_free(c, &without);
+    ptst_text_free(c, &out);
+    return good;
+}
+
+static void tok_golden(const char *name, const char *path) {
+    ptst_ctx *c;
+    ptst_json *j;
+    ptst_tokenizer *t;
+    int32_t text, row;
+    size_t cases = 0;
+    if (ptst__path_kind(path) != 1) {
+        SKIP(path);
+    }
+    c = test_open(1, NULL);
+    j = ptst_json_load(c, "tests/golden/tokenizer.json");
+    t = ptst_tokenizer_load(c, path);
+    CHECK(j != NULL && t != NULL);
+    text = ptst_json_first(j, ptst_json_get(j, 0, "texts"));
+    row = ptst_json_first(j, ptst_json_get(j, ptst_json_get(j, 0, "cases"), name));
+    for (; t != NULL && text >= 0 && row >= 0; cases++) {
+        if (!tok_case(c, t, j, text, row)) {
+            fprintf(stderr, "%s, text %d: \"%s\"\n", name, (int)cases,
+                    ptst_json_string(j, text, NULL));
+            CHECK(false);
+        }
+        text = ptst_json_next(j, text);
+        row = ptst_json_next(j, row);
+    }
+    CHECK(cases == ptst_json_size(j, ptst_json_get(j, 0, "texts")));
+    ptst_tokenizer_free(c, t);
+    ptst_json_free(c, j);
+    ptst_close(c);
+}
+
+static const char tok_stories[] = "tests/golden/stories260K/tokenizer.json";
+
+static void tok_golden_stories260k(void) {
+    tok_golden("stories260K", tok_stories);
+}
+#define TOK_SHARED(function, name)                                                                 \
+    static void function(void) {                                                                   \
+        tok_golden(name, "../shared/tokenizers/" name "/tokenizer.json");                          \
+    }
+TOK_SHARED(tok_golden_gpt2, "gpt2")
+TOK_SHARED(tok_golden_qwen, "qwen2.5")
+TOK_SHARED(tok_golden_llama2, "llama2")
+TOK_SHARED(tok_golden_llama3, "llama3")
+TOK_SHARED(tok_golden_mistral, "mistral-v1")
+TOK_SHARED(tok_golden_phi2, "phi-2")
+TOK_SHARED(tok_golden_phi3, "phi-3-mini")
+
+/* ---- special tokens and marks ---- */
+
+static size_t tok_count(ptst_ctx *c, const ptst_tokenizer *t, const char *text,
+                        const uint8_t *marks, unsigned flags, int32_t id) {
+    ptst_ids ids = {NULL, 0, 0};
+    size_t i, n = 0;
+    CHECK(ptst_encode_marked(c, t, text, strlen(text), marks, flags, &ids) == PTST_OK);
+    for (i = 0; i < ids.count; i++) {
+        n += ids.data[i] == id;
+    }
+    ptst_ids_free(c, &ids);
+    return n;
+}
+
+/* "a</s>b": a special token if all its bytes come from the template, text otherwise. */
+static void tok_marks(void) {
+    ptst_ctx *c = test_open(1, NULL);
+    ptst_tokenizer *t = ptst_tokenizer_load(c, tok_stories);
+    uint8_t marks[6] = {0, 0, 0, 0, 0, 0};
+    int i;
+    CHECK(t != NULL);
+    CHECK(tok_count(c, t, "a</s>b", NULL, 0, 2) == 1);
+    CHECK(tok_count(c, t, "a</s>b", marks, 0, 2) == 1);
+    CHECK(tok_count(c, t, "a</s>b", NULL, PTST_PLAIN, 2) == 0);
+    for (i = 1; i < 5; i++) {
+        marks[i] = 1;
+        CHECK(tok_count(c, t, "a</s>b", marks, 0, 2) == 0);
+        marks[i] = 0;
+    }
+    marks[0] = marks[5] = 1;
+    CHECK(tok_count(c, t, "a</s>b", marks, 0, 2) == 1);
+    CHECK(tok_count(c, t, "", NULL, PTST_ADD_SPECIAL, 1) == 1);
+    ptst_tokenizer_free(c, t);
+    ptst_close(c);
+}
+
+static void tok_lookup(void) {
+    ptst_ctx *c = test_open(1, NULL);
+    ptst_tokenizer *t = ptst_tokenizer_load(c, tok_stories);
+    static const int32_t strange[] = {-1, 1 << 30, 1, INT32_MAX, INT32_MIN};
+    ptst_text out = {NULL, 0, 0};
+    int32_t i;
+    CHECK(t != NULL && ptst_vocab_size(t) == 512);
+    CHECK(ptst_token_id(t, "<s>") == 1 && ptst_token_id(t, "no such token") == -1);
+    CHECK(ptst_token_text(t, -1, NULL) == NULL && ptst_token_text(t, 512, NULL) == NULL);
+    for (i = 0; i < 512; i++) {
+        const char *s = ptst_token_text(t, i, NULL);
+        CHECK(s != NULL && ptst_token_id(t, s) == i);
+    }
+    CHECK(ptst_decode(c, t, strange, 5, PTST_SKIP_SPECIAL, &out) == PTST_OK && out.size == 0);
+    ptst_text_free(c, &out);
+    ptst_tokenizer_free(c, t);
+    ptst_close(c);
+}
+
+/* A million letters without a blank: one word for the model; joined in n log n. */
+static void tok_long_word(void) {
+    enum { SIZE = 1000000 };
+    ptst_ctx *c = test_open(1, NULL);
+    ptst_tokenizer *t = ptst_tokenizer_load(c, tok_stories);
+    char *text = (char *)malloc(SIZE);
+    ptst_ids ids = {NULL, 0, 0};
+    ptst_text out = {NULL, 0, 0};
+    ptst_rng r = {1, 2, 0};
+    size_t i;
+    CHECK(t != NULL && text != NULL);
+    for (i = 0; i < SIZE; i++) {
+        text[i] = (char)('a' + ptst_rng_u32(&r) % 26);
+    }
+    CHECK(ptst_encode(c, t, text, SIZE, 0, &ids) == PTST_OK && ids.count > SIZE / 10);
+    CHECK(ptst_decode(c, t, ids.data, ids.count, 0, &out) == PTST_OK && out.size == SIZE);
+    CHECK(out.size == SIZE && memcmp(out.data, text, SIZE) == 0);
+    ptst_ids_free(c, &ids);
+    ptst_text_free(c, &out);
+    free(text);
+    ptst_tokenizer_free(c, t);
+    ptst_close(c);
+}
+
+/* Bytes that are no UTF-8 count as U+FFFD; nothing is lost around them. */
+static void tok_broken_text(void) {
+    ptst_ctx *c = test_open(1, NULL);
+    ptst_tokenizer *t = ptst_tokenizer_load(c, tok_stories);
+    ptst_ids ids = {NULL, 0, 0};
+    ptst_text out = {NULL, 0, 0};
+    static const char text[] = "one \xFF two \xC3";
+    CHECK(ptst_encode(c, t, text, sizeof text - 1, 0, &ids) == PTST_OK);
+    CHECK(ptst_decode(c, t, ids.data, ids.count, 0, &out) == PTST_OK);
+    CHECK_TEXT(out.data, "one \xEF\xBF\xBD two \xEF\xBF\xBD");
+    ptst_ids_free(c, &ids);
+    ptst_text_free(c, &out);
+    ptst_tokenizer_free(c, t);
+    ptst_close(c);
+}
+
+/* ---- files that are wrong ---- */
+
+#define TOK_BPE "\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"ab\":2},\"merges\":[\"a b\"]}"
+
+static void tok_refusals(void) {
+    static const struct {
+        const char *json, *says;
+        ptst_code code;
+    } cases[] = {
+        {"[]", "an object", PTST_ERR_FORMAT},
+        {"{}", "BPE", PTST_ERR_FORMAT},
+        {"{\"model\":{\"type\":\"Unigram\"}}", "Unigram", PTST_ERR_UNSUPPORTED},
+        {"{\"model\":{\"type\":\"WordPiece\"}}", "WordPiece", PTST_ERR_UNSUPPORTED},
+        {"{\"model\":{\"type\":\"BPE\"}}", "vocab", PTST_ERR_FORMAT},
+        {"{\"model\":{\"type\":\"BPE\",\"vocab\":{},\"merges\":3}}", "merges", PTST_ERR_FORMAT},
+        {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":-1},\"merges\":[]}}", "a", PTST_ERR_FORMAT},
+        {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":1e18},\"merges\":[]}}", "a",
+         PTST_ERR_FORMAT},
+        {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":\"x\"},\"merges\":[]}}", "a",
+         PTST_ERR_FORMAT},
+        {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[\"a\"]}}", "merge",
+         PTST_ERR_FORMAT},
+        {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[[\"a\"]]}}", "merge",
+         PTST_ERR_FORMAT},
+        {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[\"a z\"]}}", "merge",
+         PTST_ERR_FORMAT},
+        {"{\"model\":{\"type\":\"BPE\",\"dropout\":0.1,\"vocab\":{},\"merges\":[]}}", "dropout",
+         PTST_ERR_UNSUPPORTED},
+        {"{\"model\":{\"type\":\"BPE\",\"end_of_word_suffix\":\"</w>\",\"vocab\":{},\"merges\":[]}}",
+         "suffix", PTST_ERR_UNSUPPORTED},
+        {"{" TOK_BPE ",\"normalizer\":{\"type\":\"Precompiled\"}}", "Precompiled",
+         PTST_ERR_UNSUPPORTED},
+        {"{" TOK_BPE ",\"pre_tokenizer\":{\"type\":\"BertPreTokenizer\"}}", "BertPreTokenizer",
+         PTST_ERR_UNSUPPORTED},
+        {"{" TOK_BPE ",\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(\"},"
+         "\"behavior\":\"Isolated\"}}",
+         "Split", PTST_ERR_UNSUPPORTED},
+        {"{" TOK_BPE ",\"decoder\":{\"type\":\"WordPiece\"}}", "WordPiece", PTST_ERR_UNSUPPORTED},
+        {"{" TOK_BPE ",\"post_processor\":{\"type\":\"BertProcessing\"}}", "BertProcessing",
+         PTST_ERR_UNSUPPORTED},
+        {"{" TOK_BPE ",\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{"
+         "\"SpecialToken\":{\"id\":\"<s>\"}}],\"special_tokens\":{\"<s>\":{\"ids\":[77]}}}}",
+         "post_processor", PTST_ERR_FORMAT},
+        {"{" TOK_BPE ",\"added_tokens\":[{\"id\":-5,\"content\":\"x\"}]}", "id", PTST_ERR_FORMAT}};
+    ptst_ctx *c = test_open(1, NULL);
+    size_t i;
+    for (i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        ptst_tokenizer *t = ptst_tokenizer_parse(c, cases[i].json, strlen(cases[i].json), "t.json");
+        if (t != NULL || ptst_error_code(c) != cases[i].code ||
+            strncmp(ptst_error_text(c), "t.json", 6) != 0 ||
+            strstr(ptst_error_text(c), cases[i].says) == NULL) {
+            fprintf(stderr, "%s: %s\n", cases[i].json,
+                    t != NULL ? "was accepted" : ptst_error_text(c));
+            CHECK(false);
+        }
+        ptst_tokenizer_free(c, t);
+    }
+    CHECK(ptst_tokenizer_load(c, "/no/such/file") == NULL);
+    CHECK(ptst_error_code(c) == PTST_ERR_NOT_FOUND);
+    ptst_close(c);
+}
+
+/* A real file with bytes changed: refused, or loaded and then usable. */
+static void tok_mutations(void) {
+    ptst_ctx *c = test_open(1, NULL);
+    ptst_text file = {NULL, 0, 0};
+    ptst_rng r = {7, 1, 0};
+    int round;
+    CHECK(ptst__read_file(c, tok_stories, &file) == PTST_OK);
+    for (round = 0; round < 120; round++) {
+        char *copy = (char *)malloc(file.size);
+        int i, changes = 1 + (int)(ptst_rng_u32(&r) % 4);
+        size_t size = round % 5 == 0 ? ptst_rng_u32(&r) % file.size : file.size;
+        ptst_tokenizer *t;
+        memcpy(copy, file.data, file.size);
+        for (i = 0; i < changes; i++) {
+            static const char bytes[] = "{}[]\",:0-9eE\\u\x01\xFF n";
+            size_t at = ptst_rng_u32(&r) % (round % 2 == 0 ? file.size : 2500);
+            copy[at] = bytes[ptst_rng_u32(&r) % (sizeof bytes - 1)];
+        }
+        t = ptst_tokenizer_parse(c, copy, size, "t.json");
+        if (t != NULL) {
+            ptst_ids ids = {NULL, 0, 0};
+            ptst_text out = {NULL, 0, 0};
+            CHECK(ptst_encode(c, t, "Once upon a </s> time \xFF", 24, PTST_ADD_SPECIAL, &ids) ==
+                  PTST_OK);
+            CHECK(ptst_decode(c, t, ids.data, ids.count, 0, &out) == PTST_OK);
+            ptst_ids_free(c, &ids);
+            ptst_text_free(c, &out);
+        } else {
+            CHECK(ptst_error_text(c)[0] != 0);
+        }
+        ptst_tokenizer_free(c, t);
+        free(copy);
+    }
+    ptst_text_free(c, &file);
+    ptst_close(c);
+}
+
+/* ---- no memory ---- */
+
+static ptst_code tok_work(ptst_ctx *c, void *arg) {
+    static const char json[] =
+        "{" TOK_BPE ",\"added_tokens\":[{\"id\":3,\"content\":\"<x>\",\"special\":true}],"
+        "\"normalizer\":{\"type\":\"NFC\"},\"pre_tokenizer\":{\"type\":\"ByteLevel\","
+        "\"add_prefix_space\":false},\"decoder\":{\"type\":\"ByteLevel\"}}";
+    ptst_tokenizer *t = ptst_tokenizer_parse(c, json, sizeof json - 1, "t.json");
+    ptst_ids ids = {NULL, 0, 0};
+    ptst_text out = {NULL, 0, 0};
+    ptst_code code = t == NULL ? ptst_error_code(c) : PTST_OK;
+    (void)arg;
+    if (code == PTST_OK) {
+        code = ptst_encode(c, t, "ab<x>abab e\xCC\x81 \xFF", 15, PTST_ADD_SPECIAL, &ids);
+    }
+    if (code == PTST_OK) {
+        code = ptst_decode(c, t, ids.data, ids.count, 0, &out);
+    }
+    ptst_ids_free(c, &ids);
+    ptst_text_free(c, &out);
+    ptst_tokenizer_free(c, t);
+    return code;
+}
+
+static void tok_no_memory(void) {
+    test_memory_sweep(tok_work, NULL);
+}
+
+static void suite_tokenizer(void) {
+    RUN(tok_categories);
+    RUN(tok_nfc);
+    RUN(tok_golden_stories260k);
+    RUN(tok_golden_gpt2);
+    RUN(tok_golden_qwen);
+    RUN(tok_golden_llama2);
+    RUN(tok_golden_llama3);
+    RUN(tok_golden_mistral);
+    RUN(tok_golden_phi2);
+    RUN(tok_golden_phi3);
+    RUN(tok_marks);
+    RUN(tok_lookup);
+    RUN(tok_long_word);
+    RUN(tok_broken_text);
+    RUN(tok_refusals);
+    RUN(tok_mutations);
+    RUN(tok_no_memory);
+}
+
+MAIN(tokenizer)
