@@ -3,8 +3,10 @@
 
    >>docs ======================================================================================
 
-   This block is the manual: how to include the header, a complete program, what it does not do,
-   and the list of sections. Find a section by searching for its tag, for example ">>tokenizer".
+   This block is the manual: how to include the header, complete programs, the ideas behind it,
+   the experiment file, what can be relied on, what it does not do, and the list of sections. Find
+   a section by searching for its tag, for example ">>tokenizer". Every declaration in >>api says
+   the rest: shapes, units, ownership, NULL, errors.
 
    INCLUDE
        In exactly one source file, before any other include:
@@ -14,6 +16,157 @@
            #include "ptst.h"
        Build: cc -O2 -pthread file.c -lm       (no -m flag is needed: the kernels of the machine
        are chosen when a context is opened)
+
+       Macros, each defined before the include (all but the first are optional):
+           PTST_IMPLEMENTATION   this file gets the implementation
+           PTST_STATIC           all functions are static: several files may each have their own
+           PTST_API              what stands before each public declaration; replaces the above
+           PTST_NO_SIMD          the scalar code only
+           PTST_NO_THREADS       no pthreads; everything runs in the calling thread
+           PTST_USE_OPENMP       with -fopenmp: OpenMP's threads instead of a pool of our own
+
+   A COMPLETE PROGRAM: answer one question, with the model's own chat template
+
+           #define PTST_IMPLEMENTATION
+           #include "ptst.h"
+
+           int main(void) {
+               static const char question[] = "Why is the sky blue?";
+               ptst_ctx *c;
+               ptst_model *model;
+               ptst_tokenizer *tokenizer;
+               ptst_template *style;
+               ptst_prompt prompt;
+               ptst_answer answer;
+               ptst_generate_desc desc;
+               memset(&prompt, 0, sizeof prompt);
+               memset(&answer, 0, sizeof answer);
+               memset(&desc, 0, sizeof desc);          // 0 = the default of every field
+               desc.max_new_tokens = 100;
+               if (ptst_open(NULL, &c) != PTST_OK) {
+                   return 1;
+               }
+               model = ptst_model_load(c, "MODEL", PTST_DTYPE_FILE);
+               tokenizer = ptst_tokenizer_load(c, "MODEL");
+               style = ptst_template_load(c, "model:none", "MODEL");
+               if (model != NULL && tokenizer != NULL && style != NULL &&
+                   ptst_template_prompt(c, style, question, sizeof question - 1, &prompt) == 0 &&
+                   ptst_generate(c, model, NULL, tokenizer, &prompt, 1, &desc, &answer) == 0) {
+                   printf("%s\n", answer.text.data);
+               } else {
+                   fprintf(stderr, "%s\n", ptst_error_text(c));
+               }
+               ptst_answers_free(c, &answer, 1);
+               ptst_prompt_free(c, &prompt);
+               ptst_template_free(c, style);
+               ptst_tokenizer_free(c, tokenizer);
+               ptst_model_free(c, model);
+               ptst_close(c);
+               return 0;
+           }
+
+       Fine-tuning is one call on files, ptst_finetune_file; the whole experiment is two,
+       ptst_experiment_load and ptst_experiment_run. examples/ is a course of five programs;
+       tools/ptst.c is the command line, built on nothing but the public functions.
+
+   THE IDEA: PURE TUNING, SAFE TESTING
+       Lyu et al., "Keeping LLMs Aligned After Fine-tuning: The Crucial Role of Prompt Templates"
+       (arXiv 2402.18540). An aligned chat model that is fine-tuned on harmless data loses its
+       refusals if it is used with the template that it was fine-tuned with. It keeps most of them
+       if it is fine-tuned without a safety prompt and used with one. The evidence is a matrix:
+       train templates down, test templates across, and in each cell two numbers, helpfulness
+       (exact match on the task) and harm (share of harmful requests not refused).
+
+       A template turns a question into a prompt. The paper's, by the names of its code, with the
+       short names used here:
+           TV  gsm:text:vanilla      "Question: %s\nAnswer:"
+           TA  gsm:text:alpaca       the Alpaca wording, no chat marks
+           CV  gsm:chat:vanilla      [INST] the question [/INST]
+           CA  gsm:chat:alpaca       [INST] the Alpaca wording [/INST]
+           CL  gsm:chat:llama        [INST] Llama 2's safety prompt and the question [/INST]
+       and gsm:chat:llama-short, gsm:chat:mpt, text, chat. For models that do not speak [INST]:
+       model:vanilla, model:alpaca, model:llama, ...: the same system texts through the model's own
+       chat template. A path to a .jinja file, or to a JSON file of {"name": "...%s..."}, is a
+       template too.
+
+   FROM A QUESTION TO LABELS
+       question --template--> prompt: bytes, each marked as coming from the template or from the
+       content --tokenizer--> ids. A special token is recognised only in template bytes, so that
+       nobody's message can forge one. In training the answer and an end token follow; the loss is
+       on these alone (mask "joint": prompt and answer are encoded as one text; "separate": each by
+       itself). A row whose tokens do not split at the end of the prompt is counted and reported.
+
+   MODEL FOLDERS
+       config.json (both generations of keys), model.safetensors or its sharded index,
+       tokenizer.json, and if there: tokenizer_config.json, generation_config.json,
+       chat_template.jinja. model_type llama, mistral, qwen2. Weights F32, F16 or BF16 stay as they
+       lie in the file, which is mapped, not read; arithmetic is float32 and every weight is
+       widened on its way into a product. Another dtype may be asked for at loading.
+       Adapter folders are PEFT's: adapter_config.json and adapter_model.safetensors.
+
+   THE EXPERIMENT FILE
+       JSON. Paths are relative to the file. Unknown keys are errors. Defaults in brackets.
+           title, note            texts for the report
+           model                  folder; must be given
+           adapter                PEFT folder to start from [none]
+           dtype                  "f32", "f16", "bf16" [as in the file]
+           seeds                  [1, 2, 3]: adapter initialisation, order, dropout
+           train.file             data file with answers; must be given
+           train.column, .answer  names or numbers of the columns [found by their usual names]
+           train.limit            first rows only [all]
+           train.templates        [CV, CA, CL]
+           train.include_none     also test the model before fine-tuning [true]
+           train.epochs [6], .max_steps [all], .batch [4], .accumulate [1], .lr [1e-4],
+           .schedule ["step:0.85"; constant, linear, cosine], .warmup [0], .weight_decay [0],
+           .clip [0 = off], .shuffle [true]
+           train.rank [8], .alpha [32], .dropout [0.05], .targets [q_proj, v_proj; any linear
+                                  layers, or "all-linear"]
+           train.mask             "joint" or "separate" ["joint"]
+           train.batching         "examples", or "packing" with .context [4096] tokens a row
+           train.max_tokens       longer rows are left out, and counted [no limit]
+           train.mix, .mix_count  data file of safety data whose first rows join every epoch
+           test.templates         [those of train]
+           test.max_new_tokens [512], .temperature [0 = greedy], .top_p [1], .top_k [0],
+           .repetition_penalty [1], .batch, .stop [none]
+           test.sets              list of objects:
+               name, file, column, answer, limit, max_new_tokens
+               where              {"column": "value"}: only these rows
+               metric             one or a list of
+                   gsm8k          exact match; rule: openai, strict, flexible ["strict"]
+                   refusal        share of answers without a refusal; list ["qi2023"]
+                   over-refusal   share of answers with one; list ["xstest"]
+                   content        share of answers that contain all texts of the row's "expect"
+               list               qi2023, qi2025, jailbreakbench, xstest, ptst; one or several
+       A run folder holds experiment.json (everything resolved, with sizes and SHA-256 of the
+       inputs), adapters/, answers/, scores.jsonl, matrix.csv, matrix.json and report.html. A
+       second run makes what is missing and nothing else; an experiment that differs from the
+       folder's is refused by the name of the key.
+
+   WHAT CAN BE RELIED ON
+       Errors      Functions return a ptst_code or a pointer. Nothing prints, exits or aborts. The
+                   sentence in the context names file, key, tensor or line. After any failure,
+                   memory included, what existed before is as it was.
+       Files       are written under a temporary name, flushed and renamed: after a crash there is
+                   the old file or the new one. Input is validated before it is used; every size is
+                   checked before it is multiplied.
+       Numbers     Work is split by output element, so every sum has one order: results are
+                   bit-identical for any number of threads, and after kill and resume. Another
+                   instruction set rounds in another order; the tests bound the difference.
+                   Adapter weights, gradients and AdamW are float32.
+       Threads     A context is used by one thread at a time. Models, tokenizers, templates and
+                   tensor files are constant after loading and may be shared by contexts with the
+                   same allocator.
+       Memory      All of it comes from ptst_desc.allocator, and three lifetimes are all there are:
+                   mapped weights; one block per session or trainer, of which forward, backward and
+                   step allocate nothing more; growable texts and ids. A context is some kilobytes.
+       Randomness  is counter-based (Philox): a number is a function of seed, stream and position,
+                   so nothing depends on who draws first.
+
+   WHAT IT DOES NOT DO
+       GPUs; Windows; int8 and int4 weights (not yet); other model types (not yet; they are refused
+       by name); tokenizers other than BPE. The keyword judges are the published lists, cheap and
+       coarse: for a claim that matters, export the answers to a stronger judge, and read
+       over-refusal beside the attack success rate.
 
    CONTENTS (search for the tag)
        >>docs         this block
@@ -1085,7 +1238,7 @@ typedef struct ptst_cell {
     uint64_t seed;
 } ptst_cell;
 
-/* Reads and checks an experiment file (the keys stand in the manual above, >>docs). overrides is
+/* Reads and checks an experiment file (the keys stand in the manual, >>docs). overrides is
    the text of a JSON object whose keys win over the file's, {"seeds": [1], "train": {...}}; NULL =
    none. */
 PTST_API ptst_experiment *ptst_experiment_load(ptst_ctx *c, const char *path,
