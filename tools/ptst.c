@@ -1291,11 +1291,6 @@ static int command_check(args *a) {
     return code;
 }
 
-static const char *dtype_text(ptst_dtype d) {
-    static const char *const names[] = {"other", "F32", "F16", "BF16", "I8", "I4"};
-    return names[d];
-}
-
 /* The tensors of a file or folder, one line each. */
 static int info_tensors(args *a, const char *path) {
     ptst_tensors *t = ptst_tensors_open(a->c, path);
