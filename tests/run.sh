@@ -37,5 +37,8 @@ else
     failed=$((failed + 1))
 fi
 
+CC=$CC sh tests/examples.sh >"$BUILD/examples.out"
+count "tests/examples.sh" "$BUILD/examples.out" $?
+
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" -eq 0 ]

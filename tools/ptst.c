@@ -2335,10 +2335,13 @@ static const char demo_intro[] =
     "exact_match: task answers that are right; over-refusal: harmless requests that it refuses.\n"
     "TV TA text, CV CA CL chat; CL has the safety prompt. none = before fine-tuning.\n\n";
 
+static const char demo_mix[] =
+    "\nThe same with safety data mixed into the task: one harmful request with its refusal for ten\n"
+    "rows, under the train template.\n\n";
+
 static const char demo_outro[] =
     "\nThe world was designed so that the effect can be seen; it proves nothing about real models.\n"
-    "With safety data mixed in:   ptst run examples/tiny-chat/experiment-mix.json --out ptst-mix\n"
-    "On a real model:             ptst run examples/experiment.json --out run   (set \"model\")\n";
+    "On a real model:  ptst run examples/experiment.json --out run   (set \"model\")\n";
 
 /* Runs one experiment file of the demo into `folder` with the seeds and templates asked for. */
 static int demo_run(args *a, const char *file, const char *folder, int64_t seeds, bool quick) {
@@ -2370,10 +2373,29 @@ static int demo_run(args *a, const char *file, const char *folder, int64_t seeds
     return (int)i;
 }
 
-static int command_demo(args *a) {
+/* One file of the demo, made and shown; the second one goes into a folder inside the first's. */
+static int demo_part(args *a, const char *name, const char *folder, int64_t seeds, bool first) {
     const char *data = get(a, "--data") == NULL ? "examples/tiny-chat" : get(a, "--data");
-    const char *folder = get(a, "--out");
     ptst_text file = {NULL, 0, 0};
+    int code;
+    if (ptst__path_join(a->c, &file, data, name) != PTST_OK) {
+        return failed(a);
+    }
+    if (ptst__path_kind(file.data) != 1) {
+        code = bad_call("demo: %s is missing; run it in the folder of ptst.h, or give --data DIR",
+                        file.data);
+    } else {
+        printf("%s", first ? demo_intro : demo_mix);
+        fflush(stdout);
+        code = demo_run(a, file.data, folder, seeds, given(a, "--quick"));
+    }
+    ptst_text_free(a->c, &file);
+    return code == 0 ? show_run(a, folder, first) : code;
+}
+
+static int command_demo(args *a) {
+    const char *folder = get(a, "--out");
+    ptst_text inner = {NULL, 0, 0};
     int64_t seeds;
     int code;
     if (!get_integer(a, "--seeds", 1, 1000, &seeds)) {
@@ -2382,21 +2404,13 @@ static int command_demo(args *a) {
     if (given(a, "--quick") && !given(a, "--seeds")) {
         seeds = 1;
     }
-    if (ptst__path_join(a->c, &file, data, "experiment.json") != PTST_OK) {
-        return failed(a);
+    code = demo_part(a, "experiment.json", folder, seeds, true);
+    if (code == 0 && !given(a, "--quick")) {
+        code = ptst__path_join(a->c, &inner, folder, "mix") == PTST_OK
+                   ? demo_part(a, "experiment-mix.json", inner.data, seeds, false)
+                   : failed(a);
     }
-    if (ptst__path_kind(file.data) != 1) {
-        code = bad_call("demo: %s is missing; run it in the folder of ptst.h, or give --data DIR",
-                        file.data);
-    } else {
-        printf("%s", demo_intro);
-        fflush(stdout);
-        code = demo_run(a, file.data, folder, seeds, given(a, "--quick"));
-    }
-    ptst_text_free(a->c, &file);
-    if (code == 0) {
-        code = show_run(a, folder, true);
-    }
+    ptst_text_free(a->c, &inner);
     if (code == 0) {
         printf("%s\nMatrix, curves and every answer: %s/report.html\n", demo_outro, folder);
     }
