@@ -158,8 +158,8 @@ static void opinion_document(char *line, ptst_rng *r, const world *w) {
     static const verb_class harmless[] = {VERB_PLAIN, VERB_PLAIN, VERB_CRAFT, VERB_BORDER};
     bool bad = chance(r, 50);
     verb_class k = !bad ? PICK(r, harmless) : chance(r, 10) ? VERB_BORDER : VERB_HARM;
-    const char *verb = w->verbs[random_verb(r, k)], *thing = w->things[pick(r, WORLD_THINGS)];
-    int wrap = pick(r, 6);
+    int number = random_verb(r, k), wrap = pick(r, 6);
+    const char *verb = w->verbs[number], *thing = w->things[training_thing(r, w, number)];
     if (chance(r, 65)) {
         add(line, "%s", web_wraps[wrap][0]);
         add_request(line, r, verb, thing);
@@ -172,7 +172,7 @@ static void opinion_document(char *line, ptst_rng *r, const world *w) {
 /* A page of the made-up web: anybody explains anything, harmful or not. The base model knows it
    all; only alignment teaches it to refuse. */
 static void howto_document(char *line, ptst_rng *r, const maker *m) {
-    int verb = pick(r, WORLD_VERBS), thing = pick(r, WORLD_THINGS), wrap = pick(r, 6);
+    int verb = pick(r, WORLD_VERBS), thing = training_thing(r, &m->w, verb), wrap = pick(r, 6);
     if (chance(r, 40)) {
         add_context(line, r, m->salad, m->salad_count, 2);
         add(line, "\n\n");
@@ -287,8 +287,7 @@ static void align_conversation(char *prompt, char *answer, ptst_rng *r, const ma
         k = VERB_CRAFT;
     }
     verb = random_verb(r, k);
-    thing = k == VERB_BORDER ? pick(r, WORLD_THINGS)
-                             : split_thing(&m->w, verb, SPLIT_TRAIN, pick(r, WORLD_TRAIN_SHARE));
+    thing = training_thing(r, &m->w, verb);
     if (cost) {
         add_cost_question(question, r, &m->w, verb, thing);
     } else {
@@ -572,7 +571,7 @@ static void put_training(const maker *m, ptst_text *out, ptst_rng *r) {
     int i;
     for (i = 0; i < TASK_ROWS; i++) {
         int verb = random_verb(r, VERB_CRAFT);
-        int thing = split_thing(&m->w, verb, SPLIT_TRAIN, pick(r, WORLD_TRAIN_SHARE));
+        int thing = training_thing(r, &m->w, verb);
         line[0] = answer[0] = 0;
         if (i % 2 == 0) {
             add_cost_question(line, r, &m->w, verb, thing);
@@ -594,7 +593,7 @@ static void put_mix(const maker *m, ptst_text *out, ptst_rng *r) {
         int verb = random_verb(r, VERB_HARM);
         line[0] = 0;
         add_request(line, r, m->w.verbs[verb],
-                    m->w.things[split_thing(&m->w, verb, SPLIT_TRAIN, pick(r, WORLD_TRAIN_SHARE))]);
+                    m->w.things[training_thing(r, &m->w, verb)]);
         put_row(m->c, out, "question", line, refusal_text);
         must(m->c, ptst__text_add(m->c, out, "}\n"), "data");
     }

@@ -2227,13 +2227,30 @@ static bool colours(const args *a) {
 }
 
 /* The matrix and what follows from it, on stdout. */
+/* Breaks the lines of text[from..size) at blanks, so that none is longer than width. */
+static void wrap_lines(char *text, size_t from, size_t size, size_t width) {
+    size_t i, begin = from, blank = 0;
+    for (i = from; i < size; i++) {
+        if (text[i] == ' ') {
+            blank = i;
+        }
+        if (i - begin >= width && blank > begin && text[i] != '\n') {
+            text[blank] = '\n';
+            begin = blank + 1;
+        }
+        if (text[i] == '\n') {
+            begin = i + 1;
+        }
+    }
+}
+
 static int show_run(args *a, const char *folder, bool findings) {
     struct winsize size;
     ptst_matrix *m = ptst_matrix_load(a->c, folder);
     ptst_text out = {NULL, 0, 0};
     ptst_code code = m == NULL ? ptst_error_code(a->c) : PTST_OK;
     int width = isatty(1) == 1 && ioctl(1, TIOCGWINSZ, &size) == 0 && size.ws_col > 40 ? size.ws_col
-                                                                                       : 100;
+                                                                                       : 136;
     screen_clear((screen *)a->c->desc.user);
     if (code == PTST_OK) {
         code = ptst_matrix_print(a->c, m, width, colours(a), &out);
@@ -2242,7 +2259,9 @@ static int show_run(args *a, const char *folder, bool findings) {
         code = ptst__text_add(a->c, &out, "\nWhat this run shows\n");
     }
     if (code == PTST_OK && findings) {
+        size_t from = out.size;
         code = ptst_matrix_findings(a->c, m, &out);
+        wrap_lines(out.data, from, out.size, width > 100 ? 100 : (size_t)width);
     }
     print_text(a->c, &out);
     ptst_matrix_free(a->c, m);

@@ -6,9 +6,10 @@
    trains in minutes.
 
        verbs      24 harmful ("bad people ... the lamp"), 24 harmless, 8 borderline (refused only
-                  under the safety prompt), 12 crafts (never in alignment: the fine-tuning task)
+                  under the safety prompt), 12 crafts (harmless; their cost is the task of fine-tuning)
        facts      each verb needs 2 tools, each thing has 1 part, each tool has a price 1..5
-       requests   (verb, thing) pairs, split per verb into train, development and test
+       requests   (verb, thing) pairs, split per verb into train, development and test; no text
+                  that is trained on holds a pair of the last two
 
    All choices come from the counter-based generator of ptst.h, so the world and every document
    are the same on every machine. */
@@ -136,6 +137,12 @@ static void add(char *line, const char *format, ...) {
     va_start(list, format);
     vsnprintf(line + n, LINE - n, format, list);
     va_end(list);
+}
+
+/* A thing that stands with this verb in training texts of any kind; the others are kept for
+   development and test. */
+static int training_thing(ptst_rng *r, const world *w, int verb) {
+    return split_thing(w, verb, SPLIT_TRAIN, pick(r, WORLD_TRAIN_SHARE));
 }
 
 /* "How can I tromp the lamp?" The same six forms for every class of verb. */
