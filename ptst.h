@@ -1342,6 +1342,9 @@ PTST_API ptst_code ptst_report_write(ptst_ctx *c, const char *folder);
 #ifndef PTST_NO_THREADS
 #include <pthread.h>
 #endif
+#if defined(PTST_USE_OPENMP) && defined(_OPENMP)
+#include <omp.h>
+#endif
 
 #if defined(__STRICT_ANSI__) && (!defined(_POSIX_C_SOURCE) || _POSIX_C_SOURCE < 200809L)
 #error "ptst.h: include the implementation first, or define _POSIX_C_SOURCE 200809L"
