@@ -270,9 +270,9 @@ static int on_progress(void *user, const ptst_progress *p) {
             snprintf(s->item, sizeof s->item, "%s", item);
             s->started = now;
             s->first_done = p->done;
-            s->last = s->terminal ? 0 : now;
+            s->last = s->terminal ? 0 : s->last; /* lines come by time, whatever the stage */
         }
-        if (now - s->last >= (s->terminal ? 0.1 : 15.0)) {
+        if (now - s->last >= (s->terminal ? 0.1 : 10.0)) {
             s->last = now;
             screen_draw(s, p, now);
         }
@@ -2570,6 +2570,7 @@ static int run_command(const command *k, int argc, char **argv) {
     code = parse(&a, argc, argv);
     s.quiet = quiet(&a);
     s.terminal = isatty(2) == 1;
+    s.last = ptst__seconds();
     if (code == 0) {
         code = open_context(&a, &s);
     }
