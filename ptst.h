@@ -15234,6 +15234,7 @@ enum {
     PTST__BLOCK_K = 640, /* the largest block_k; columns of B and rows of A packed at once */
     PTST__BLOCK_N = 2048,
     PTST__BLOCK_M = 1024,
+    PTST__PACK_ROWS = 32,   /* of B, in one task */
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
     PTST__SHORT = 96,       /* and up to so many by tasks that pack for themselves */
     PTST__ALONE = 64 * 1024 /* multiplications that are done before another thread wakes up */
@@ -16017,7 +16018,7 @@ typedef struct ptst__product {
        [n0, n0 + nc), and `own`, tile_cols x PTST__BLOCK_K for each thread. */
     float *packed_a, *packed_b, *own;
     size_t m0, mc, n0, nc, k0, kc, k_step;
-    size_t b_panels;                        /* to be packed: 0 if it is still the same block */
+    size_t b_tasks;                         /* to pack B: 0 if it is still the same block */
     size_t task_rows, task_cols, col_tasks; /* what one task computes of Y; tasks in a row of Y */
 } ptst__product;
 
@@ -16054,19 +16055,36 @@ static void ptst__product_for(ptst_ctx *c, size_t tasks, ptst__task run, ptst__p
 
 /* ---- large products ---- */
 
+/* Packs PTST__PACK_ROWS rows of all panels of B, which lies row by row: a panel at a time would jump
+   from page to page. */
+static void ptst__pack_b_rows(const ptst__product *p, size_t task) {
+    const struct ptst__kernels *kernels = p->kernels;
+    size_t width = kernels->tile_cols, k, at;
+    size_t end = ptst__min(p->kc, (task + 1) * PTST__PACK_ROWS);
+    for (k = task * PTST__PACK_ROWS; k < end; k += 4) {
+        for (at = 0; at < p->nc; at += width) {
+            ptst__pack_panel(kernels, p->packed_b + at * p->kc + k * width, width, p->B,
+                             p->n0 + at, ptst__min(width, p->nc - at), p->k0 + k,
+                             ptst__min(4, end - k));
+        }
+    }
+}
+
 /* Task: packs one panel, first those of B, then those of A. */
 static void ptst__pack_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
     const struct ptst__kernels *kernels = p->kernels;
     size_t width, at;
     (void)thread;
-    if (task < p->b_panels) {
+    if (task < p->b_tasks && !p->B.transposed) {
+        ptst__pack_b_rows(p, task);
+    } else if (task < p->b_tasks) {
         width = kernels->tile_cols;
         at = task * width;
         ptst__pack_panel(kernels, p->packed_b + at * p->kc, width, p->B, p->n0 + at,
                          ptst__min(width, p->nc - at), p->k0, p->kc);
     } else {
-        task -= p->b_panels;
+        task -= p->b_tasks;
         width = kernels->a_width;
         at = task * kernels->tile_rows;
         ptst__pack_panel(kernels, p->packed_a + task * width * p->kc, width, p->A, p->m0 + at,
@@ -16131,9 +16149,11 @@ static void ptst__gemm_large(ptst_ctx *c, ptst__product *p) {
             for (p->m0 = 0; p->m0 < p->M; p->m0 += p->mc) {
                 size_t a_panels;
                 p->mc = ptst__min(p->M - p->m0, rows);
-                p->b_panels = p->m0 == 0 ? ptst__ceil_div(p->nc, kernels->tile_cols) : 0;
+                p->b_tasks = p->m0 != 0         ? 0
+                             : p->B.transposed ? ptst__ceil_div(p->nc, kernels->tile_cols)
+                                               : ptst__ceil_div(p->kc, PTST__PACK_ROWS);
                 a_panels = ptst__ceil_div(p->mc, kernels->tile_rows);
-                ptst__product_for(c, p->b_panels + a_panels, ptst__pack_task, p);
+                ptst__product_for(c, p->b_tasks + a_panels, ptst__pack_task, p);
                 ptst__product_for(c, ptst__cut_tasks(c, p), ptst__tiles_task, p);
             }
         }
@@ -21227,7 +21247,15 @@ typedef struct ptst__branch_grad {
     float *A, *B;
 } ptst__branch_grad;
 
-enum { PTST__HEAD_ROWS = 64 }; /* labelled rows of which logits exist at a time */
+/* Labelled rows of which logits exist at a time: as many as 64 MB hold, but enough that packing the
+   head's weights is a small part of multiplying by them. */
+enum { PTST__HEAD_FLOATS = 16 * 1024 * 1024, PTST__HEAD_LEAST = 128, PTST__HEAD_MOST = 512 };
+
+static size_t ptst__head_rows(size_t picks, size_t vocab) {
+    size_t rows = PTST__HEAD_FLOATS / vocab;
+    rows = rows < PTST__HEAD_LEAST ? PTST__HEAD_LEAST : ptst__min(rows, PTST__HEAD_MOST);
+    return ptst__min(rows, picks);
+}
 
 /* A piece of a batch: tokens begin .. begin + count - 1 are one sequence, or continue the one of
    segment `prefix` (an earlier segment without a prefix, -1 = none), which several may share. */
@@ -21259,8 +21287,9 @@ typedef struct ptst__pass {
     char *names; /* of adapter tensors */
     size_t params_count;
     int32_t *labels;  /* [picks] */
-    double *losses;   /* [PTST__HEAD_ROWS] */
-    float *logits;    /* [PTST__HEAD_ROWS, V] */
+    size_t head_rows;
+    double *losses;   /* [head_rows] */
+    float *logits;    /* [head_rows, V] */
     float *dnormed;   /* [picks, C] */
     float *dx;        /* [N, C] */
     float *dpicked;   /* [picks, C] dx of the rows that the last layer works on */
@@ -21439,8 +21468,8 @@ static double ptst__pass_head(ptst_ctx *c, ptst__pass *p, bool backward) {
     float *dhead = ptst__pass_grad(p, m->head);
     size_t first, i;
     double sum = 0;
-    for (first = 0; first < f->picks_count; first += PTST__HEAD_ROWS) {
-        size_t rows = ptst__min(PTST__HEAD_ROWS, f->picks_count - first);
+    for (first = 0; first < f->picks_count; first += p->head_rows) {
+        size_t rows = ptst__min(p->head_rows, f->picks_count - first);
         const float *x = f->normed + first * m->C;
         ptst__flow_head(c, f, first, rows, p->logits);
         ptst_cross_entropy(c, rows, m->V, p->logits, p->labels + first, p->losses,
@@ -21539,12 +21568,13 @@ static void ptst__pass_plan(ptst__pass *p, ptst__memory *plan) {
     ptst__flow *f = &p->flow;
     const ptst_model *m = f->m;
     size_t N = f->rows_max, M = f->picks_max, rank = ptst__adapter_rank(f->a);
-    size_t chunk = ptst__min(M, PTST__HEAD_ROWS), q = m->H * m->D, kv = m->K * m->D;
+    size_t q = m->H * m->D, kv = m->K * m->D;
+    p->head_rows = ptst__head_rows(M, m->V);
     ptst__flow_plan(f, plan, p->lowest, f->a != NULL);
     ptst__pass_params_plan(p, plan);
     p->labels = (int32_t *)ptst__memory_take(plan, M, 1, sizeof *p->labels);
-    p->losses = (double *)ptst__memory_take(plan, chunk, 1, sizeof *p->losses);
-    p->logits = ptst__memory_floats(plan, chunk, m->V);
+    p->losses = (double *)ptst__memory_take(plan, p->head_rows, 1, sizeof *p->losses);
+    p->logits = ptst__memory_floats(plan, p->head_rows, m->V);
     if (p->lowest == m->L) {
         return;
     }
