@@ -99,9 +99,10 @@
    MODEL FOLDERS
        config.json (both generations of keys), model.safetensors or its sharded index,
        tokenizer.json, and if there: tokenizer_config.json, generation_config.json,
-       chat_template.jinja. model_type llama, mistral, qwen2. Weights F32, F16 or BF16 stay as they
-       lie in the file, which is mapped, not read; arithmetic is float32 and every weight is
-       widened on its way into a product. Another dtype may be asked for at loading.
+       chat_template.jinja. model_type llama, mistral, qwen2, qwen3, smollm3; rope types default,
+       linear, llama3, yarn. Weights F32, F16 or BF16 stay as they lie in the file, which is
+       mapped, not read; arithmetic is float32 and every weight is widened on its way into a
+       product. Another dtype may be asked for at loading.
        Adapter folders are PEFT's: adapter_config.json and adapter_model.safetensors.
 
    THE EXPERIMENT FILE
@@ -674,28 +675,32 @@ enum {
 /* What config.json says, with the names of Hugging Face. For ptst_model_new 0 (or "") means the
    default written beside the field; without one the field must be set. */
 typedef struct ptst_config {
-    char model_type[32]; /* "llama" (the default), "mistral", "qwen2" */
+    char model_type[32]; /* "llama" (the default), "mistral", "qwen2", "qwen3", "smollm3" */
     int32_t vocab_size;  /* rows of the embedding; may be more than the tokenizer has */
     int32_t hidden_size;
     int32_t intermediate_size;
     int32_t num_hidden_layers; /* at most PTST_LAYERS_MAX */
     int32_t num_attention_heads;
     int32_t num_key_value_heads;     /* num_attention_heads */
-    int32_t head_dim;                /* hidden_size / num_attention_heads; even */
-    int32_t max_position_embeddings; /* llama 2048, mistral 131072, qwen2 32768 */
+    int32_t head_dim;                /* hidden_size / num_attention_heads (qwen3: 128); even */
+    int32_t max_position_embeddings; /* llama 2048, mistral 131072, others 32768 */
     double rms_norm_eps;             /* 1e-6 */
     double initializer_range;        /* 0.02 */
     bool tie_word_embeddings;        /* the head is the embedding */
-    bool attention_bias;             /* llama: on q, k, v, o (qwen2 always has it on q, k, v) */
-    bool mlp_bias;                   /* llama */
+    bool attention_bias;             /* on q, k, v, o; qwen2 has it on q, k, v without the key */
+    bool mlp_bias;                   /* llama, smollm3 */
     int32_t sliding_window;          /* keys that a token sees up to itself; none */
     bool sliding_layers[PTST_LAYERS_MAX];     /* layers with the window (mistral: all) */
-    char rope_type[16];                       /* "default", "linear", "llama3" */
-    double rope_theta;                        /* 10000 */
-    double rope_factor;                       /* linear, llama3 */
+    bool unrotated_layers[PTST_LAYERS_MAX];   /* smollm3: layers without rope (no_rope_layers 0) */
+    char rope_type[16];                       /* "default", "linear", "llama3", "yarn" */
+    double rope_theta;                        /* 10000 (smollm3: 2000000) */
+    double rope_factor;                       /* linear, llama3, yarn */
     double rope_low_freq_factor;              /* llama3 */
     double rope_high_freq_factor;             /* llama3 */
-    int32_t original_max_position_embeddings; /* llama3: max_position_embeddings */
+    double rope_beta_fast, rope_beta_slow;    /* yarn: 32, 1 */
+    double rope_attention_factor;             /* yarn: 0.1 ln(factor) + 1 */
+    bool rope_untruncated;                    /* yarn: the key "truncate" is false */
+    int32_t original_max_position_embeddings; /* llama3, yarn: max_position_embeddings */
     int32_t bos_token_id, pad_token_id;       /* -1 = none */
     int32_t eos_token_id[PTST_EOS_MAX];
     size_t eos_count;
@@ -16055,8 +16060,8 @@ static void ptst__product_for(ptst_ctx *c, size_t tasks, ptst__task run, ptst__p
 
 /* ---- large products ---- */
 
-/* Packs PTST__PACK_ROWS rows of all panels of B, which lies row by row: a panel at a time would jump
-   from page to page. */
+/* Packs PTST__PACK_ROWS rows of all panels of B, which lies row by row: a panel at a time would
+   jump from page to page. */
 static void ptst__pack_b_rows(const ptst__product *p, size_t task) {
     const struct ptst__kernels *kernels = p->kernels;
     size_t width = kernels->tile_cols, k, at;
@@ -19210,7 +19215,8 @@ PTST_API void ptst_close(ptst_ctx *c) {
 
        n = rmsnorm(x)                                                       (1)
        q = n Wq^T + bq, k = n Wk^T + bk, v = n Wv^T + bv                    (2)
-       q, k = rope(q), rope(k)                                              (3)
+       (qwen3: each head of q, and of k, goes through an RMSNorm here)
+       q, k = rope(q), rope(k)        (smollm3: not in every layer)         (3)
        a = attention(q, k, v), each sequence for itself                     (4)
        x2 = x + a Wo^T + bo                                                 (5)
        n2 = rmsnorm(x2)                                                     (6)
@@ -19225,24 +19231,41 @@ PTST_API void ptst_close(ptst_ctx *c) {
 typedef enum ptst__window_rule {
     PTST__NO_WINDOW,
     PTST__ALL_LAYERS,
-    PTST__UPPER_LAYERS
+    PTST__UPPER_LAYERS,    /* from max_window_layers on, if use_sliding_window */
+    PTST__UNROTATED_LAYERS /* those without rope, if use_sliding_window */
 } ptst__window_rule;
+
+enum {
+    PTST__ATTENTION_BIAS = 1, /* the key attention_bias is read: q, k, v, o */
+    PTST__MLP_BIAS = 2,       /* the key mlp_bias is read */
+    PTST__QKV_BIAS = 4,       /* always has biases on q, k, v */
+    PTST__QK_NORM = 8,        /* an RMSNorm over each head of q and k, before rope */
+    PTST__NO_ROPE = 16,       /* the keys no_rope_layers and no_rope_layer_interval are read */
+    PTST__TIED = 32           /* tie_word_embeddings if the key is absent */
+};
 
 /* What a model_type means, and its defaults where config.json is silent. */
 typedef struct ptst__family {
     const char *model_type, *architecture;
-    int32_t kv_heads; /* if the key is absent; 0 = as many as heads */
+    unsigned traits;
+    int32_t kv_heads; /* 0 = as many as heads */
+    int32_t head_dim; /* 0 = hidden_size / num_attention_heads */
     int32_t positions;
-    bool bias_flags; /* attention_bias and mlp_bias are read */
-    bool qkv_bias;   /* always has biases on q, k, v */
+    double theta;
     ptst__window_rule window;
-    int32_t window_size; /* if the key is absent */
+    int32_t window_size;
 } ptst__family;
 
 static const ptst__family ptst__families[] = {
-    {"llama", "LlamaForCausalLM", 0, 2048, true, false, PTST__NO_WINDOW, 0},
-    {"mistral", "MistralForCausalLM", 8, 131072, false, false, PTST__ALL_LAYERS, 4096},
-    {"qwen2", "Qwen2ForCausalLM", 32, 32768, false, true, PTST__UPPER_LAYERS, 4096},
+    {"llama", "LlamaForCausalLM", PTST__ATTENTION_BIAS | PTST__MLP_BIAS, 0, 0, 2048, 1e4,
+     PTST__NO_WINDOW, 0},
+    {"mistral", "MistralForCausalLM", 0, 8, 0, 131072, 1e4, PTST__ALL_LAYERS, 4096},
+    {"qwen2", "Qwen2ForCausalLM", PTST__QKV_BIAS, 32, 0, 32768, 1e4, PTST__UPPER_LAYERS, 4096},
+    {"qwen3", "Qwen3ForCausalLM", PTST__ATTENTION_BIAS | PTST__QK_NORM, 32, 128, 32768, 1e4,
+     PTST__UPPER_LAYERS, 4096},
+    {"smollm3", "SmolLM3ForCausalLM",
+     PTST__ATTENTION_BIAS | PTST__MLP_BIAS | PTST__NO_ROPE | PTST__TIED, 4, 0, 32768, 2e6,
+     PTST__UNROTATED_LAYERS, 0},
 };
 
 enum { PTST__FAMILIES = (int)(sizeof ptst__families / sizeof ptst__families[0]) };
@@ -19379,12 +19402,30 @@ static void ptst__config_ids(ptst__config_reader *r, const char *key, int32_t *i
     }
 }
 
+/* What only yarn asks for. mscale and mscale_all_dim are another way to say attention_factor. */
+static void ptst__config_yarn(ptst__config_reader *r, int32_t rope, ptst_config *g) {
+    double factor = ptst__config_number(r, rope, "factor", 1e-6, 1e6, 0);
+    double m = ptst__config_number(r, rope, "mscale", 0, 1e6, 0);
+    double all = ptst__config_number(r, rope, "mscale_all_dim", 0, 1e6, 0), fallback = 0;
+    if (strcmp(g->rope_type, "yarn") != 0) {
+        return;
+    }
+    if (m > 0 && all > 0) {
+        fallback = factor <= 1 ? 1 : (0.1 * m * log(factor) + 1) / (0.1 * all * log(factor) + 1);
+    }
+    g->rope_beta_fast = ptst__config_number(r, rope, "beta_fast", 0, 1e6, 0);
+    g->rope_beta_slow = ptst__config_number(r, rope, "beta_slow", 0, 1e6, 0);
+    g->rope_attention_factor =
+        ptst__config_number(r, rope, "attention_factor", 1e-6, 1e6, fallback);
+    g->rope_untruncated = !ptst__config_flag(r, rope, "truncate", true);
+}
+
 /* rope_parameters (transformers 5) or rope_scaling and rope_theta (before): how positions turn the
    queries and keys. */
-static void ptst__config_rope(ptst__config_reader *r, ptst_config *g) {
+static void ptst__config_rope(ptst__config_reader *r, const ptst__family *family, ptst_config *g) {
     int32_t rope = ptst__config_get(r, 0, "rope_scaling"), node;
     const char *type;
-    double theta = ptst__config_number(r, 0, "rope_theta", 1e-3, 1e15, 10000);
+    double theta = ptst__config_number(r, 0, "rope_theta", 1e-3, 1e15, family->theta);
     bool object;
     object = ptst_json_kind(r->json, rope) == PTST_JSON_OBJECT;
     if (rope < 0 || (object && ptst_json_size(r->json, rope) == 0)) {
@@ -19405,8 +19446,9 @@ static void ptst__config_rope(ptst__config_reader *r, ptst_config *g) {
     type = node < 0 ? "default" : ptst_json_string(r->json, node, NULL);
     if (!ptst__config_name(g->rope_type, sizeof g->rope_type, type)) {
         ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "rope_type",
-                          "expected \"default\", \"linear\" or \"llama3\"");
+                          "expected \"default\", \"linear\", \"llama3\" or \"yarn\"");
     }
+    ptst__config_yarn(r, rope, g);
     g->rope_factor = ptst__config_number(r, rope, "factor", 1e-6, 1e6, 0);
     g->rope_low_freq_factor = ptst__config_number(r, rope, "low_freq_factor", 1e-6, 1e6, 0);
     g->rope_high_freq_factor = ptst__config_number(r, rope, "high_freq_factor", 1e-6, 1e6, 0);
@@ -19417,6 +19459,28 @@ static void ptst__config_rope(ptst__config_reader *r, ptst_config *g) {
     if (ptst__config_number(r, rope, "partial_rotary_factor", 0, 1, 1) != 1 ||
         ptst__config_number(r, 0, "partial_rotary_factor", 0, 1, 1) != 1) {
         ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "partial_rotary_factor", "only 1 is supported");
+    }
+}
+
+/* Layers without rope: a list of 0 (without) and 1, or every so many layers. */
+static void ptst__config_no_rope(ptst__config_reader *r, const ptst__family *family,
+                                 ptst_config *g) {
+    int32_t list = ptst__config_get(r, 0, "no_rope_layers"), k, i;
+    int32_t every = ptst__config_int(r, 0, "no_rope_layer_interval", 1, INT32_MAX, 4);
+    if ((family->traits & PTST__NO_ROPE) == 0) {
+        return;
+    }
+    for (i = 0; i < g->num_hidden_layers && list < 0; i++) {
+        g->unrotated_layers[i] = (i + 1) % every == 0;
+    }
+    if (list >= 0 && (ptst_json_kind(r->json, list) != PTST_JSON_ARRAY ||
+                      ptst_json_size(r->json, list) != (size_t)g->num_hidden_layers)) {
+        ptst__config_fail(r, PTST_ERR_FORMAT, "no_rope_layers",
+                          "expected a list with one number for each layer");
+        return;
+    }
+    for (k = ptst_json_first(r->json, list), i = 0; k >= 0; k = ptst_json_next(r->json, k), i++) {
+        g->unrotated_layers[i] = ptst__config_whole_at(r, k, "no_rope_layers", 0, 1, 1) == 0;
     }
 }
 
@@ -19432,12 +19496,17 @@ static void ptst__config_window(ptst__config_reader *r, const ptst__family *fami
     if (family->window == PTST__ALL_LAYERS) {
         return;
     }
-    first = ptst__config_int(r, 0, "max_window_layers", 0, INT32_MAX, 28);
+    for (i = 0; i < g->num_hidden_layers && family->window == PTST__UNROTATED_LAYERS; i++) {
+        g->sliding_layers[i] = g->unrotated_layers[i];
+    }
+    first = family->window == PTST__UNROTATED_LAYERS ? -1 : 0;
+    first = first < 0 ? first : ptst__config_int(r, 0, "max_window_layers", 0, INT32_MAX, 28);
     if (!ptst__config_flag(r, 0, "use_sliding_window", false)) {
         g->sliding_window = 0;
     }
     for (i = 0; i < g->num_hidden_layers && types < 0; i++) {
-        g->sliding_layers[i] = g->sliding_window != 0 && i >= first;
+        bool chosen = first < 0 ? g->sliding_layers[i] : i >= first;
+        g->sliding_layers[i] = g->sliding_window != 0 && chosen;
     }
     if (types < 0) {
         return;
@@ -19509,6 +19578,7 @@ static ptst_code ptst__config_resolve(ptst_ctx *c, ptst_config *g, const char *w
     }
     g->num_key_value_heads =
         g->num_key_value_heads == 0 ? g->num_attention_heads : g->num_key_value_heads;
+    g->head_dim = g->head_dim == 0 ? family->head_dim : g->head_dim;
     if (g->head_dim == 0 && g->num_attention_heads > 0) {
         g->head_dim = g->hidden_size / g->num_attention_heads;
         problem = g->hidden_size % g->num_attention_heads != 0
@@ -19530,7 +19600,12 @@ static ptst_code ptst__config_resolve(ptst_ctx *c, ptst_config *g, const char *w
     }
     g->rms_norm_eps = g->rms_norm_eps == 0 ? 1e-6 : g->rms_norm_eps;
     g->initializer_range = g->initializer_range == 0 ? 0.02 : g->initializer_range;
-    g->rope_theta = g->rope_theta == 0 ? 10000 : g->rope_theta;
+    g->rope_theta = g->rope_theta == 0 ? family->theta : g->rope_theta;
+    g->rope_beta_fast = g->rope_beta_fast == 0 ? 32 : g->rope_beta_fast;
+    g->rope_beta_slow = g->rope_beta_slow == 0 ? 1 : g->rope_beta_slow;
+    if (g->rope_attention_factor == 0) {
+        g->rope_attention_factor = g->rope_factor > 1 ? 0.1 * log(g->rope_factor) + 1 : 1;
+    }
     if (g->rope_type[0] == 0) {
         (void)ptst__config_name(g->rope_type, sizeof g->rope_type, "default");
     }
@@ -19552,13 +19627,14 @@ static ptst_code ptst__config_resolve(ptst_ctx *c, ptst_config *g, const char *w
 /* The rope type and what it needs. */
 static ptst_code ptst__config_check_rope(ptst_ctx *c, const ptst_config *g, const char *where) {
     bool linear = strcmp(g->rope_type, "linear") == 0, llama3 = strcmp(g->rope_type, "llama3") == 0;
-    if (!linear && !llama3 && strcmp(g->rope_type, "default") != 0) {
+    bool yarn = strcmp(g->rope_type, "yarn") == 0;
+    if (!linear && !llama3 && !yarn && strcmp(g->rope_type, "default") != 0) {
         return ptst__fail(c, PTST_ERR_UNSUPPORTED,
                           "%s: rope_type: \"%s\" is not supported, expected \"default\", "
-                          "\"linear\" or \"llama3\"",
+                          "\"linear\", \"llama3\" or \"yarn\"",
                           where, g->rope_type);
     }
-    if ((linear || llama3) && !(g->rope_factor > 0)) {
+    if ((linear || llama3 || yarn) && !(g->rope_factor > 0)) {
         return ptst__fail(c, PTST_ERR_FORMAT, "%s: factor: is missing for rope type %s", where,
                           g->rope_type);
     }
@@ -19599,12 +19675,16 @@ static ptst_code ptst__config_parse(ptst_ctx *c, const ptst_json *j, const char 
     g->num_key_value_heads = node < 0 ? family->kv_heads : g->num_key_value_heads;
     g->rms_norm_eps = ptst__config_number(&r, 0, "rms_norm_eps", 1e-30, 1, 1e-6);
     g->initializer_range = ptst__config_number(&r, 0, "initializer_range", 0, 1, 0.02);
-    g->tie_word_embeddings = ptst__config_flag(&r, 0, "tie_word_embeddings", false);
-    if (family->bias_flags) {
+    g->tie_word_embeddings =
+        ptst__config_flag(&r, 0, "tie_word_embeddings", (family->traits & PTST__TIED) != 0);
+    if ((family->traits & PTST__ATTENTION_BIAS) != 0) {
         g->attention_bias = ptst__config_flag(&r, 0, "attention_bias", false);
+    }
+    if ((family->traits & PTST__MLP_BIAS) != 0) {
         g->mlp_bias = ptst__config_flag(&r, 0, "mlp_bias", false);
     }
-    ptst__config_rope(&r, g);
+    ptst__config_rope(&r, family, g);
+    ptst__config_no_rope(&r, family, g);
     ptst__config_window(&r, family, g);
     ptst__config_refuse(&r);
     g->bos_token_id = ptst__config_int(&r, 0, "bos_token_id", -1, INT32_MAX, -1);
@@ -19665,9 +19745,11 @@ typedef struct ptst__linear {
 } ptst__linear;
 
 typedef struct ptst__layer {
-    ptst__weight *norms[2]; /* before attention, before the MLP */
+    ptst__weight *norms[2];      /* before attention, before the MLP */
+    ptst__weight *head_norms[2]; /* [D] of q and k; NULL if there are none */
     ptst__linear linears[PTST__LINEARS];
     size_t window; /* keys that a query sees, 0 = all */
+    bool rotated;  /* by rope */
 } ptst__layer;
 
 /* C hidden, F intermediate, V vocabulary, L layers, H query heads on K key heads of D. */
@@ -19685,6 +19767,7 @@ struct ptst_model {
     ptst__weight *head;      /* [V, C]; the embedding if tied */
     float *frequencies;      /* [D / 2] angle of rotation per position */
     size_t C, F, V, L, H, K, D;
+    bool qk_norm; /* q and k have norms */
     bool trainable;
 };
 
@@ -19712,9 +19795,10 @@ static void ptst__linear_shape(const ptst_model *m, int kind, size_t *in, size_t
 static bool ptst__linear_has_bias(const ptst_config *g, int kind) {
     const ptst__family *family = ptst__family_find(g->model_type);
     if (kind >= PTST__GATE) {
-        return g->mlp_bias && family->bias_flags;
+        return g->mlp_bias && (family->traits & PTST__MLP_BIAS) != 0;
     }
-    return (g->attention_bias && family->bias_flags) || (family->qkv_bias && kind < PTST__O);
+    return (g->attention_bias && (family->traits & PTST__ATTENTION_BIAS) != 0) ||
+           ((family->traits & PTST__QKV_BIAS) != 0 && kind < PTST__O);
 }
 
 /* The next entry of the table; layer < 0: a name without layer. rows 0 makes a vector. NULL if
@@ -19736,13 +19820,19 @@ static ptst__weight *ptst__weight_add(ptst_ctx *c, ptst_model *m, int layer, con
 
 static ptst_code ptst__model_add_layer(ptst_ctx *c, ptst_model *m, int l) {
     static const char *const norms[2] = {"input_layernorm", "post_attention_layernorm"};
+    static const char *const head_norms[2] = {"self_attn.q_norm", "self_attn.k_norm"};
     ptst__layer *y = &m->layers[l];
     size_t in, out;
     int k;
     y->window = m->config.sliding_layers[l] ? (size_t)m->config.sliding_window : 0;
+    y->rotated = !m->config.unrotated_layers[l];
+    y->head_norms[0] = y->head_norms[1] = NULL;
     for (k = 0; k < 2; k++) {
         y->norms[k] = ptst__weight_add(c, m, l, norms[k], "weight", 0, m->C);
-        if (y->norms[k] == NULL) {
+        if (m->qk_norm && y->norms[k] != NULL) {
+            y->head_norms[k] = ptst__weight_add(c, m, l, head_norms[k], "weight", 0, m->D);
+        }
+        if (y->norms[k] == NULL || (m->qk_norm && y->head_norms[k] == NULL)) {
             return PTST_ERR_MEMORY;
         }
     }
@@ -19759,6 +19849,27 @@ static ptst_code ptst__model_add_layer(ptst_ctx *c, ptst_model *m, int l) {
     return PTST_OK;
 }
 
+/* Yarn (Peng et al. 2023): pairs that turn more than beta_fast times within the original length
+   keep their frequency, those that turn less than beta_slow times are stretched by the factor, and
+   between these two the mixture is linear in the number of the pair. */
+static float ptst__yarn_frequency(const ptst_config *g, size_t i, float turn) {
+    const double pi = 3.14159265358979323846, d = g->head_dim;
+    double at[2], whole = g->original_max_position_embeddings;
+    float ramp;
+    int k;
+    for (k = 0; k < 2; k++) { /* the pair that turns so many times */
+        double beta = k == 0 ? g->rope_beta_fast : g->rope_beta_slow;
+        at[k] = d * log(whole / (beta * 2 * pi)) / (2 * log(g->rope_theta));
+        at[k] = g->rope_untruncated ? at[k] : k == 0 ? floor(at[k]) : ceil(at[k]);
+    }
+    at[0] = at[0] < 0 ? 0 : at[0];
+    at[1] = at[1] > d - 1 ? d - 1 : at[1];
+    at[1] += at[0] == at[1] ? 0.001 : 0;
+    ramp = ((float)i - (float)at[0]) / (float)(at[1] - at[0]);
+    ramp = 1 - (ramp < 0 ? 0 : ramp > 1 ? 1 : ramp);
+    return 1 / ((float)g->rope_factor * turn) * (1 - ramp) + 1 / turn * ramp;
+}
+
 /* Angle of rotation per position of each pair of elements: theta^(-2i / D), stretched by the rope
    type. In float where transformers uses float, so that long positions turn alike. */
 static void ptst__model_frequencies(ptst_model *m) {
@@ -19768,9 +19879,11 @@ static void ptst__model_frequencies(ptst_model *m) {
     size_t i;
     for (i = 0; i < m->D / 2; i++) {
         float exponent = (float)(2 * i) / (float)m->D;
-        float f = 1.0f / (float)pow(g->rope_theta, (double)exponent);
+        float turn = (float)pow(g->rope_theta, (double)exponent), f = 1.0f / turn;
         if (strcmp(g->rope_type, "linear") == 0) {
             f = f / (float)g->rope_factor;
+        } else if (strcmp(g->rope_type, "yarn") == 0) {
+            f = ptst__yarn_frequency(g, i, turn);
         } else if (strcmp(g->rope_type, "llama3") == 0) {
             wave = 2 * pi / (double)f;
             smooth = (old / wave - g->rope_low_freq_factor) /
@@ -19794,8 +19907,9 @@ static ptst_code ptst__model_layout(ptst_ctx *c, ptst_model *m) {
     m->H = (size_t)g->num_attention_heads;
     m->K = (size_t)g->num_key_value_heads;
     m->D = (size_t)g->head_dim;
+    m->qk_norm = (ptst__family_find(g->model_type)->traits & PTST__QK_NORM) != 0;
     m->layers = (ptst__layer *)ptst__arena_alloc(c, &m->arena, m->L, sizeof *m->layers);
-    m->weights = (ptst__weight *)ptst__arena_alloc(c, &m->arena, 3 + m->L * (2 + 2 * PTST__LINEARS),
+    m->weights = (ptst__weight *)ptst__arena_alloc(c, &m->arena, 3 + m->L * (4 + 2 * PTST__LINEARS),
                                                    sizeof *m->weights);
     m->frequencies = (float *)ptst__arena_alloc(c, &m->arena, m->D / 2, sizeof *m->frequencies);
     if (m->layers == NULL || m->weights == NULL || m->frequencies == NULL) {
@@ -20266,12 +20380,36 @@ static ptst_code ptst__config_put_rope(ptst_ctx *c, ptst_text *t, const ptst_con
                    : ptst__text_format(c, t, "  \"original_max_position_embeddings\": %ld,\n",
                                        (long)g->original_max_position_embeddings);
     }
+    if (code == PTST_OK && strcmp(g->rope_type, "yarn") == 0) {
+        code = ptst__config_put_float(c, t, "beta_fast", g->rope_beta_fast);
+        code = code != PTST_OK ? code
+                               : ptst__config_put_float(c, t, "beta_slow", g->rope_beta_slow);
+        code = code != PTST_OK
+                   ? code
+                   : ptst__config_put_float(c, t, "attention_factor", g->rope_attention_factor);
+        code = code != PTST_OK
+                   ? code
+                   : ptst__text_format(c, t,
+                                       "  \"truncate\": %s,\n"
+                                       "  \"original_max_position_embeddings\": %ld,\n",
+                                       g->rope_untruncated ? "false" : "true",
+                                       (long)g->original_max_position_embeddings);
+    }
     return code != PTST_OK
                ? code
                : ptst__text_format(c, t, "  \"rope_type\": \"%s\"\n  },\n", g->rope_type);
 }
 
-/* The window of mistral; of qwen2 with the layers that have it. */
+static ptst_code ptst__config_put_no_rope(ptst_ctx *c, ptst_text *t, const ptst_config *g) {
+    ptst_code code = ptst__text_add(c, t, "  \"no_rope_layers\": [");
+    int32_t i;
+    for (i = 0; i < g->num_hidden_layers && code == PTST_OK; i++) {
+        code = ptst__text_format(c, t, "%s%d", i == 0 ? "" : ", ", g->unrotated_layers[i] ? 0 : 1);
+    }
+    return code != PTST_OK ? code : ptst__text_add(c, t, "],\n");
+}
+
+/* The window of mistral; of the others with the layers that have it. */
 static ptst_code ptst__config_put_window(ptst_ctx *c, ptst_text *t, const ptst_config *g,
                                          const ptst__family *family) {
     int32_t i, first = g->num_hidden_layers;
@@ -20314,10 +20452,15 @@ static ptst_code ptst__config_write(ptst_ctx *c, const ptst_config *g, ptst_dtyp
         memcpy(&value, (const char *)g + w->place, sizeof value);
         code = ptst__text_format(c, t, "  \"%s\": %ld,\n", w->key, (long)value);
     }
-    if (code == PTST_OK && family->bias_flags) {
-        code =
-            ptst__text_format(c, t, "  \"attention_bias\": %s,\n  \"mlp_bias\": %s,\n",
-                              g->attention_bias ? "true" : "false", g->mlp_bias ? "true" : "false");
+    if (code == PTST_OK && (family->traits & PTST__ATTENTION_BIAS) != 0) {
+        code = ptst__text_format(c, t, "  \"attention_bias\": %s,\n",
+                                 g->attention_bias ? "true" : "false");
+    }
+    if (code == PTST_OK && (family->traits & PTST__MLP_BIAS) != 0) {
+        code = ptst__text_format(c, t, "  \"mlp_bias\": %s,\n", g->mlp_bias ? "true" : "false");
+    }
+    if (code == PTST_OK && (family->traits & PTST__NO_ROPE) != 0) {
+        code = ptst__config_put_no_rope(c, t, g);
     }
     code = code != PTST_OK ? code : ptst__config_put_window(c, t, g, family);
     code = code != PTST_OK ? code : ptst__config_put_rope(c, t, g);
@@ -20668,6 +20811,8 @@ typedef struct ptst__saved {
     float *x;                  /* [N, C] input of the layer */
     float *rstd[2];            /* [N], [M] of the norms; NULL if there is no backward */
     float *q, *k, *v;          /* [N, H D], [N, K D], [N, K D]; q and k after rope */
+    float *raw[2];             /* q and k before their norms; NULL if they have none */
+    float *raw_rstd[2];        /* [N, H], [N, K] of these norms; NULL if there is no backward */
     float *a;                  /* [N, H D] output of the attention */
     float *lse;                /* [N, H]; NULL if there is no backward */
     float *x2;                 /* [M, C] */
@@ -20722,6 +20867,11 @@ static void ptst__saved_plan(ptst__flow *f, ptst__memory *p, ptst__saved *s, siz
     s->q = ptst__memory_floats(p, N, m->H * m->D);
     s->k = ptst__memory_floats(p, N, m->K * m->D);
     s->v = ptst__memory_floats(p, N, m->K * m->D);
+    for (k = 0; k < 2 && m->qk_norm; k++) {
+        size_t heads = k == 0 ? m->H : m->K;
+        s->raw[k] = ptst__memory_floats(p, N, heads * m->D);
+        s->raw_rstd[k] = backward ? ptst__memory_floats(p, N, heads) : NULL;
+    }
     s->a = ptst__memory_floats(p, N, m->H * m->D);
     s->x2 = ptst__memory_floats(p, M, m->C);
     s->gate = ptst__memory_floats(p, M, m->F);
@@ -20782,12 +20932,14 @@ typedef struct ptst__rotation_job {
 
 static void ptst__rotation_task(void *arg, size_t position, int thread) {
     const ptst__flow *f = ((const ptst__rotation_job *)arg)->f;
+    const ptst_config *g = &f->m->config;
+    float scale = strcmp(g->rope_type, "yarn") == 0 ? (float)g->rope_attention_factor : 1;
     size_t half = f->m->D / 2, i;
     (void)thread;
     for (i = 0; i < half; i++) { /* the angle is rounded to float as in transformers */
         double angle = (double)((float)position * f->m->frequencies[i]);
-        f->cosines[position * half + i] = (float)cos(angle);
-        f->sines[position * half + i] = (float)sin(angle);
+        f->cosines[position * half + i] = (float)cos(angle) * scale;
+        f->sines[position * half + i] = (float)sin(angle) * scale;
     }
 }
 
@@ -20883,6 +21035,18 @@ static void ptst__linear_forward(ptst_ctx *c, ptst__flow *f, size_t layer, int k
     }
 }
 
+/* Step (3) on q and k, or the step back on their gradients. */
+static void ptst__flow_rope(ptst_ctx *c, const ptst__flow *f, size_t l, float *q, float *k,
+                            bool back) {
+    const ptst_model *m = f->m;
+    if (m->layers[l].rotated) {
+        ptst_rope(c, f->rows, m->H, m->D, m->D, q, m->H * m->D, f->cosines, f->sines, f->position,
+                  back);
+        ptst_rope(c, f->rows, m->K, m->D, m->D, k, m->K * m->D, f->cosines, f->sines, f->position,
+                  back);
+    }
+}
+
 /* Steps (1) to (4). */
 static void ptst__layer_attention(ptst_ctx *c, ptst__flow *f, size_t l) {
     const ptst_model *m = f->m;
@@ -20892,11 +21056,16 @@ static void ptst__layer_attention(ptst_ctx *c, ptst__flow *f, size_t l) {
     ptst_attention a = ptst__flow_attention(f, l);
     ptst_rmsnorm_forward(c, N, m->C, (float)m->config.rms_norm_eps, s->x,
                          (const float *)y->norms[0]->data, f->n, s->rstd[0]);
-    ptst__linear_forward(c, f, l, PTST__Q, N, f->n, s->q, false);
-    ptst__linear_forward(c, f, l, PTST__K, N, f->n, s->k, false);
+    ptst__linear_forward(c, f, l, PTST__Q, N, f->n, m->qk_norm ? s->raw[0] : s->q, false);
+    ptst__linear_forward(c, f, l, PTST__K, N, f->n, m->qk_norm ? s->raw[1] : s->k, false);
     ptst__linear_forward(c, f, l, PTST__V, N, f->n, s->v, false);
-    ptst_rope(c, N, m->H, m->D, m->D, s->q, m->H * m->D, f->cosines, f->sines, f->position, false);
-    ptst_rope(c, N, m->K, m->D, m->D, s->k, m->K * m->D, f->cosines, f->sines, f->position, false);
+    if (m->qk_norm) { /* each head is a row */
+        ptst_rmsnorm_forward(c, N * m->H, m->D, (float)m->config.rms_norm_eps, s->raw[0],
+                             (const float *)y->head_norms[0]->data, s->q, s->raw_rstd[0]);
+        ptst_rmsnorm_forward(c, N * m->K, m->D, (float)m->config.rms_norm_eps, s->raw[1],
+                             (const float *)y->head_norms[1]->data, s->k, s->raw_rstd[1]);
+    }
+    ptst__flow_rope(c, f, l, s->q, s->k, false);
     ptst__flow_spans(f, l);
     ptst_attention_forward(c, &a, s->q, s->a, s->lse);
 }
@@ -21253,7 +21422,7 @@ enum { PTST__HEAD_FLOATS = 16 * 1024 * 1024, PTST__HEAD_LEAST = 128, PTST__HEAD_
 
 static size_t ptst__head_rows(size_t picks, size_t vocab) {
     size_t rows = PTST__HEAD_FLOATS / vocab;
-    rows = rows < PTST__HEAD_LEAST ? PTST__HEAD_LEAST : ptst__min(rows, PTST__HEAD_MOST);
+    rows = rows < PTST__HEAD_LEAST ? (size_t)PTST__HEAD_LEAST : ptst__min(rows, PTST__HEAD_MOST);
     return ptst__min(rows, picks);
 }
 
@@ -21296,6 +21465,7 @@ typedef struct ptst__pass {
     float *da;        /* [N, H D] */
     float *dpicked_a; /* [picks, H D] */
     float *dq, *dk, *dv;
+    float *draw;    /* [N, H D] before the norms of q and k; NULL if they have none */
     float *dn;      /* [N, C] */
     float *ds, *du; /* [N, F] */
     float *dlow;    /* [N, rank] */
@@ -21403,6 +21573,19 @@ static void ptst__pass_spans(ptst__pass *p) {
     }
 }
 
+/* The norm of q (which = 0) or k (1) backward: d [rows, heads D] from its output to its input. */
+static void ptst__head_norm_backward(ptst_ctx *c, ptst__pass *p, size_t l, int which, size_t heads,
+                                     float *d) {
+    const ptst_model *m = p->flow.m;
+    const ptst__weight *w = m->layers[l].head_norms[which];
+    const ptst__saved *s = &p->flow.saved[l];
+    size_t n = p->flow.rows * heads;
+    memset(p->draw, 0, n * m->D * sizeof(float));
+    ptst_rmsnorm_backward(c, n, m->D, s->raw[which], (const float *)w->data, s->raw_rstd[which], d,
+                          p->draw, ptst__pass_grad(p, w));
+    memcpy(d, p->draw, n * m->D * sizeof(float));
+}
+
 /* Steps (4) to (1) backward: from p->da and dx2 in p->dx to dx. below: whether dx is wanted. */
 static void ptst__attention_layer_backward(ptst_ctx *c, ptst__pass *p, size_t l, bool below) {
     ptst__flow *f = &p->flow;
@@ -21411,15 +21594,18 @@ static void ptst__attention_layer_backward(ptst_ctx *c, ptst__pass *p, size_t l,
     const ptst__saved *s = &f->saved[l];
     const float *norm = (const float *)y->norms[0]->data;
     ptst_attention a = ptst__flow_attention(f, l);
-    size_t N = f->rows, q = m->H * m->D, kv = m->K * m->D;
+    size_t N = f->rows, kv = m->K * m->D;
     float *dn = below ? p->dn : NULL;
     ptst__flow_spans(f, l);
     ptst__pass_spans(p);
     memset(p->dk, 0, N * kv * sizeof(float));
     memset(p->dv, 0, N * kv * sizeof(float));
     ptst_attention_backward(c, &a, s->q, s->a, s->lse, p->da, p->dq, p->scratch);
-    ptst_rope(c, N, m->H, m->D, m->D, p->dq, q, f->cosines, f->sines, f->position, true);
-    ptst_rope(c, N, m->K, m->D, m->D, p->dk, kv, f->cosines, f->sines, f->position, true);
+    ptst__flow_rope(c, f, l, p->dq, p->dk, true);
+    if (m->qk_norm) {
+        ptst__head_norm_backward(c, p, l, 0, m->H, p->dq);
+        ptst__head_norm_backward(c, p, l, 1, m->K, p->dk);
+    }
     if (ptst__pass_learns(p, l, PTST__Q, PTST__V)) {
         ptst_rmsnorm_forward(c, N, m->C, (float)m->config.rms_norm_eps, s->x, norm, f->n, NULL);
     }
@@ -21585,6 +21771,7 @@ static void ptst__pass_plan(ptst__pass *p, ptst__memory *plan) {
     p->dn = ptst__memory_floats(plan, N, m->C);
     p->da = ptst__memory_floats(plan, N, q);
     p->dq = ptst__memory_floats(plan, N, q);
+    p->draw = m->qk_norm ? ptst__memory_floats(plan, N, q) : NULL;
     p->dk = ptst__memory_floats(plan, N, kv);
     p->dv = ptst__memory_floats(plan, N, kv);
     p->ds = ptst__memory_floats(plan, N, m->F);

@@ -763,7 +763,7 @@ typedef struct config_case {
 
 static const config_case config_bad[] = {
     {"\"llama\"", "\"gpt2\"", PTST_ERR_UNSUPPORTED,
-     "config.json: model_type: \"gpt2\" is not supported, expected \"llama\", \"mistral\" or"},
+     "config.json: model_type: \"gpt2\" is not supported, expected \"llama\", \"mistral\","},
     {"\"model_type\": \"llama\", ", "", PTST_ERR_UNSUPPORTED,
      "config.json: model_type: absent is not supported, expected"},
     {"\"llama\"", "7", PTST_ERR_UNSUPPORTED, "config.json: model_type: absent"},
@@ -805,8 +805,8 @@ static const config_case config_bad[] = {
      "config.json: rope_theta: expected a number from"},
     {"\"rope_scaling\": null", "\"rope_scaling\": 8", PTST_ERR_FORMAT,
      "config.json: rope_scaling: expected an object or null"},
-    {"\"rope_scaling\": null", "\"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 4}",
-     PTST_ERR_UNSUPPORTED, "config.json: rope_type: \"yarn\" is not supported, expected"},
+    {"\"rope_scaling\": null", "\"rope_scaling\": {\"rope_type\": \"longrope\", \"factor\": 4}",
+     PTST_ERR_UNSUPPORTED, "config.json: rope_type: \"longrope\" is not supported, expected"},
     {"\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"dynamic\", \"factor\": 4}",
      PTST_ERR_UNSUPPORTED, "config.json: rope_type: \"dynamic\" is not supported, expected"},
     {"\"rope_scaling\": null", "\"rope_scaling\": {\"rope_type\": \"longlonglonglongrope\"}",
