@@ -99,8 +99,8 @@
    MODEL FOLDERS
        config.json (both generations of keys), model.safetensors or its sharded index,
        tokenizer.json, and if there: tokenizer_config.json, generation_config.json,
-       chat_template.jinja. model_type llama, mistral, qwen2, qwen3, smollm3; rope types default,
-       linear, llama3, yarn. Weights F32, F16 or BF16 stay as they lie in the file, which is
+       chat_template.jinja. model_type llama, mistral, qwen2, qwen3, smollm3, phi3; rope types
+       default, linear, llama3, yarn, longrope. Weights F32, F16 or BF16 stay as they lie in the file, which is
        mapped, not read; arithmetic is float32 and every weight is widened on its way into a
        product. Another dtype may be asked for at loading.
        Adapter folders are PEFT's: adapter_config.json and adapter_model.safetensors.
@@ -669,13 +669,15 @@ PTST_API void ptst_adamw(ptst_ctx *c, size_t n, float *w, const float *g, float 
 
 enum {
     PTST_LAYERS_MAX = 512, /* layers of a model */
-    PTST_EOS_MAX = 16      /* end-of-text tokens of a model */
+    PTST_EOS_MAX = 16,     /* end-of-text tokens of a model */
+    PTST_PAIRS_MAX = 256   /* factors of longrope: half a head */
 };
 
 /* What config.json says, with the names of Hugging Face. For ptst_model_new 0 (or "") means the
    default written beside the field; without one the field must be set. */
 typedef struct ptst_config {
-    char model_type[32]; /* "llama" (the default), "mistral", "qwen2", "qwen3", "smollm3" */
+    char model_type[32]; /* "llama" (the default), "mistral", "qwen2", "qwen3",
+                            "smollm3", "phi3" */
     int32_t vocab_size;  /* rows of the embedding; may be more than the tokenizer has */
     int32_t hidden_size;
     int32_t intermediate_size;
@@ -692,15 +694,19 @@ typedef struct ptst_config {
     int32_t sliding_window;          /* keys that a token sees up to itself; none */
     bool sliding_layers[PTST_LAYERS_MAX];     /* layers with the window (mistral: all) */
     bool unrotated_layers[PTST_LAYERS_MAX];   /* smollm3: layers without rope (no_rope_layers 0) */
-    char rope_type[16];                       /* "default", "linear", "llama3", "yarn" */
+    char rope_type[16];                       /* default, linear, llama3, yarn, longrope */
     double rope_theta;                        /* 10000 (smollm3: 2000000) */
     double rope_factor;                       /* linear, llama3, yarn */
     double rope_low_freq_factor;              /* llama3 */
     double rope_high_freq_factor;             /* llama3 */
     double rope_beta_fast, rope_beta_slow;    /* yarn: 32, 1 */
-    double rope_attention_factor;             /* yarn: 0.1 ln(factor) + 1 */
+    double rope_attention_factor;             /* yarn: 0.1 ln(factor) + 1; longrope: by length */
     bool rope_untruncated;                    /* yarn: the key "truncate" is false */
-    int32_t original_max_position_embeddings; /* llama3, yarn: max_position_embeddings */
+    double partial_rotary_factor;             /* share of each head that rope turns; 1 */
+    float rope_short_factor[PTST_PAIRS_MAX];  /* longrope: up to the original length */
+    float rope_long_factor[PTST_PAIRS_MAX];   /* longrope: in longer sequences */
+    int32_t rope_pairs;                       /* longrope: how many factors there are */
+    int32_t original_max_position_embeddings; /* max_position_embeddings */
     int32_t bos_token_id, pad_token_id;       /* -1 = none */
     int32_t eos_token_id[PTST_EOS_MAX];
     size_t eos_count;
@@ -19241,7 +19247,8 @@ enum {
     PTST__QKV_BIAS = 4,       /* always has biases on q, k, v */
     PTST__QK_NORM = 8,        /* an RMSNorm over each head of q and k, before rope */
     PTST__NO_ROPE = 16,       /* the keys no_rope_layers and no_rope_layer_interval are read */
-    PTST__TIED = 32           /* tie_word_embeddings if the key is absent */
+    PTST__TIED = 32,          /* tie_word_embeddings if the key is absent */
+    PTST__FUSED = 64          /* q, k, v are one matrix, gate and up another */
 };
 
 /* What a model_type means, and its defaults where config.json is silent. */
@@ -19251,21 +19258,23 @@ typedef struct ptst__family {
     int32_t kv_heads; /* 0 = as many as heads */
     int32_t head_dim; /* 0 = hidden_size / num_attention_heads */
     int32_t positions;
-    double theta;
+    double eps, theta;
     ptst__window_rule window;
     int32_t window_size;
 } ptst__family;
 
 static const ptst__family ptst__families[] = {
-    {"llama", "LlamaForCausalLM", PTST__ATTENTION_BIAS | PTST__MLP_BIAS, 0, 0, 2048, 1e4,
-     PTST__NO_WINDOW, 0},
-    {"mistral", "MistralForCausalLM", 0, 8, 0, 131072, 1e4, PTST__ALL_LAYERS, 4096},
-    {"qwen2", "Qwen2ForCausalLM", PTST__QKV_BIAS, 32, 0, 32768, 1e4, PTST__UPPER_LAYERS, 4096},
-    {"qwen3", "Qwen3ForCausalLM", PTST__ATTENTION_BIAS | PTST__QK_NORM, 32, 128, 32768, 1e4,
-     PTST__UPPER_LAYERS, 4096},
+    {"llama", "LlamaForCausalLM", PTST__ATTENTION_BIAS | PTST__MLP_BIAS, 0, 0, 2048, 1e-6,
+     1e4, PTST__NO_WINDOW, 0},
+    {"mistral", "MistralForCausalLM", 0, 8, 0, 131072, 1e-6, 1e4, PTST__ALL_LAYERS, 4096},
+    {"qwen2", "Qwen2ForCausalLM", PTST__QKV_BIAS, 32, 0, 32768, 1e-6, 1e4, PTST__UPPER_LAYERS,
+     4096},
+    {"qwen3", "Qwen3ForCausalLM", PTST__ATTENTION_BIAS | PTST__QK_NORM, 32, 128, 32768, 1e-6,
+     1e4, PTST__UPPER_LAYERS, 4096},
     {"smollm3", "SmolLM3ForCausalLM",
-     PTST__ATTENTION_BIAS | PTST__MLP_BIAS | PTST__NO_ROPE | PTST__TIED, 4, 0, 32768, 2e6,
+     PTST__ATTENTION_BIAS | PTST__MLP_BIAS | PTST__NO_ROPE | PTST__TIED, 4, 0, 32768, 1e-6, 2e6,
      PTST__UNROTATED_LAYERS, 0},
+    {"phi3", "Phi3ForCausalLM", PTST__FUSED, 0, 0, 4096, 1e-5, 1e4, PTST__ALL_LAYERS, 0},
 };
 
 enum { PTST__FAMILIES = (int)(sizeof ptst__families / sizeof ptst__families[0]) };
@@ -19402,6 +19411,26 @@ static void ptst__config_ids(ptst__config_reader *r, const char *key, int32_t *i
     }
 }
 
+/* The factors of longrope; returns their number. */
+static int32_t ptst__config_factors(ptst__config_reader *r, int32_t rope, const char *key,
+                                    float *factors) {
+    int32_t list = ptst__config_get(r, rope, key), k, n = 0;
+    if (ptst_json_kind(r->json, list) != PTST_JSON_ARRAY ||
+        ptst_json_size(r->json, list) > PTST_PAIRS_MAX) {
+        ptst__config_fail(r, PTST_ERR_FORMAT, key, "expected a list of at most 256 numbers");
+        return 0;
+    }
+    for (k = ptst_json_first(r->json, list); k >= 0; k = ptst_json_next(r->json, k)) {
+        double value = ptst_json_number(r->json, k, 0);
+        if (!(value >= 1e-6 && value <= 1e9)) {
+            ptst__config_fail(r, PTST_ERR_FORMAT, key, "expected numbers above 0");
+            return 0;
+        }
+        factors[n++] = (float)value;
+    }
+    return n;
+}
+
 /* What only yarn asks for. mscale and mscale_all_dim are another way to say attention_factor. */
 static void ptst__config_yarn(ptst__config_reader *r, int32_t rope, ptst_config *g) {
     double factor = ptst__config_number(r, rope, "factor", 1e-6, 1e6, 0);
@@ -19425,7 +19454,7 @@ static void ptst__config_yarn(ptst__config_reader *r, int32_t rope, ptst_config 
 static void ptst__config_rope(ptst__config_reader *r, const ptst__family *family, ptst_config *g) {
     int32_t rope = ptst__config_get(r, 0, "rope_scaling"), node;
     const char *type;
-    double theta = ptst__config_number(r, 0, "rope_theta", 1e-3, 1e15, family->theta);
+    double theta = ptst__config_number(r, 0, "rope_theta", 1e-3, 1e15, family->theta), part;
     bool object;
     object = ptst_json_kind(r->json, rope) == PTST_JSON_OBJECT;
     if (rope < 0 || (object && ptst_json_size(r->json, rope) == 0)) {
@@ -19446,9 +19475,21 @@ static void ptst__config_rope(ptst__config_reader *r, const ptst__family *family
     type = node < 0 ? "default" : ptst_json_string(r->json, node, NULL);
     if (!ptst__config_name(g->rope_type, sizeof g->rope_type, type)) {
         ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "rope_type",
-                          "expected \"default\", \"linear\", \"llama3\" or \"yarn\"");
+                          "expected \"default\", \"linear\", \"llama3\", \"yarn\" or \"longrope\"");
+    }
+    if ((family->traits & PTST__FUSED) != 0 && type != NULL &&
+        (strcmp(type, "su") == 0 || strcmp(type, "yarn") == 0)) { /* its names of old */
+        (void)ptst__config_name(g->rope_type, sizeof g->rope_type, "longrope");
     }
     ptst__config_yarn(r, rope, g);
+    if (strcmp(g->rope_type, "longrope") == 0) {
+        g->rope_attention_factor = ptst__config_number(r, rope, "attention_factor", 1e-6, 1e6, 0);
+        g->rope_pairs = ptst__config_factors(r, rope, "short_factor", g->rope_short_factor);
+        if (ptst__config_factors(r, rope, "long_factor", g->rope_long_factor) != g->rope_pairs) {
+            ptst__config_fail(r, PTST_ERR_FORMAT, "long_factor",
+                              "expected as many numbers as in short_factor");
+        }
+    }
     g->rope_factor = ptst__config_number(r, rope, "factor", 1e-6, 1e6, 0);
     g->rope_low_freq_factor = ptst__config_number(r, rope, "low_freq_factor", 1e-6, 1e6, 0);
     g->rope_high_freq_factor = ptst__config_number(r, rope, "high_freq_factor", 1e-6, 1e6, 0);
@@ -19456,10 +19497,9 @@ static void ptst__config_rope(ptst__config_reader *r, const ptst__family *family
         ptst__config_int(r, rope, "original_max_position_embeddings", 1, 1 << 28, 0);
     g->original_max_position_embeddings = ptst__config_int(
         r, 0, "original_max_position_embeddings", 1, 1 << 28, g->original_max_position_embeddings);
-    if (ptst__config_number(r, rope, "partial_rotary_factor", 0, 1, 1) != 1 ||
-        ptst__config_number(r, 0, "partial_rotary_factor", 0, 1, 1) != 1) {
-        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "partial_rotary_factor", "only 1 is supported");
-    }
+    part = ptst__config_number(r, 0, "partial_rotary_factor", 1e-3, 1, 1);
+    g->partial_rotary_factor =
+        ptst__config_number(r, rope, "partial_rotary_factor", 1e-3, 1, part);
 }
 
 /* Layers without rope: a list of 0 (without) and 1, or every so many layers. */
@@ -19564,6 +19604,20 @@ static const ptst__family *ptst__config_family(ptst__config_reader *r, ptst_conf
     return NULL;
 }
 
+/* How much yarn and longrope enlarge q and k if config.json does not say. */
+static void ptst__config_attention_factor(ptst_config *g) {
+    double factor = g->rope_factor, old = g->original_max_position_embeddings;
+    if (g->rope_attention_factor != 0) {
+        return;
+    }
+    if (strcmp(g->rope_type, "longrope") == 0) {
+        factor = factor == 0 ? g->max_position_embeddings / old : factor;
+        g->rope_attention_factor = factor > 1 ? sqrt(1 + log(factor) / log(old)) : 1;
+    } else {
+        g->rope_attention_factor = factor > 1 ? 0.1 * log(factor) + 1 : 1;
+    }
+}
+
 /* Fills in defaults and checks that the numbers fit together. where names the origin in errors. */
 static ptst_code ptst__config_resolve(ptst_ctx *c, ptst_config *g, const char *where) {
     const ptst__family *family;
@@ -19598,20 +19652,20 @@ static ptst_code ptst__config_resolve(ptst_ctx *c, ptst_config *g, const char *w
                               w->key, (long)value, (long)w->min, (long)w->max);
         }
     }
-    g->rms_norm_eps = g->rms_norm_eps == 0 ? 1e-6 : g->rms_norm_eps;
+    g->rms_norm_eps = g->rms_norm_eps == 0 ? family->eps : g->rms_norm_eps;
     g->initializer_range = g->initializer_range == 0 ? 0.02 : g->initializer_range;
     g->rope_theta = g->rope_theta == 0 ? family->theta : g->rope_theta;
     g->rope_beta_fast = g->rope_beta_fast == 0 ? 32 : g->rope_beta_fast;
     g->rope_beta_slow = g->rope_beta_slow == 0 ? 1 : g->rope_beta_slow;
-    if (g->rope_attention_factor == 0) {
-        g->rope_attention_factor = g->rope_factor > 1 ? 0.1 * log(g->rope_factor) + 1 : 1;
-    }
+    g->partial_rotary_factor = g->partial_rotary_factor == 0 ? 1 : g->partial_rotary_factor;
     if (g->rope_type[0] == 0) {
         (void)ptst__config_name(g->rope_type, sizeof g->rope_type, "default");
     }
     if (g->original_max_position_embeddings == 0) {
-        g->original_max_position_embeddings = g->max_position_embeddings;
+        g->original_max_position_embeddings =
+            (family->traits & PTST__FUSED) != 0 ? family->positions : g->max_position_embeddings;
     }
+    ptst__config_attention_factor(g);
     for (i = 0; i < g->num_hidden_layers && family->window == PTST__ALL_LAYERS; i++) {
         g->sliding_layers[i] = g->sliding_window != 0;
     }
@@ -19624,14 +19678,30 @@ static ptst_code ptst__config_resolve(ptst_ctx *c, ptst_config *g, const char *w
     return problem == NULL ? PTST_OK : ptst__fail(c, PTST_ERR_FORMAT, "%s: %s", where, problem);
 }
 
+/* Elements of a head that rope turns. */
+static int32_t ptst__config_rotary(const ptst_config *g) {
+    return (int32_t)(g->head_dim * g->partial_rotary_factor);
+}
+
 /* The rope type and what it needs. */
 static ptst_code ptst__config_check_rope(ptst_ctx *c, const ptst_config *g, const char *where) {
     bool linear = strcmp(g->rope_type, "linear") == 0, llama3 = strcmp(g->rope_type, "llama3") == 0;
-    bool yarn = strcmp(g->rope_type, "yarn") == 0;
-    if (!linear && !llama3 && !yarn && strcmp(g->rope_type, "default") != 0) {
+    bool yarn = strcmp(g->rope_type, "yarn") == 0, lengthy = strcmp(g->rope_type, "longrope") == 0;
+    int32_t rotary = ptst__config_rotary(g);
+    if (rotary < 2 || rotary % 2 != 0) {
+        return ptst__fail(c, PTST_ERR_UNSUPPORTED,
+                          "%s: partial_rotary_factor: turns %ld of the %ld elements of a head, "
+                          "expected an even number",
+                          where, (long)rotary, (long)g->head_dim);
+    }
+    if (lengthy && g->rope_pairs != rotary / 2) {
+        return ptst__fail(c, PTST_ERR_FORMAT, "%s: short_factor: has %ld numbers, expected %ld",
+                          where, (long)g->rope_pairs, (long)(rotary / 2));
+    }
+    if (!linear && !llama3 && !yarn && !lengthy && strcmp(g->rope_type, "default") != 0) {
         return ptst__fail(c, PTST_ERR_UNSUPPORTED,
                           "%s: rope_type: \"%s\" is not supported, expected \"default\", "
-                          "\"linear\", \"llama3\" or \"yarn\"",
+                          "\"linear\", \"llama3\", \"yarn\" or \"longrope\"",
                           where, g->rope_type);
     }
     if ((linear || llama3 || yarn) && !(g->rope_factor > 0)) {
@@ -19673,7 +19743,7 @@ static ptst_code ptst__config_parse(ptst_ctx *c, const ptst_json *j, const char 
     }
     node = ptst_json_get(j, 0, "num_key_value_heads");
     g->num_key_value_heads = node < 0 ? family->kv_heads : g->num_key_value_heads;
-    g->rms_norm_eps = ptst__config_number(&r, 0, "rms_norm_eps", 1e-30, 1, 1e-6);
+    g->rms_norm_eps = ptst__config_number(&r, 0, "rms_norm_eps", 1e-30, 1, family->eps);
     g->initializer_range = ptst__config_number(&r, 0, "initializer_range", 0, 1, 0.02);
     g->tie_word_embeddings =
         ptst__config_flag(&r, 0, "tie_word_embeddings", (family->traits & PTST__TIED) != 0);
@@ -19722,11 +19792,23 @@ static ptst_code ptst__generation_parse(ptst_ctx *c, const ptst_json *j, const c
 /* ---- weights ---- */
 
 /* The linear layers of a transformer layer, in the order in which they are used. */
-enum { PTST__Q, PTST__K, PTST__V, PTST__O, PTST__GATE, PTST__UP, PTST__DOWN, PTST__LINEARS };
+enum {
+    PTST__Q,
+    PTST__K,
+    PTST__V,
+    PTST__O,
+    PTST__GATE,
+    PTST__UP,
+    PTST__DOWN,
+    PTST__QKV,     /* instead of the first three */
+    PTST__GATE_UP, /* instead of these two */
+    PTST__LINEARS
+};
 
 static const char *const ptst__linear_names[PTST__LINEARS] = {
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-    "mlp.gate_proj",    "mlp.up_proj",      "mlp.down_proj"};
+    "mlp.gate_proj",    "mlp.up_proj",      "mlp.down_proj",    "self_attn.qkv_proj",
+    "mlp.gate_up_proj"};
 
 /* A tensor of the model: a matrix [rows, cols], or a vector [cols] (rows = 1), which is always F32
    in memory. */
@@ -19765,9 +19847,12 @@ struct ptst_model {
     ptst__weight *embedding; /* [V, C] */
     ptst__weight *norm;      /* after the last layer */
     ptst__weight *head;      /* [V, C]; the embedding if tied */
-    float *frequencies;      /* [D / 2] angle of rotation per position */
+    float *frequencies;      /* [2, R / 2] angle of rotation per position; then in long sequences */
     size_t C, F, V, L, H, K, D;
+    size_t R;     /* elements of a head that rope turns */
     bool qk_norm; /* q and k have norms */
+    bool fused;   /* q, k, v are one matrix, gate and up another */
+    bool lengthy; /* longrope: sequences beyond the original length turn otherwise */
     bool trainable;
 };
 
@@ -19786,10 +19871,24 @@ static size_t ptst__weight_count(const ptst__weight *w) { return w->rows * w->co
 static void ptst__linear_shape(const ptst_model *m, int kind, size_t *in, size_t *out) {
     size_t q = m->H * m->D, kv = m->K * m->D;
     *in = kind == PTST__O ? q : kind == PTST__DOWN ? m->F : m->C;
-    *out = kind == PTST__Q                          ? q
+    *out = kind == PTST__QKV                        ? q + 2 * kv
+           : kind == PTST__GATE_UP                  ? 2 * m->F
+           : kind == PTST__Q                        ? q
            : kind == PTST__K || kind == PTST__V     ? kv
            : kind == PTST__GATE || kind == PTST__UP ? m->F
                                                     : m->C;
+}
+
+/* Does a layer of the model have this one? */
+static bool ptst__linear_there(const ptst_model *m, int kind) {
+    bool fused = kind >= PTST__QKV, plain = kind == PTST__O || kind == PTST__DOWN;
+    return plain || fused == m->fused;
+}
+
+/* A number for each linear layer of a model: the stream of its random numbers. */
+static uint64_t ptst__linear_stream(size_t layer, int kind) {
+    int slot = kind == PTST__QKV ? PTST__Q : kind == PTST__GATE_UP ? PTST__GATE : kind;
+    return (uint64_t)layer * PTST__QKV + (uint64_t)slot;
 }
 
 static bool ptst__linear_has_bias(const ptst_config *g, int kind) {
@@ -19839,6 +19938,10 @@ static ptst_code ptst__model_add_layer(ptst_ctx *c, ptst_model *m, int l) {
     for (k = 0; k < PTST__LINEARS; k++) {
         bool biased = ptst__linear_has_bias(&m->config, k);
         ptst__linear *n = &y->linears[k];
+        n->w = n->b = NULL;
+        if (!ptst__linear_there(m, k)) {
+            continue;
+        }
         ptst__linear_shape(m, k, &in, &out);
         n->w = ptst__weight_add(c, m, l, ptst__linear_names[k], "weight", out, in);
         n->b = biased ? ptst__weight_add(c, m, l, ptst__linear_names[k], "bias", 0, out) : NULL;
@@ -19853,7 +19956,7 @@ static ptst_code ptst__model_add_layer(ptst_ctx *c, ptst_model *m, int l) {
    keep their frequency, those that turn less than beta_slow times are stretched by the factor, and
    between these two the mixture is linear in the number of the pair. */
 static float ptst__yarn_frequency(const ptst_config *g, size_t i, float turn) {
-    const double pi = 3.14159265358979323846, d = g->head_dim;
+    const double pi = 3.14159265358979323846, d = ptst__config_rotary(g);
     double at[2], whole = g->original_max_position_embeddings;
     float ramp;
     int k;
@@ -19870,15 +19973,15 @@ static float ptst__yarn_frequency(const ptst_config *g, size_t i, float turn) {
     return 1 / ((float)g->rope_factor * turn) * (1 - ramp) + 1 / turn * ramp;
 }
 
-/* Angle of rotation per position of each pair of elements: theta^(-2i / D), stretched by the rope
+/* Angle of rotation per position of each pair of elements: theta^(-2i / R), stretched by the rope
    type. In float where transformers uses float, so that long positions turn alike. */
 static void ptst__model_frequencies(ptst_model *m) {
     const ptst_config *g = &m->config;
     const double pi = 3.14159265358979323846;
     double old = g->original_max_position_embeddings, smooth, wave;
     size_t i;
-    for (i = 0; i < m->D / 2; i++) {
-        float exponent = (float)(2 * i) / (float)m->D;
+    for (i = 0; i < m->R / 2; i++) {
+        float exponent = (float)(2 * i) / (float)m->R;
         float turn = (float)pow(g->rope_theta, (double)exponent), f = 1.0f / turn;
         if (strcmp(g->rope_type, "linear") == 0) {
             f = f / (float)g->rope_factor;
@@ -19891,7 +19994,11 @@ static void ptst__model_frequencies(ptst_model *m) {
             smooth = smooth < 0 ? 0 : smooth > 1 ? 1 : smooth;
             f = (float)((1 - smooth) * ((double)f / g->rope_factor) + smooth * (double)f);
         }
-        m->frequencies[i] = f;
+        m->frequencies[i] = m->frequencies[m->R / 2 + i] = f;
+        if (m->lengthy) {
+            m->frequencies[i] = 1 / (g->rope_short_factor[i] * turn);
+            m->frequencies[m->R / 2 + i] = 1 / (g->rope_long_factor[i] * turn);
+        }
     }
 }
 
@@ -19907,11 +20014,14 @@ static ptst_code ptst__model_layout(ptst_ctx *c, ptst_model *m) {
     m->H = (size_t)g->num_attention_heads;
     m->K = (size_t)g->num_key_value_heads;
     m->D = (size_t)g->head_dim;
+    m->R = (size_t)ptst__config_rotary(g);
     m->qk_norm = (ptst__family_find(g->model_type)->traits & PTST__QK_NORM) != 0;
+    m->fused = (ptst__family_find(g->model_type)->traits & PTST__FUSED) != 0;
+    m->lengthy = strcmp(g->rope_type, "longrope") == 0;
     m->layers = (ptst__layer *)ptst__arena_alloc(c, &m->arena, m->L, sizeof *m->layers);
     m->weights = (ptst__weight *)ptst__arena_alloc(c, &m->arena, 3 + m->L * (4 + 2 * PTST__LINEARS),
                                                    sizeof *m->weights);
-    m->frequencies = (float *)ptst__arena_alloc(c, &m->arena, m->D / 2, sizeof *m->frequencies);
+    m->frequencies = (float *)ptst__arena_alloc(c, &m->arena, m->R, sizeof *m->frequencies);
     if (m->layers == NULL || m->weights == NULL || m->frequencies == NULL) {
         return PTST_ERR_MEMORY;
     }
@@ -20251,6 +20361,10 @@ PTST_API ptst_code ptst_model_unfreeze(ptst_ctx *c, ptst_model *m) {
     return PTST_OK;
 }
 
+/* Longrope: the length of a whole sequence decides how each of its tokens turns, so a common head
+   must not be computed once for sequences of different lengths. */
+static bool ptst__model_whole(const ptst_model *m) { return m->lengthy; }
+
 PTST_API bool ptst_model_trainable(const ptst_model *m) { return m->trainable; }
 
 PTST_API const ptst_config *ptst_model_config(const ptst_model *m) { return &m->config; }
@@ -20362,6 +20476,16 @@ static ptst_code ptst__config_put_ids(ptst_ctx *c, ptst_text *t, const ptst_conf
     return code != PTST_OK ? code : ptst__text_add(c, t, g->eos_count > 1 ? "],\n" : ",\n");
 }
 
+static ptst_code ptst__config_put_factors(ptst_ctx *c, ptst_text *t, const char *key,
+                                          const float *factors, int32_t n) {
+    ptst_code code = ptst__text_format(c, t, "  \"%s\": [", key);
+    int32_t i;
+    for (i = 0; i < n && code == PTST_OK; i++) {
+        code = ptst__text_format(c, t, "%s%.9g", i == 0 ? "" : ", ", (double)factors[i]);
+    }
+    return code != PTST_OK ? code : ptst__text_add(c, t, "],\n");
+}
+
 /* rope_theta and rope_scaling, which old and new versions of transformers read. */
 static ptst_code ptst__config_put_rope(ptst_ctx *c, ptst_text *t, const ptst_config *g) {
     ptst_code code = ptst__config_put_float(c, t, "rope_theta", g->rope_theta);
@@ -20369,7 +20493,17 @@ static ptst_code ptst__config_put_rope(ptst_ctx *c, ptst_text *t, const ptst_con
         return code != PTST_OK ? code : ptst__text_add(c, t, "  \"rope_scaling\": null,\n");
     }
     code = ptst__text_add(c, t, "  \"rope_scaling\": {\n");
-    code = code != PTST_OK ? code : ptst__config_put_float(c, t, "factor", g->rope_factor);
+    if (code == PTST_OK && strcmp(g->rope_type, "longrope") == 0) {
+        code = ptst__config_put_factors(c, t, "short_factor", g->rope_short_factor, g->rope_pairs);
+        code = code != PTST_OK ? code
+                               : ptst__config_put_factors(c, t, "long_factor", g->rope_long_factor,
+                                                          g->rope_pairs);
+        code = code != PTST_OK
+                   ? code
+                   : ptst__config_put_float(c, t, "attention_factor", g->rope_attention_factor);
+    } else if (code == PTST_OK) {
+        code = ptst__config_put_float(c, t, "factor", g->rope_factor);
+    }
     if (code == PTST_OK && strcmp(g->rope_type, "llama3") == 0) {
         code = ptst__config_put_float(c, t, "low_freq_factor", g->rope_low_freq_factor);
         code = code != PTST_OK
@@ -20461,6 +20595,13 @@ static ptst_code ptst__config_write(ptst_ctx *c, const ptst_config *g, ptst_dtyp
     }
     if (code == PTST_OK && (family->traits & PTST__NO_ROPE) != 0) {
         code = ptst__config_put_no_rope(c, t, g);
+    }
+    if (code == PTST_OK && (family->traits & PTST__FUSED) != 0) {
+        code = ptst__text_format(c, t, "  \"original_max_position_embeddings\": %ld,\n",
+                                 (long)g->original_max_position_embeddings);
+    }
+    if (code == PTST_OK && g->partial_rotary_factor != 1) {
+        code = ptst__config_put_float(c, t, "partial_rotary_factor", g->partial_rotary_factor);
     }
     code = code != PTST_OK ? code : ptst__config_put_window(c, t, g, family);
     code = code != PTST_OK ? code : ptst__config_put_rope(c, t, g);
@@ -20842,6 +20983,7 @@ typedef struct ptst__flow {
     ptst__saved *saved;     /* [L] */
     float *n;               /* [N, C] output of a norm */
     float *s;               /* [M, F] */
+    float *fused;           /* [N, (H + 2 K) D] or [M, 2 F] side by side; NULL if none is fused */
     float *picked;          /* [picks, H D] output of the last attention */
     float *out;             /* [picks, C] output of the last layer */
     float *normed;          /* [picks, C] */
@@ -20878,7 +21020,8 @@ static void ptst__saved_plan(ptst__flow *f, ptst__memory *p, ptst__saved *s, siz
     s->up = ptst__memory_floats(p, M, m->F);
     for (k = 0; k < PTST__LINEARS && backward; k++) {
         const ptst__branch *b = ptst__branch_of(f->a, layer, k);
-        s->low[k] = ptst__memory_floats(p, k < PTST__O ? N : M, b == NULL ? 0 : b->rank);
+        s->low[k] = ptst__memory_floats(p, k < PTST__O || k == PTST__QKV ? N : M,
+                                        b == NULL ? 0 : b->rank);
     }
     if (!backward) { /* one after the other */
         float *low = ptst__memory_floats(p, N, ptst__adapter_rank(f->a));
@@ -20892,10 +21035,21 @@ static void ptst__saved_plan(ptst__flow *f, ptst__memory *p, ptst__saved *s, siz
     s->lse = ptst__memory_floats(p, N, m->H);
 }
 
+/* Rows of the tables of angles: positions, and with longrope positions in long sequences. */
+static size_t ptst__flow_angles(const ptst__flow *f) {
+    return f->m->lengthy ? 2 * f->positions : f->positions;
+}
+
+/* The row of the tables for a position in a sequence of `total` tokens. */
+static int32_t ptst__flow_position(const ptst__flow *f, size_t position, size_t total) {
+    bool more = f->m->lengthy && total > (size_t)f->m->config.original_max_position_embeddings;
+    return (int32_t)(more ? f->positions + position : position);
+}
+
 /* Memory of a flow. Layers from `kept` on keep what they leave behind. */
 static void ptst__flow_plan(ptst__flow *f, ptst__memory *p, size_t kept, bool dropout) {
     const ptst_model *m = f->m;
-    size_t l, widest = m->H * m->D > m->F ? m->H * m->D : m->F;
+    size_t l, q, widest = m->H * m->D > m->F ? m->H * m->D : m->F;
     ptst__saved shared, own;
     memset(&shared, 0, sizeof shared);
     f->saved = (ptst__saved *)ptst__memory_take(p, m->L, 1, sizeof *f->saved);
@@ -20914,10 +21068,12 @@ static void ptst__flow_plan(ptst__flow *f, ptst__memory *p, size_t kept, bool dr
     f->spans = (ptst_span *)ptst__memory_take(p, f->spans_max, 1, sizeof *f->spans);
     f->span_rows = (ptst__span_rows *)ptst__memory_take(p, f->spans_max, 1, sizeof *f->span_rows);
     f->picks = (int32_t *)ptst__memory_take(p, f->picks_max, 1, sizeof *f->picks);
-    f->cosines = ptst__memory_floats(p, f->positions, m->D / 2);
-    f->sines = ptst__memory_floats(p, f->positions, m->D / 2);
+    f->cosines = ptst__memory_floats(p, ptst__flow_angles(f), m->R / 2);
+    f->sines = ptst__memory_floats(p, ptst__flow_angles(f), m->R / 2);
     f->n = ptst__memory_floats(p, f->rows_max, m->C);
     f->s = ptst__memory_floats(p, f->rows_max, m->F);
+    q = (m->H + 2 * m->K) * m->D;
+    f->fused = m->fused ? ptst__memory_floats(p, f->rows_max, q > 2 * m->F ? q : 2 * m->F) : NULL;
     f->picked = ptst__memory_floats(p, f->picks_max, m->H * m->D);
     f->out = ptst__memory_floats(p, f->picks_max, m->C);
     f->normed = ptst__memory_floats(p, f->picks_max, m->C);
@@ -20933,11 +21089,14 @@ typedef struct ptst__rotation_job {
 static void ptst__rotation_task(void *arg, size_t position, int thread) {
     const ptst__flow *f = ((const ptst__rotation_job *)arg)->f;
     const ptst_config *g = &f->m->config;
-    float scale = strcmp(g->rope_type, "yarn") == 0 ? (float)g->rope_attention_factor : 1;
-    size_t half = f->m->D / 2, i;
+    bool yarn = strcmp(g->rope_type, "yarn") == 0, more = position >= f->positions;
+    float scale = yarn || f->m->lengthy ? (float)g->rope_attention_factor : 1;
+    float at = (float)(more ? position - f->positions : position);
+    size_t half = f->m->R / 2, i;
+    const float *frequencies = f->m->frequencies + (more ? half : 0);
     (void)thread;
     for (i = 0; i < half; i++) { /* the angle is rounded to float as in transformers */
-        double angle = (double)((float)position * f->m->frequencies[i]);
+        double angle = (double)(at * frequencies[i]);
         f->cosines[position * half + i] = (float)cos(angle) * scale;
         f->sines[position * half + i] = (float)sin(angle) * scale;
     }
@@ -20947,7 +21106,7 @@ static void ptst__rotation_task(void *arg, size_t position, int thread) {
 static void ptst__flow_init(ptst_ctx *c, ptst__flow *f) {
     ptst__rotation_job j;
     j.f = f;
-    ptst__parallel_for(c, f->positions, ptst__rotation_task, &j);
+    ptst__parallel_for(c, ptst__flow_angles(f), ptst__rotation_task, &j);
 }
 
 /* The keys of a layer: in the cache, or the rows of this flow. */
@@ -20996,7 +21155,7 @@ static ptst_attention ptst__flow_attention(const ptst__flow *f, size_t layer) {
 /* The dropout of one side branch: each has a stream of its own. */
 static ptst__dropout ptst__flow_dropout(const ptst__flow *f, size_t layer, int kind) {
     ptst__dropout d = f->dropout;
-    d.stream = (d.stream * f->m->L + layer) * PTST__LINEARS + (uint64_t)kind;
+    d.stream = d.stream * f->m->L * PTST__QKV + ptst__linear_stream(layer, kind);
     return d;
 }
 
@@ -21035,14 +21194,53 @@ static void ptst__linear_forward(ptst_ctx *c, ptst__flow *f, size_t layer, int k
     }
 }
 
+typedef struct ptst__columns_job {
+    size_t rows, ld, at, n;
+    float *wide, *narrow;
+    bool join;
+} ptst__columns_job;
+
+static void ptst__columns_task(void *arg, size_t task, int thread) {
+    const ptst__columns_job *j = (const ptst__columns_job *)arg;
+    size_t i = task * PTST__ROWS, end = ptst__min(i + PTST__ROWS, j->rows);
+    (void)thread;
+    for (; i < end; i++) {
+        float *wide = j->wide + i * j->ld + j->at, *narrow = j->narrow + i * j->n;
+        memcpy(j->join ? wide : narrow, j->join ? narrow : wide, j->n * sizeof(float));
+    }
+}
+
+/* narrow [rows, n] = columns at .. at + n - 1 of wide [rows, ld], or with join the other way. */
+static void ptst__columns(ptst_ctx *c, size_t rows, size_t ld, float *wide, size_t at, size_t n,
+                          float *narrow, bool join) {
+    ptst__columns_job j;
+    j.rows = rows;
+    j.ld = ld;
+    j.at = at;
+    j.n = n;
+    j.wide = wide;
+    j.narrow = narrow;
+    j.join = join;
+    ptst__parallel_for(c, ptst__ceil_div(rows, PTST__ROWS), ptst__columns_task, &j);
+}
+
+/* q, k and v out of f->fused, or with join into it. */
+static void ptst__qkv_columns(ptst_ctx *c, const ptst__flow *f, float *q, float *k, float *v,
+                              bool join) {
+    size_t nq = f->m->H * f->m->D, nk = f->m->K * f->m->D, ld = nq + 2 * nk;
+    ptst__columns(c, f->rows, ld, f->fused, 0, nq, q, join);
+    ptst__columns(c, f->rows, ld, f->fused, nq, nk, k, join);
+    ptst__columns(c, f->rows, ld, f->fused, nq + nk, nk, v, join);
+}
+
 /* Step (3) on q and k, or the step back on their gradients. */
 static void ptst__flow_rope(ptst_ctx *c, const ptst__flow *f, size_t l, float *q, float *k,
                             bool back) {
     const ptst_model *m = f->m;
     if (m->layers[l].rotated) {
-        ptst_rope(c, f->rows, m->H, m->D, m->D, q, m->H * m->D, f->cosines, f->sines, f->position,
+        ptst_rope(c, f->rows, m->H, m->D, m->R, q, m->H * m->D, f->cosines, f->sines, f->position,
                   back);
-        ptst_rope(c, f->rows, m->K, m->D, m->D, k, m->K * m->D, f->cosines, f->sines, f->position,
+        ptst_rope(c, f->rows, m->K, m->D, m->R, k, m->K * m->D, f->cosines, f->sines, f->position,
                   back);
     }
 }
@@ -21056,9 +21254,14 @@ static void ptst__layer_attention(ptst_ctx *c, ptst__flow *f, size_t l) {
     ptst_attention a = ptst__flow_attention(f, l);
     ptst_rmsnorm_forward(c, N, m->C, (float)m->config.rms_norm_eps, s->x,
                          (const float *)y->norms[0]->data, f->n, s->rstd[0]);
-    ptst__linear_forward(c, f, l, PTST__Q, N, f->n, m->qk_norm ? s->raw[0] : s->q, false);
-    ptst__linear_forward(c, f, l, PTST__K, N, f->n, m->qk_norm ? s->raw[1] : s->k, false);
-    ptst__linear_forward(c, f, l, PTST__V, N, f->n, s->v, false);
+    if (m->fused) {
+        ptst__linear_forward(c, f, l, PTST__QKV, N, f->n, f->fused, false);
+        ptst__qkv_columns(c, f, s->q, s->k, s->v, false);
+    } else {
+        ptst__linear_forward(c, f, l, PTST__Q, N, f->n, m->qk_norm ? s->raw[0] : s->q, false);
+        ptst__linear_forward(c, f, l, PTST__K, N, f->n, m->qk_norm ? s->raw[1] : s->k, false);
+        ptst__linear_forward(c, f, l, PTST__V, N, f->n, s->v, false);
+    }
     if (m->qk_norm) { /* each head is a row */
         ptst_rmsnorm_forward(c, N * m->H, m->D, (float)m->config.rms_norm_eps, s->raw[0],
                              (const float *)y->head_norms[0]->data, s->q, s->raw_rstd[0]);
@@ -21082,8 +21285,14 @@ static void ptst__layer_mlp(ptst_ctx *c, ptst__flow *f, size_t l, size_t M, cons
     ptst__linear_forward(c, f, l, PTST__O, M, a, s->x2, true);
     ptst_rmsnorm_forward(c, M, m->C, (float)m->config.rms_norm_eps, s->x2,
                          (const float *)y->norms[1]->data, f->n, s->rstd[1]);
-    ptst__linear_forward(c, f, l, PTST__GATE, M, f->n, s->gate, false);
-    ptst__linear_forward(c, f, l, PTST__UP, M, f->n, s->up, false);
+    if (m->fused) {
+        ptst__linear_forward(c, f, l, PTST__GATE_UP, M, f->n, f->fused, false);
+        ptst__columns(c, M, 2 * m->F, f->fused, 0, m->F, s->gate, false);
+        ptst__columns(c, M, 2 * m->F, f->fused, m->F, m->F, s->up, false);
+    } else {
+        ptst__linear_forward(c, f, l, PTST__GATE, M, f->n, s->gate, false);
+        ptst__linear_forward(c, f, l, PTST__UP, M, f->n, s->up, false);
+    }
     ptst_swiglu_forward(c, M * m->F, s->gate, s->up, f->s);
     ptst__gather(c, M, m->C, s->x2, NULL, out);
     ptst__linear_forward(c, f, l, PTST__DOWN, M, f->s, out, true);
@@ -21345,7 +21554,8 @@ static size_t ptst__eval_pack(ptst_session *s, const ptst_chunk *h, size_t first
     at->at[1] = (size_t)h->slot * s->desc.capacity;
     for (i = 0; i < n; i++) {
         s->tokens[f->rows + i] = h->tokens[first + i];
-        f->position[f->rows + i] = (int32_t)(head + t->length + i);
+        f->position[f->rows + i] = ptst__flow_position(f, head + t->length + i,
+                                                       head + t->length + h->count - first);
         if (i + wanted >= n) {
             f->picks[f->picks_count++] = (int32_t)(f->rows + i);
         }
@@ -21427,7 +21637,8 @@ static size_t ptst__head_rows(size_t picks, size_t vocab) {
 }
 
 /* A piece of a batch: tokens begin .. begin + count - 1 are one sequence, or continue the one of
-   segment `prefix` (an earlier segment without a prefix, -1 = none), which several may share. */
+   segment `prefix` (an earlier segment without a prefix, -1 = none), which several may share (with
+   longrope only if all of them lie within the original length, or all beyond it). */
 typedef struct ptst_segment {
     size_t begin, count;
     int32_t prefix;
@@ -21479,10 +21690,14 @@ static float *ptst__pass_grad(const ptst__pass *p, const ptst__weight *w) {
     return p->full && w != NULL ? p->weight_grads[w - p->flow.m->weights] : NULL;
 }
 
+/* Does anything learn in the linear layers first .. last, or in what stands for them if they are
+   fused? */
 static bool ptst__pass_learns(const ptst__pass *p, size_t layer, int first, int last) {
     int k;
-    for (k = first; k <= last; k++) {
-        if (p->full || ptst__branch_of(p->flow.a, layer, k) != NULL) {
+    for (k = 0; k < PTST__LINEARS; k++) {
+        int slot = k == PTST__QKV ? PTST__Q : k == PTST__GATE_UP ? PTST__GATE : k;
+        if (slot >= first && slot <= last &&
+            (p->full || ptst__branch_of(p->flow.a, layer, k) != NULL)) {
             return true;
         }
     }
@@ -21554,8 +21769,14 @@ static void ptst__mlp_backward(ptst_ctx *c, ptst__pass *p, size_t l, size_t M, c
     if (ptst__pass_learns(p, l, PTST__GATE, PTST__UP)) {
         ptst_rmsnorm_forward(c, M, m->C, (float)m->config.rms_norm_eps, s->x2, norm, f->n, NULL);
     }
-    ptst__linear_backward(c, p, l, PTST__GATE, M, f->n, p->ds, p->dn, false);
-    ptst__linear_backward(c, p, l, PTST__UP, M, f->n, p->du, p->dn, true);
+    if (m->fused) {
+        ptst__columns(c, M, 2 * m->F, f->fused, 0, m->F, p->ds, true);
+        ptst__columns(c, M, 2 * m->F, f->fused, m->F, m->F, p->du, true);
+        ptst__linear_backward(c, p, l, PTST__GATE_UP, M, f->n, f->fused, p->dn, false);
+    } else {
+        ptst__linear_backward(c, p, l, PTST__GATE, M, f->n, p->ds, p->dn, false);
+        ptst__linear_backward(c, p, l, PTST__UP, M, f->n, p->du, p->dn, true);
+    }
     ptst_rmsnorm_backward(c, M, m->C, s->x2, norm, s->rstd[1], p->dn, dx,
                           ptst__pass_grad(p, y->norms[1]));
     ptst__linear_backward(c, p, l, PTST__O, M, a, dx, da, false);
@@ -21609,9 +21830,14 @@ static void ptst__attention_layer_backward(ptst_ctx *c, ptst__pass *p, size_t l,
     if (ptst__pass_learns(p, l, PTST__Q, PTST__V)) {
         ptst_rmsnorm_forward(c, N, m->C, (float)m->config.rms_norm_eps, s->x, norm, f->n, NULL);
     }
-    ptst__linear_backward(c, p, l, PTST__Q, N, f->n, p->dq, dn, false);
-    ptst__linear_backward(c, p, l, PTST__K, N, f->n, p->dk, dn, true);
-    ptst__linear_backward(c, p, l, PTST__V, N, f->n, p->dv, dn, true);
+    if (m->fused) {
+        ptst__qkv_columns(c, f, p->dq, p->dk, p->dv, true);
+        ptst__linear_backward(c, p, l, PTST__QKV, N, f->n, f->fused, dn, false);
+    } else {
+        ptst__linear_backward(c, p, l, PTST__Q, N, f->n, p->dq, dn, false);
+        ptst__linear_backward(c, p, l, PTST__K, N, f->n, p->dk, dn, true);
+        ptst__linear_backward(c, p, l, PTST__V, N, f->n, p->dv, dn, true);
+    }
     if (below) {
         ptst_rmsnorm_backward(c, N, m->C, s->x, norm, s->rstd[0], dn, p->dx,
                               ptst__pass_grad(p, y->norms[0]));
@@ -21797,7 +22023,7 @@ static void ptst__pass_setup(ptst__pass *p, const ptst_model *m, const ptst_adap
     p->full = a == NULL && m->trainable;
     p->lowest = p->full ? 0 : m->L;
     for (l = m->L; l-- > 0 && a != NULL;) {
-        p->lowest = ptst__pass_learns(p, l, 0, PTST__LINEARS - 1) ? l : p->lowest;
+        p->lowest = ptst__pass_learns(p, l, PTST__Q, PTST__DOWN) ? l : p->lowest;
     }
 }
 
@@ -21861,7 +22087,7 @@ PTST__UNUSED static void ptst__pass_zero(ptst__pass *p) {
 /* Checks the segments of a batch and makes spans and positions of them. */
 static ptst_code ptst__pass_segments(ptst_ctx *c, ptst__pass *p, const ptst_batch *b) {
     ptst__flow *f = &p->flow;
-    size_t i, k, next = 0;
+    size_t i, k, before, next = 0;
     for (i = 0; i < b->segments_count; i++) {
         const ptst_segment *g = &b->segments[i], *head = NULL;
         if (g->begin != next || g->count > b->count - next ||
@@ -21880,8 +22106,14 @@ static ptst_code ptst__pass_segments(ptst_ctx *c, ptst__pass *p, const ptst_batc
         f->spans[i].keys[0] = head == NULL ? 0 : head->count;
         f->span_rows[i].at[0] = head == NULL ? 0 : head->begin;
         f->span_rows[i].at[1] = g->begin;
+        before = head == NULL ? 0 : head->count;
         for (k = 0; k < g->count; k++) {
-            f->position[g->begin + k] = (int32_t)((head == NULL ? 0 : head->count) + k);
+            f->position[g->begin + k] = ptst__flow_position(f, before + k, before + g->count);
+        }
+        for (k = 0; k < before && f->m->lengthy; k++) { /* the longest that it begins decides */
+            int32_t position = ptst__flow_position(f, k, before + g->count), *was;
+            was = &f->position[head->begin + k];
+            *was = position > *was ? position : *was;
         }
     }
     if (next != b->count) {
@@ -21992,7 +22224,8 @@ typedef struct ptst__lora_plan {
 enum { PTST__RANK_MAX = 1 << 16 };
 
 static const char ptst__lora_expected[] =
-    "expected q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj or all-linear";
+    "expected q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj or all-linear (phi3: "
+    "qkv_proj, o_proj, gate_up_proj, down_proj)";
 
 /* "q_proj" of "self_attn.q_proj". */
 static const char *ptst__linear_short(int kind) {
@@ -22009,13 +22242,17 @@ static bool ptst__lora_matches(size_t layer, int kind, const char *target, size_
            (size == n || path[n - size - 1] == '.');
 }
 
-/* Marks what a target means in a model of L layers; false if that is nothing. */
-static bool ptst__lora_mark(ptst__lora_plan *p, size_t L, const char *target, size_t size) {
+/* Marks what a target means in a model; false if that is nothing. */
+static bool ptst__lora_mark(ptst__lora_plan *p, const ptst_model *m, const char *target,
+                            size_t size) {
     size_t l;
     int k;
     bool all = size == 10 && memcmp(target, "all-linear", 10) == 0, found = false;
-    for (l = 0; l < L; l++) {
+    for (l = 0; l < m->L; l++) {
         for (k = 0; k < PTST__LINEARS; k++) {
+            if (!ptst__linear_there(m, k)) {
+                continue;
+            }
             if (all || (size > 0 && ptst__lora_matches(l, k, target, size))) {
                 p->hit[l * PTST__LINEARS + (size_t)k] = found = true;
             }
@@ -22025,13 +22262,14 @@ static bool ptst__lora_mark(ptst__lora_plan *p, size_t L, const char *target, si
 }
 
 /* Marks a list by commas, each of which must mean something. */
-static ptst_code ptst__lora_parse(ptst_ctx *c, ptst__lora_plan *p, size_t L, const char *targets) {
+static ptst_code ptst__lora_parse(ptst_ctx *c, ptst__lora_plan *p, const ptst_model *m,
+                                  const char *targets) {
     while (*targets != 0) {
         size_t n = strcspn(targets, ","), begin = strspn(targets, " "), end = n;
         while (end > begin && targets[end - 1] == ' ') {
             end--;
         }
-        if (!ptst__lora_mark(p, L, targets + begin, end > begin ? end - begin : 0)) {
+        if (!ptst__lora_mark(p, m, targets + begin, end > begin ? end - begin : 0)) {
             return ptst__fail(c, PTST_ERR_ARGUMENT, "target \"%.*s\": %s",
                               (int)ptst__min(end > begin ? end - begin : 0, 100), targets + begin,
                               ptst__lora_expected);
@@ -22131,7 +22369,7 @@ static void ptst__adapter_init(ptst_adapter *a) {
         float bound = b->rank == 0 ? 0 : (float)(1 / sqrt((double)b->in));
         ptst_rng r;
         r.seed = a->desc.seed;
-        r.stream = i;
+        r.stream = ptst__linear_stream(i / PTST__LINEARS, (int)(i % PTST__LINEARS));
         r.counter = 0;
         for (k = 0; k < b->rank * b->in; k++) {
             b->A[k] = bound * (2 * ptst_rng_uniform(&r) - 1);
@@ -22208,7 +22446,8 @@ static void ptst__lora_expect(ptst__config_reader *r, const char *key, const cha
 }
 
 /* target_modules: "all-linear", or a list of ends of module paths. */
-static void ptst__lora_read_targets(ptst__config_reader *r, ptst__lora_plan *p, size_t L) {
+static void ptst__lora_read_targets(ptst__config_reader *r, ptst__lora_plan *p,
+                                    const ptst_model *m) {
     int32_t node = ptst__config_get(r, 0, "target_modules"), k;
     bool found = false, list = ptst_json_kind(r->json, node) == PTST_JSON_ARRAY;
     size_t size;
@@ -22220,7 +22459,7 @@ static void ptst__lora_read_targets(ptst__config_reader *r, ptst__lora_plan *p, 
     if (text == NULL && !list) {
         ptst__config_fail(r, PTST_ERR_FORMAT, "target_modules", ptst__lora_expected);
     }
-    found = text != NULL && ptst__lora_mark(p, L, text, size);
+    found = text != NULL && ptst__lora_mark(p, m, text, size);
     for (k = list ? ptst_json_first(r->json, node) : -1; k >= 0; k = ptst_json_next(r->json, k)) {
         text = ptst_json_string(r->json, k, &size);
         if (text == NULL) {
@@ -22228,7 +22467,7 @@ static void ptst__lora_read_targets(ptst__config_reader *r, ptst__lora_plan *p, 
         } else if (strstr(text, "lm_head") != NULL || strstr(text, "embed_tokens") != NULL) {
             ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "target_modules",
                               "adapters on lm_head or embed_tokens are not supported");
-        } else if (ptst__lora_mark(p, L, text, size)) {
+        } else if (ptst__lora_mark(p, m, text, size)) {
             found = true;
         }
     }
@@ -22238,7 +22477,7 @@ static void ptst__lora_read_targets(ptst__config_reader *r, ptst__lora_plan *p, 
 }
 
 static ptst_code ptst__lora_read_config(ptst_ctx *c, const ptst_json *j, const char *path,
-                                        ptst__lora_plan *p, size_t L) {
+                                        ptst__lora_plan *p, const ptst_model *m) {
     ptst__config_reader r;
     ptst_lora_desc *d = &p->desc;
     int32_t node;
@@ -22267,7 +22506,7 @@ static ptst_code ptst__lora_read_config(ptst_ctx *c, const ptst_json *j, const c
         ptst__config_fail(&r, PTST_ERR_UNSUPPORTED, "init_lora_weights",
                           "this kind changes the weights of the model and is not supported");
     }
-    ptst__lora_read_targets(&r, p, L);
+    ptst__lora_read_targets(&r, p, m);
     return r.code;
 }
 
@@ -22356,7 +22595,7 @@ static ptst_code ptst__adapter_load(ptst_ctx *c, ptst_adapter *a, const ptst_mod
     memset(&p, 0, sizeof p);
     if (code == PTST_OK) {
         j = ptst_json_load(c, path.data);
-        code = j == NULL ? ptst_error_code(c) : ptst__lora_read_config(c, j, path.data, &p, m->L);
+        code = j == NULL ? ptst_error_code(c) : ptst__lora_read_config(c, j, path.data, &p, m);
     }
     if (code == PTST_OK) {
         code = ptst__path_join(c, &path, folder, "adapter_model.safetensors");
@@ -22559,7 +22798,7 @@ PTST_API ptst_adapter *ptst_adapter_new(ptst_ctx *c, const ptst_model *m,
                    "less than 1, and a target");
         return NULL;
     }
-    if (ptst__lora_parse(c, &p, m->L, d->targets) != PTST_OK) {
+    if (ptst__lora_parse(c, &p, m, d->targets) != PTST_OK) {
         return NULL;
     }
     a = (ptst_adapter *)ptst__calloc(c, 1, sizeof *a);
@@ -22777,6 +23016,7 @@ typedef struct ptst__cursor {
 struct ptst_trainer {
     ptst_train_desc desc; /* resolved */
     const ptst_dataset *data;
+    bool apart;        /* rows of a batch share no head */
     const char *extra; /* further options that must not change (JSON members), NULL = none */
     ptst__pass *pass;
     const ptst__param *params;
@@ -22845,7 +23085,7 @@ static size_t ptst__train_head(const ptst_trainer *t, size_t taken) {
     const ptst_dataset *d = t->data;
     const int32_t *first = d->tokens.data + d->rows[t->rows[0]].begin;
     size_t head = d->rows[t->rows[0]].prompt - 1u, i, k;
-    if (taken < 2 || t->desc.no_prefix) {
+    if (taken < 2 || t->apart) {
         return 0;
     }
     for (i = 1; i < taken; i++) {
@@ -23878,6 +24118,7 @@ PTST_API ptst_trainer *ptst_trainer_new(ptst_ctx *c, ptst_model *model, ptst_ada
     }
     t->desc = ptst__train_resolve(desc, config);
     t->data = data;
+    t->apart = t->desc.no_prefix || ptst__model_whole(model);
     t->order_epoch = UINT64_MAX;
     code = ptst__train_validate(c, &t->desc);
     if (code == PTST_OK && !ptst__mul(t->desc.batch, t->desc.context, &t->budget)) {
@@ -24173,10 +24414,10 @@ static ptst_code ptst__generate_encode(ptst_ctx *c, ptst__generator *g,
 }
 
 /* Common head of all prompts; each keeps a token of its own, whose logits are needed. */
-static size_t ptst__generate_head(const ptst__generator *g) {
+static size_t ptst__generate_head(const ptst__generator *g, const ptst_model *m) {
     const int32_t *first = g->tokens.data;
     size_t head = g->questions[0].count - 1, i, k;
-    if (g->count < 2 || g->d->no_prefix) {
+    if (g->count < 2 || g->d->no_prefix || ptst__model_whole(m)) {
         return 0;
     }
     for (i = 1; i < g->count; i++) {
@@ -24545,7 +24786,7 @@ PTST_API ptst_code ptst_generate(ptst_ctx *c, const ptst_model *model, const pts
     code = code == PTST_OK && g.questions == NULL ? PTST_ERR_MEMORY : code;
     code = code != PTST_OK ? code : ptst__generate_encode(c, &g, prompts);
     if (code == PTST_OK) {
-        g.head = ptst__generate_head(&g);
+        g.head = ptst__generate_head(&g, model);
         ptst__generate_stops(&g, model);
         code = ptst__generate_memory(c, &g, model, adapter);
     }

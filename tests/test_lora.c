@@ -181,7 +181,7 @@ static void new_adapter_refuses(void) {
     CHECK(ptst_adapter_new(c, m, &d) == NULL);
     CHECK_TEXT(ptst_error_text(c),
                "target \"lm_head\": expected q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, "
-               "down_proj or all-linear");
+               "down_proj or all-linear (phi3: qkv_proj, o_proj, gate_up_proj, down_proj)");
     memset(&d, 0, sizeof d);
     d.rank = -1;
     CHECK(ptst_adapter_new(c, m, &d) == NULL && ptst_error_code(c) == PTST_ERR_ARGUMENT);

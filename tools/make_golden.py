@@ -385,6 +385,17 @@ MODELS = [
                                          "attention_factor": 0.9,
                                          "original_max_position_embeddings": 20}},
      {"r": 2, "lora_alpha": 8, "target_modules": QV}, False),
+    ("phi3_plain", "old", "F32", "phi3",
+     {"sliding_window": 6, "rms_norm_eps": 1e-5, "pad_token_id": None, "bos_token_id": 1,
+      "eos_token_id": 2},
+     {"r": 2, "lora_alpha": 8, "target_modules": ALL}, True),
+    ("phi3_longrope", "new", "BF16", "phi3",
+     {"hidden_size": 32, "num_attention_heads": 4, "pad_token_id": None, "bos_token_id": 1,
+      "eos_token_id": 2, "tie_word_embeddings": True, "original_max_position_embeddings": 12,
+      "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4,
+                          "partial_rotary_factor": 0.75, "original_max_position_embeddings": 12,
+                          "short_factor": [1.0, 1.1, 1.5], "long_factor": [1.2, 2.0, 5.5]}},
+     {"r": 2, "lora_alpha": 8, "target_modules": ["qkv_proj", "down_proj"]}, False),
 ]
 
 
