@@ -100,9 +100,9 @@
        config.json (both generations of keys), model.safetensors or its sharded index,
        tokenizer.json, and if there: tokenizer_config.json, generation_config.json,
        chat_template.jinja. model_type llama, mistral, qwen2, qwen3, smollm3, phi3; rope types
-       default, linear, llama3, yarn, longrope. Weights F32, F16 or BF16 stay as they lie in the file, which is
-       mapped, not read; arithmetic is float32 and every weight is widened on its way into a
-       product. Another dtype may be asked for at loading.
+       default, linear, llama3, yarn, longrope. Weights F32, F16 or BF16 stay as they lie in the
+       file, which is mapped, not read; arithmetic is float32 and every weight is widened on its
+       way into a product. Another dtype may be asked for at loading.
        Adapter folders are PEFT's: adapter_config.json and adapter_model.safetensors.
 
    THE EXPERIMENT FILE
