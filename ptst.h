@@ -613,6 +613,11 @@ PTST_API void ptst_swiglu_forward(ptst_ctx *c, size_t n, const float *gate, cons
 /* Writes dgate and dup; dgate may be gate, dup may be up, and any of both may be dy. */
 PTST_API void ptst_swiglu_backward(ptst_ctx *c, size_t n, const float *gate, const float *up,
                                    const float *dy, float *dgate, float *dup);
+/* The same with gelu, as gelu_pytorch_tanh, in place of silu. */
+PTST_API void ptst_geglu_forward(ptst_ctx *c, size_t n, const float *gate, const float *up,
+                                 float *y);
+PTST_API void ptst_geglu_backward(ptst_ctx *c, size_t n, const float *gate, const float *up,
+                                  const float *dy, float *dgate, float *dup);
 
 /* One sequence (or a piece of one) in a batch: `count` rows of queries and the keys and values
    they look at. These lie in two blocks, as if one followed the other: block 0 may be shared by
@@ -7681,7 +7686,7 @@ static bool ptst__j_read_spec(ptst__jrun *r, const ptst__jstring *s, ptst__jspec
     if (i < s->size) {
         p->type = s->bytes[i++];
     }
-    if (i != s->size || p->type < 0) {
+    if (i != s->size || (unsigned char)p->type >= 0x80) {
         ptst__j_fail(r, PTST_ERR_FORMAT, "invalid format specifier '%s'", ptst__j_show(s).text);
     }
     return r->code == PTST_OK;
@@ -14961,9 +14966,9 @@ struct ptst__kernels {
     void (*rmsnorm_dw)(size_t T, size_t C, size_t n, const float *x, const float *rstd,
                        const float *dy, float *dw);
     void (*rope)(size_t half, float *x, const float *cosines, const float *sines, float sign);
-    void (*swiglu)(size_t n, const float *gate, const float *up, float *y);
-    void (*swiglu_backward)(size_t n, const float *gate, const float *up, const float *dy,
-                            float *dgate, float *dup);
+    void (*glu)(size_t n, bool cubic, const float *gate, const float *up, float *y);
+    void (*glu_backward)(size_t n, bool cubic, const float *gate, const float *up, const float *dy,
+                         float *dgate, float *dup);
     void (*multiply)(const struct ptst__patch *p); /* this and the next two: NULL in "scalar" */
     void (*softmax_tile)(size_t J, size_t R, float scale, float *s, float *max, float *sum,
                          float *keep);
@@ -17131,30 +17136,41 @@ PTST_API void ptst_rope(ptst_ctx *c, size_t T, size_t H, size_t D, size_t R, flo
     ptst__parallel_for(c, ptst__ceil_div(T, PTST__ROPE_ROWS), ptst__rope_task, &j);
 }
 
-/* ---- swiglu ----------------------------------------------------------------------------------
-   For each element, with s = 1 / (1 + exp(-gate)):
+/* ---- swiglu and geglu ------------------------------------------------------------------------
+   For each element, with s = 1 / (1 + exp(-t)):
 
        y = gate s up
        dup   = dy gate s
-       dgate = dy up s (1 + gate (1 - s))
+       dgate = dy up s (1 + gate (1 - s) t')
 
-   Saved: gate and up. Recomputed: s. Cost: one exponential each way. Shazeer 2020. Proof:
-   tests/test_ops.c, swiglu_gradient. */
+   swiglu: t = gate, so y = silu(gate) up. Shazeer 2020.
+   geglu:  t = a gate + b gate^3, a = 2 sqrt(2 / pi), b = 0.044715 a; y = gelu(gate) up with gelu in
+           the form 0.5 x (1 + tanh(t / 2)) ("gelu_pytorch_tanh"). Hendrycks and Gimpel 2016.
 
-static void ptst__swiglu__scalar(size_t n, const float *gate, const float *up, float *y) {
+   Saved: gate and up. Recomputed: s. Cost: one exponential each way. Proof: tests/test_ops.c,
+   swiglu_gradient and geglu_gradient. */
+
+#define PTST__GELU_A 1.5957691216057308f
+#define PTST__GELU_B 0.07135481282553506f
+
+static void ptst__glu__scalar(size_t n, bool cubic, const float *gate, const float *up, float *y) {
     size_t i;
     for (i = 0; i < n; i++) {
-        y[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
+        float g = gate[i], t = cubic ? g * (PTST__GELU_A + PTST__GELU_B * g * g) : g;
+        y[i] = g / (1 + expf(-t)) * up[i];
     }
 }
 
-static void ptst__swiglu_backward__scalar(size_t n, const float *gate, const float *up,
-                                          const float *dy, float *dgate, float *dup) {
+static void ptst__glu_backward__scalar(size_t n, bool cubic, const float *gate, const float *up,
+                                       const float *dy, float *dgate, float *dup) {
     size_t i;
     for (i = 0; i < n; i++) {
-        float g = gate[i], u = up[i], d = dy[i], s = 1 / (1 + expf(-g));
+        float g = gate[i], u = up[i], d = dy[i];
+        float t = cubic ? g * (PTST__GELU_A + PTST__GELU_B * g * g) : g;
+        float slope = cubic ? PTST__GELU_A + 3 * PTST__GELU_B * g * g : 1;
+        float s = 1 / (1 + expf(-t));
         dup[i] = d * g * s;
-        dgate[i] = d * u * s * (1 + g * (1 - s));
+        dgate[i] = d * u * s * (1 + g * (1 - s) * slope);
     }
 }
 
@@ -17167,33 +17183,44 @@ PTST__AVX2 PTST__INLINE __m256 ptst__sigmoid__avx2(__m256 x) {
     return _mm256_div_ps(one, _mm256_add_ps(one, e));
 }
 
+/* t, or its slope, of 8 elements. */
+PTST__AVX2 PTST__INLINE __m256 ptst__glu_inner__avx2(__m256 g, bool cubic, bool slope) {
+    __m256 b = _mm256_set1_ps(slope ? 3 * PTST__GELU_B : PTST__GELU_B);
+    __m256 t = _mm256_fmadd_ps(_mm256_mul_ps(g, g), b, _mm256_set1_ps(PTST__GELU_A));
+    return slope ? t : cubic ? _mm256_mul_ps(g, t) : g;
+}
+
 /* As __scalar, 8 elements at once; the last ones through a buffer. */
-PTST__AVX2 static void ptst__swiglu__avx2(size_t n, const float *gate, const float *up, float *y) {
+PTST__AVX2 static void ptst__glu__avx2(size_t n, bool cubic, const float *gate, const float *up,
+                                       float *y) {
     float b[16];
     size_t i;
     for (i = 0; n - i >= 8; i += 8) {
         __m256 g = _mm256_loadu_ps(gate + i);
-        g = _mm256_mul_ps(g, ptst__sigmoid__avx2(g));
+        g = _mm256_mul_ps(g, ptst__sigmoid__avx2(ptst__glu_inner__avx2(g, cubic, false)));
         _mm256_storeu_ps(y + i, _mm256_mul_ps(g, _mm256_loadu_ps(up + i)));
     }
     if (i < n) {
         memset(b, 0, sizeof b);
         memcpy(b, gate + i, (n - i) * sizeof *b);
         memcpy(b + 8, up + i, (n - i) * sizeof *b);
-        ptst__swiglu__avx2(8, b, b + 8, b);
+        ptst__glu__avx2(8, cubic, b, b + 8, b);
         memcpy(y + i, b, (n - i) * sizeof *b);
     }
 }
 
-PTST__AVX2 static void ptst__swiglu_backward__avx2(size_t n, const float *gate, const float *up,
-                                                   const float *dy, float *dgate, float *dup) {
+PTST__AVX2 static void ptst__glu_backward__avx2(size_t n, bool cubic, const float *gate,
+                                                const float *up, const float *dy, float *dgate,
+                                                float *dup) {
     __m256 one = _mm256_set1_ps(1);
     float b[24];
     size_t i, size;
     for (i = 0; n - i >= 8; i += 8) {
         __m256 g = _mm256_loadu_ps(gate + i), u = _mm256_loadu_ps(up + i);
-        __m256 d = _mm256_loadu_ps(dy + i), s = ptst__sigmoid__avx2(g), t;
-        t = _mm256_fmadd_ps(g, _mm256_sub_ps(one, s), one);
+        __m256 d = _mm256_loadu_ps(dy + i), t;
+        __m256 s = ptst__sigmoid__avx2(ptst__glu_inner__avx2(g, cubic, false));
+        t = cubic ? _mm256_mul_ps(g, ptst__glu_inner__avx2(g, true, true)) : g;
+        t = _mm256_fmadd_ps(t, _mm256_sub_ps(one, s), one);
         d = _mm256_mul_ps(d, s);
         _mm256_storeu_ps(dup + i, _mm256_mul_ps(d, g));
         _mm256_storeu_ps(dgate + i, _mm256_mul_ps(_mm256_mul_ps(d, u), t));
@@ -17204,7 +17231,7 @@ PTST__AVX2 static void ptst__swiglu_backward__avx2(size_t n, const float *gate, 
         memcpy(b, gate + i, size);
         memcpy(b + 8, up + i, size);
         memcpy(b + 16, dy + i, size);
-        ptst__swiglu_backward__avx2(8, b, b + 8, b + 16, b, b + 8);
+        ptst__glu_backward__avx2(8, cubic, b, b + 8, b + 16, b, b + 8);
         memcpy(dgate + i, b, size);
         memcpy(dup + i, b + 8, size);
     }
@@ -17216,27 +17243,36 @@ PTST__AVX512 PTST__INLINE __m512 ptst__sigmoid__avx512(__m512 x) {
     return _mm512_div_ps(one, _mm512_add_ps(one, e));
 }
 
+PTST__AVX512 PTST__INLINE __m512 ptst__glu_inner__avx512(__m512 g, bool cubic, bool slope) {
+    __m512 b = _mm512_set1_ps(slope ? 3 * PTST__GELU_B : PTST__GELU_B);
+    __m512 t = _mm512_fmadd_ps(_mm512_mul_ps(g, g), b, _mm512_set1_ps(PTST__GELU_A));
+    return slope ? t : cubic ? _mm512_mul_ps(g, t) : g;
+}
+
 /* As AVX2, 16 elements at once. */
-PTST__AVX512 static void ptst__swiglu__avx512(size_t n, const float *gate, const float *up,
-                                              float *y) {
+PTST__AVX512 static void ptst__glu__avx512(size_t n, bool cubic, const float *gate,
+                                           const float *up, float *y) {
     size_t i;
     for (i = 0; i < n; i += 16) {
         __mmask16 mask = ptst__mask16__avx512(n - i);
         __m512 g = _mm512_maskz_loadu_ps(mask, gate + i), u = _mm512_maskz_loadu_ps(mask, up + i);
-        g = _mm512_mul_ps(g, ptst__sigmoid__avx512(g));
+        g = _mm512_mul_ps(g, ptst__sigmoid__avx512(ptst__glu_inner__avx512(g, cubic, false)));
         _mm512_mask_storeu_ps(y + i, mask, _mm512_mul_ps(g, u));
     }
 }
 
-PTST__AVX512 static void ptst__swiglu_backward__avx512(size_t n, const float *gate, const float *up,
-                                                       const float *dy, float *dgate, float *dup) {
+PTST__AVX512 static void ptst__glu_backward__avx512(size_t n, bool cubic, const float *gate,
+                                                    const float *up, const float *dy, float *dgate,
+                                                    float *dup) {
     __m512 one = _mm512_set1_ps(1);
     size_t i;
     for (i = 0; i < n; i += 16) {
         __mmask16 mask = ptst__mask16__avx512(n - i);
         __m512 g = _mm512_maskz_loadu_ps(mask, gate + i), u = _mm512_maskz_loadu_ps(mask, up + i);
-        __m512 d = _mm512_maskz_loadu_ps(mask, dy + i), s = ptst__sigmoid__avx512(g), t;
-        t = _mm512_fmadd_ps(g, _mm512_sub_ps(one, s), one);
+        __m512 d = _mm512_maskz_loadu_ps(mask, dy + i), t;
+        __m512 s = ptst__sigmoid__avx512(ptst__glu_inner__avx512(g, cubic, false));
+        t = cubic ? _mm512_mul_ps(g, ptst__glu_inner__avx512(g, true, true)) : g;
+        t = _mm512_fmadd_ps(t, _mm512_sub_ps(one, s), one);
         d = _mm512_mul_ps(d, s);
         _mm512_mask_storeu_ps(dup + i, mask, _mm512_mul_ps(d, g));
         _mm512_mask_storeu_ps(dgate + i, mask, _mm512_mul_ps(_mm512_mul_ps(d, u), t));
@@ -17251,31 +17287,39 @@ PTST__INLINE float32x4_t ptst__sigmoid__neon(float32x4_t x) {
 }
 
 /* As __scalar, 4 elements at once; the last ones through a buffer. */
-static void ptst__swiglu__neon(size_t n, const float *gate, const float *up, float *y) {
+PTST__INLINE float32x4_t ptst__glu_inner__neon(float32x4_t g, bool cubic, bool slope) {
+    float32x4_t b = vdupq_n_f32(slope ? 3 * PTST__GELU_B : PTST__GELU_B);
+    float32x4_t t = vfmaq_f32(vdupq_n_f32(PTST__GELU_A), vmulq_f32(g, g), b);
+    return slope ? t : cubic ? vmulq_f32(g, t) : g;
+}
+
+static void ptst__glu__neon(size_t n, bool cubic, const float *gate, const float *up, float *y) {
     float b[8];
     size_t i;
     for (i = 0; n - i >= 4; i += 4) {
         float32x4_t g = vld1q_f32(gate + i);
-        g = vmulq_f32(g, ptst__sigmoid__neon(g));
+        g = vmulq_f32(g, ptst__sigmoid__neon(ptst__glu_inner__neon(g, cubic, false)));
         vst1q_f32(y + i, vmulq_f32(g, vld1q_f32(up + i)));
     }
     if (i < n) {
         memset(b, 0, sizeof b);
         memcpy(b, gate + i, (n - i) * sizeof *b);
         memcpy(b + 4, up + i, (n - i) * sizeof *b);
-        ptst__swiglu__neon(4, b, b + 4, b);
+        ptst__glu__neon(4, cubic, b, b + 4, b);
         memcpy(y + i, b, (n - i) * sizeof *b);
     }
 }
 
-static void ptst__swiglu_backward__neon(size_t n, const float *gate, const float *up,
-                                        const float *dy, float *dgate, float *dup) {
+static void ptst__glu_backward__neon(size_t n, bool cubic, const float *gate, const float *up,
+                                     const float *dy, float *dgate, float *dup) {
     float32x4_t one = vdupq_n_f32(1);
     float b[12];
     size_t i, size;
     for (i = 0; n - i >= 4; i += 4) {
         float32x4_t g = vld1q_f32(gate + i), u = vld1q_f32(up + i), d = vld1q_f32(dy + i);
-        float32x4_t s = ptst__sigmoid__neon(g), t = vfmaq_f32(one, g, vsubq_f32(one, s));
+        float32x4_t s = ptst__sigmoid__neon(ptst__glu_inner__neon(g, cubic, false)), t;
+        t = cubic ? vmulq_f32(g, ptst__glu_inner__neon(g, true, true)) : g;
+        t = vfmaq_f32(one, t, vsubq_f32(one, s));
         d = vmulq_f32(d, s);
         vst1q_f32(dup + i, vmulq_f32(d, g));
         vst1q_f32(dgate + i, vmulq_f32(vmulq_f32(d, u), t));
@@ -17286,7 +17330,7 @@ static void ptst__swiglu_backward__neon(size_t n, const float *gate, const float
         memcpy(b, gate + i, size);
         memcpy(b + 4, up + i, size);
         memcpy(b + 8, dy + i, size);
-        ptst__swiglu_backward__neon(4, b, b + 4, b + 8, b, b + 4);
+        ptst__glu_backward__neon(4, cubic, b, b + 4, b + 8, b, b + 4);
         memcpy(dgate + i, b, size);
         memcpy(dup + i, b + 4, size);
     }
@@ -17294,52 +17338,79 @@ static void ptst__swiglu_backward__neon(size_t n, const float *gate, const float
 
 #endif
 
-typedef struct ptst__swiglu_job {
+typedef struct ptst__glu_job {
     const struct ptst__kernels *kernels;
     size_t n;
+    bool cubic;
     const float *gate, *up, *dy;
     float *y, *dgate, *dup;
-} ptst__swiglu_job;
+} ptst__glu_job;
 
 /* Elements of a task of an operation that works element by element; a multiple of 64 so that
    tasks do not share cache lines. */
 enum { PTST__ELEMENTS = 4096 };
 
-static void ptst__swiglu_task(void *arg, size_t task, int thread) {
-    const ptst__swiglu_job *j = (const ptst__swiglu_job *)arg;
+static void ptst__glu_task(void *arg, size_t task, int thread) {
+    const ptst__glu_job *j = (const ptst__glu_job *)arg;
     size_t i = task * PTST__ELEMENTS, n = ptst__min(PTST__ELEMENTS, j->n - i);
     (void)thread;
     if (j->y != NULL) {
-        j->kernels->swiglu(n, j->gate + i, j->up + i, j->y + i);
+        j->kernels->glu(n, j->cubic, j->gate + i, j->up + i, j->y + i);
     } else {
-        j->kernels->swiglu_backward(n, j->gate + i, j->up + i, j->dy + i, j->dgate + i, j->dup + i);
+        j->kernels->glu_backward(n, j->cubic, j->gate + i, j->up + i, j->dy + i, j->dgate + i,
+                                 j->dup + i);
     }
 }
 
-PTST_API void ptst_swiglu_forward(ptst_ctx *c, size_t n, const float *gate, const float *up,
-                                  float *y) {
-    ptst__swiglu_job j;
+static void ptst__glu(ptst_ctx *c, ptst__glu_job *j) {
+    j->kernels = c->kernels;
+    ptst__parallel_for(c, ptst__ceil_div(j->n, PTST__ELEMENTS), ptst__glu_task, j);
+}
+
+static void ptst__glu_forward(ptst_ctx *c, bool cubic, size_t n, const float *gate, const float *up,
+                              float *y) {
+    ptst__glu_job j;
     memset(&j, 0, sizeof j);
-    j.kernels = c->kernels;
     j.n = n;
+    j.cubic = cubic;
     j.gate = gate;
     j.up = up;
     j.y = y;
-    ptst__parallel_for(c, ptst__ceil_div(n, PTST__ELEMENTS), ptst__swiglu_task, &j);
+    ptst__glu(c, &j);
 }
 
-PTST_API void ptst_swiglu_backward(ptst_ctx *c, size_t n, const float *gate, const float *up,
-                                   const float *dy, float *dgate, float *dup) {
-    ptst__swiglu_job j;
+static void ptst__glu_backward(ptst_ctx *c, bool cubic, size_t n, const float *gate,
+                               const float *up, const float *dy, float *dgate, float *dup) {
+    ptst__glu_job j;
     memset(&j, 0, sizeof j);
-    j.kernels = c->kernels;
     j.n = n;
+    j.cubic = cubic;
     j.gate = gate;
     j.up = up;
     j.dy = dy;
     j.dgate = dgate;
     j.dup = dup;
-    ptst__parallel_for(c, ptst__ceil_div(n, PTST__ELEMENTS), ptst__swiglu_task, &j);
+    ptst__glu(c, &j);
+}
+
+PTST_API void ptst_swiglu_forward(ptst_ctx *c, size_t n, const float *gate, const float *up,
+                                  float *y) {
+    ptst__glu_forward(c, false, n, gate, up, y);
+}
+
+PTST_API void ptst_swiglu_backward(ptst_ctx *c, size_t n, const float *gate, const float *up,
+                                   const float *dy, float *dgate, float *dup) {
+    ptst__glu_backward(c, false, n, gate, up, dy, dgate, dup);
+}
+
+PTST_API void ptst_geglu_forward(ptst_ctx *c, size_t n, const float *gate, const float *up,
+                                 float *y) {
+    ptst__glu_forward(c, true, n, gate, up, y);
+}
+
+PTST_API void ptst_geglu_backward(ptst_ctx *c, size_t n, const float *gate, const float *up,
+                                  const float *dy, float *dgate, float *dup) {
+    ptst__glu_backward(c, true, n, gate, up, dy, dgate, dup);
 }
 
 /* ---- attention -------------------------------------------------------------------------------
@@ -19028,8 +19099,8 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     ptst__rmsnorm_backward__scalar,
     ptst__rmsnorm_dw__scalar,
     ptst__rope__scalar,
-    ptst__swiglu__scalar,
-    ptst__swiglu_backward__scalar,
+    ptst__glu__scalar,
+    ptst__glu_backward__scalar,
     NULL,
     NULL,
     NULL,
@@ -19060,8 +19131,8 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     ptst__rmsnorm_backward__avx2,
     ptst__rmsnorm_dw__avx2,
     ptst__rope__avx2,
-    ptst__swiglu__avx2,
-    ptst__swiglu_backward__avx2,
+    ptst__glu__avx2,
+    ptst__glu_backward__avx2,
     ptst__multiply__avx2,
     ptst__softmax_tile__avx2,
     ptst__softmax_tile_backward__avx2,
@@ -19091,8 +19162,8 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     ptst__rmsnorm_backward__avx2,
     ptst__rmsnorm_dw__avx2,
     ptst__rope__avx2,
-    ptst__swiglu__avx512,
-    ptst__swiglu_backward__avx512,
+    ptst__glu__avx512,
+    ptst__glu_backward__avx512,
     ptst__multiply__avx512,
     ptst__softmax_tile__avx512,
     ptst__softmax_tile_backward__avx512,
@@ -19123,8 +19194,8 @@ static const struct ptst__kernels ptst__kernels_neon = {
     ptst__rmsnorm_backward__neon,
     ptst__rmsnorm_dw__neon,
     ptst__rope__neon,
-    ptst__swiglu__neon,
-    ptst__swiglu_backward__neon,
+    ptst__glu__neon,
+    ptst__glu_backward__neon,
     ptst__multiply__neon,
     ptst__softmax_tile__neon,
     ptst__softmax_tile_backward__neon,
