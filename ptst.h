@@ -99,10 +99,10 @@
    MODEL FOLDERS
        config.json (both generations of keys), model.safetensors or its sharded index,
        tokenizer.json, and if there: tokenizer_config.json, generation_config.json,
-       chat_template.jinja. model_type llama, mistral, qwen2, qwen3, smollm3, phi3; rope types
-       default, linear, llama3, yarn, longrope. Weights F32, F16 or BF16 stay as they lie in the
-       file, which is mapped, not read; arithmetic is float32 and every weight is widened on its
-       way into a product. Another dtype may be asked for at loading.
+       chat_template.jinja. model_type llama, mistral, qwen2, qwen3, smollm3, phi3, gemma,
+       gemma3_text; rope types default, linear, llama3, yarn, longrope. Weights F32, F16 or BF16
+       stay as they lie in the file, which is mapped, not read; arithmetic is float32 and every
+       weight is widened on its way into a product. Another dtype may be asked for at loading.
        Adapter folders are PEFT's: adapter_config.json and adapter_model.safetensors.
 
    THE EXPERIMENT FILE
@@ -682,14 +682,14 @@ enum {
    default written beside the field; without one the field must be set. */
 typedef struct ptst_config {
     char model_type[32]; /* "llama" (the default), "mistral", "qwen2", "qwen3",
-                            "smollm3", "phi3" */
+                            "smollm3", "phi3", "gemma", "gemma3_text" */
     int32_t vocab_size;  /* rows of the embedding; may be more than the tokenizer has */
     int32_t hidden_size;
     int32_t intermediate_size;
     int32_t num_hidden_layers; /* at most PTST_LAYERS_MAX */
     int32_t num_attention_heads;
     int32_t num_key_value_heads;     /* num_attention_heads */
-    int32_t head_dim;                /* hidden_size / num_attention_heads (qwen3: 128); even */
+    int32_t head_dim;                /* even; hidden_size / heads (qwen3 128, gemma 256) */
     int32_t max_position_embeddings; /* llama 2048, mistral 131072, others 32768 */
     double rms_norm_eps;             /* 1e-6 */
     double initializer_range;        /* 0.02 */
@@ -711,6 +711,8 @@ typedef struct ptst_config {
     float rope_short_factor[PTST_PAIRS_MAX];  /* longrope: up to the original length */
     float rope_long_factor[PTST_PAIRS_MAX];   /* longrope: in longer sequences */
     int32_t rope_pairs;                       /* longrope: how many factors there are */
+    double rope_local_base_freq;              /* gemma3_text: theta where there is a window; 1e4 */
+    double query_pre_attn_scalar;             /* gemma3_text: scores * this ^ -1/2; 256 */
     int32_t original_max_position_embeddings; /* max_position_embeddings */
     int32_t bos_token_id, pad_token_id;       /* -1 = none */
     int32_t eos_token_id[PTST_EOS_MAX];
@@ -19294,6 +19296,7 @@ PTST_API void ptst_close(ptst_ctx *c) {
        q = n Wq^T + bq, k = n Wk^T + bk, v = n Wv^T + bv                    (2)
        (qwen3: each head of q, and of k, goes through an RMSNorm here)
        q, k = rope(q), rope(k)        (smollm3: not in every layer)         (3)
+       (gemma: s = gelu(g) u; gemma3: what (5) and (8) add goes through an RMSNorm before)
        a = attention(q, k, v), each sequence for itself                     (4)
        x2 = x + a Wo^T + bo                                                 (5)
        n2 = rmsnorm(x2)                                                     (6)
@@ -19309,7 +19312,8 @@ typedef enum ptst__window_rule {
     PTST__NO_WINDOW,
     PTST__ALL_LAYERS,
     PTST__UPPER_LAYERS,    /* from max_window_layers on, if use_sliding_window */
-    PTST__UNROTATED_LAYERS /* those without rope, if use_sliding_window */
+    PTST__UNROTATED_LAYERS, /* those without rope, if use_sliding_window */
+    PTST__PATTERN_LAYERS    /* all but every sliding_window_pattern-th */
 } ptst__window_rule;
 
 enum {
@@ -19319,7 +19323,9 @@ enum {
     PTST__QK_NORM = 8,        /* an RMSNorm over each head of q and k, before rope */
     PTST__NO_ROPE = 16,       /* the keys no_rope_layers and no_rope_layer_interval are read */
     PTST__TIED = 32,          /* tie_word_embeddings if the key is absent */
-    PTST__FUSED = 64          /* q, k, v are one matrix, gate and up another */
+    PTST__FUSED = 64,         /* q, k, v are one matrix, gate and up another */
+    PTST__GEMMA = 128,        /* norms hold w - 1, the embedding is scaled, the gate is a gelu */
+    PTST__GEMMA3 = 256        /* norms after attention and MLP, another theta in some layers */
 };
 
 /* What a model_type means, and its defaults where config.json is silent. */
@@ -19345,6 +19351,11 @@ static const ptst__family ptst__families[] = {
     {"smollm3", "SmolLM3ForCausalLM",
      PTST__ATTENTION_BIAS | PTST__MLP_BIAS | PTST__NO_ROPE | PTST__TIED, 4, 0, 32768, 1e-6, 2e6,
      PTST__UNROTATED_LAYERS, 0},
+    {"gemma", "GemmaForCausalLM", PTST__ATTENTION_BIAS | PTST__TIED | PTST__GEMMA, 16, 256, 8192,
+     1e-6, 1e4, PTST__NO_WINDOW, 0},
+    {"gemma3_text", "Gemma3ForCausalLM",
+     PTST__ATTENTION_BIAS | PTST__TIED | PTST__GEMMA | PTST__GEMMA3 | PTST__QK_NORM, 4, 256, 131072,
+     1e-6, 1e6, PTST__PATTERN_LAYERS, 4096},
     {"phi3", "Phi3ForCausalLM", PTST__FUSED, 0, 0, 4096, 1e-5, 1e4, PTST__ALL_LAYERS, 0},
 };
 
@@ -19482,6 +19493,21 @@ static void ptst__config_ids(ptst__config_reader *r, const char *key, int32_t *i
     }
 }
 
+/* Gemma 3: layers with a window turn with a theta of their own, unscaled. Returns the parameters of
+   the others. */
+static int32_t ptst__config_local_rope(ptst__config_reader *r, int32_t rope, ptst_config *g) {
+    int32_t full = ptst__config_get(r, rope, "full_attention");
+    int32_t local = ptst__config_get(r, rope, "sliding_attention");
+    const char *type = ptst_json_string(r->json, ptst__config_get(r, local, "rope_type"), NULL);
+    double theta = ptst__config_number(r, 0, "rope_local_base_freq", 1e-3, 1e15, 1e4);
+    if (type != NULL && strcmp(type, "default") != 0) {
+        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "sliding_attention",
+                          "expected rope_type \"default\"");
+    }
+    g->rope_local_base_freq = ptst__config_number(r, local, "rope_theta", 1e-3, 1e15, theta);
+    return full >= 0 ? full : local >= 0 ? -1 : rope;
+}
+
 /* The factors of longrope; returns their number. */
 static int32_t ptst__config_factors(ptst__config_reader *r, int32_t rope, const char *key,
                                     float *factors) {
@@ -19535,8 +19561,11 @@ static void ptst__config_rope(ptst__config_reader *r, const ptst__family *family
     if (rope >= 0 && !object) {
         ptst__config_fail(r, PTST_ERR_FORMAT, "rope_scaling", "expected an object or null");
     }
-    if (object && (ptst__config_get(r, rope, "full_attention") >= 0 ||
-                   ptst__config_get(r, rope, "sliding_attention") >= 0)) {
+    if ((family->traits & PTST__GEMMA3) != 0) {
+        rope = ptst__config_local_rope(r, rope, g);
+        object = ptst_json_kind(r->json, rope) == PTST_JSON_OBJECT;
+    } else if (object && (ptst__config_get(r, rope, "full_attention") >= 0 ||
+                          ptst__config_get(r, rope, "sliding_attention") >= 0)) {
         ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "rope_parameters",
                           "different ones for different layers are not supported");
     }
@@ -19610,9 +19639,14 @@ static void ptst__config_window(ptst__config_reader *r, const ptst__family *fami
     for (i = 0; i < g->num_hidden_layers && family->window == PTST__UNROTATED_LAYERS; i++) {
         g->sliding_layers[i] = g->unrotated_layers[i];
     }
-    first = family->window == PTST__UNROTATED_LAYERS ? -1 : 0;
+    for (i = 0; i < g->num_hidden_layers && family->window == PTST__PATTERN_LAYERS; i++) {
+        g->sliding_layers[i] =
+            (i + 1) % ptst__config_int(r, 0, "sliding_window_pattern", 1, INT32_MAX, 6) != 0;
+    }
+    first = family->window == PTST__UPPER_LAYERS ? 0 : -1;
     first = first < 0 ? first : ptst__config_int(r, 0, "max_window_layers", 0, INT32_MAX, 28);
-    if (!ptst__config_flag(r, 0, "use_sliding_window", false)) {
+    if (family->window != PTST__PATTERN_LAYERS &&
+        !ptst__config_flag(r, 0, "use_sliding_window", false)) {
         g->sliding_window = 0;
     }
     for (i = 0; i < g->num_hidden_layers && types < 0; i++) {
@@ -19640,15 +19674,32 @@ static void ptst__config_window(ptst__config_reader *r, const ptst__family *fami
 }
 
 /* Things that would change the result and are not done here. */
-static void ptst__config_refuse(ptst__config_reader *r) {
-    int32_t node = ptst__config_get(r, 0, "hidden_act");
-    const char *act = node < 0 ? "silu" : ptst_json_string(r->json, node, NULL);
+static void ptst__config_refuse(ptst__config_reader *r, const ptst__family *family) {
+    static const char *const keys[] = {"hidden_activation", "hidden_act", "attn_logit_softcapping",
+                                       "final_logit_softcapping", "use_bidirectional_attention"};
+    bool gemma = (family->traits & PTST__GEMMA) != 0;
+    int i;
     if (ptst__config_get(r, 0, "quantization_config") >= 0) {
         ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "quantization_config",
                           "quantised files are not supported, take the original model");
     }
-    if (act == NULL || (strcmp(act, "silu") != 0 && strcmp(act, "swish") != 0)) {
-        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "hidden_act", "only \"silu\" is supported");
+    for (i = gemma ? 0 : 1; i < 2; i++) {
+        int32_t node = ptst__config_get(r, 0, keys[i]);
+        const char *act = node < 0 ? "" : ptst_json_string(r->json, node, NULL);
+        bool silu = act != NULL && (strcmp(act, "silu") == 0 || strcmp(act, "swish") == 0);
+        bool gelu = act != NULL && strcmp(act, "gelu_pytorch_tanh") == 0;
+        if (node >= 0 && !(gemma ? gelu : silu)) {
+            ptst__config_fail(r, PTST_ERR_UNSUPPORTED, keys[i],
+                              gemma ? "only \"gelu_pytorch_tanh\" is supported"
+                                    : "only \"silu\" is supported");
+        }
+        i += node >= 0 && gemma; /* the first key counts if both are there */
+    }
+    for (i = 2; i < 5; i++) {
+        int32_t node = ptst__config_get(r, 0, keys[i]);
+        if (node >= 0 && ptst_json_kind(r->json, node) != PTST_JSON_FALSE) {
+            ptst__config_fail(r, PTST_ERR_UNSUPPORTED, keys[i], "is not supported");
+        }
     }
 }
 
@@ -19689,6 +19740,30 @@ static void ptst__config_attention_factor(ptst_config *g) {
     }
 }
 
+/* Numbers that have a default; the sizes are known. */
+static void ptst__config_defaults(const ptst__family *family, ptst_config *g) {
+    g->rms_norm_eps = g->rms_norm_eps == 0 ? family->eps : g->rms_norm_eps;
+    g->initializer_range = g->initializer_range == 0 ? 0.02 : g->initializer_range;
+    g->rope_theta = g->rope_theta == 0 ? family->theta : g->rope_theta;
+    g->rope_beta_fast = g->rope_beta_fast == 0 ? 32 : g->rope_beta_fast;
+    g->rope_beta_slow = g->rope_beta_slow == 0 ? 1 : g->rope_beta_slow;
+    g->partial_rotary_factor = g->partial_rotary_factor == 0 ? 1 : g->partial_rotary_factor;
+    g->rope_local_base_freq = g->rope_local_base_freq == 0 ? 1e4 : g->rope_local_base_freq;
+    if ((family->traits & PTST__GEMMA3) == 0) {
+        g->query_pre_attn_scalar = g->head_dim;
+    } else if (g->query_pre_attn_scalar == 0) {
+        g->query_pre_attn_scalar = 256;
+    }
+    if (g->rope_type[0] == 0) {
+        (void)ptst__config_name(g->rope_type, sizeof g->rope_type, "default");
+    }
+    if (g->original_max_position_embeddings == 0) {
+        g->original_max_position_embeddings =
+            (family->traits & PTST__FUSED) != 0 ? family->positions : g->max_position_embeddings;
+    }
+    ptst__config_attention_factor(g);
+}
+
 /* Fills in defaults and checks that the numbers fit together. where names the origin in errors. */
 static ptst_code ptst__config_resolve(ptst_ctx *c, ptst_config *g, const char *where) {
     const ptst__family *family;
@@ -19723,20 +19798,7 @@ static ptst_code ptst__config_resolve(ptst_ctx *c, ptst_config *g, const char *w
                               w->key, (long)value, (long)w->min, (long)w->max);
         }
     }
-    g->rms_norm_eps = g->rms_norm_eps == 0 ? family->eps : g->rms_norm_eps;
-    g->initializer_range = g->initializer_range == 0 ? 0.02 : g->initializer_range;
-    g->rope_theta = g->rope_theta == 0 ? family->theta : g->rope_theta;
-    g->rope_beta_fast = g->rope_beta_fast == 0 ? 32 : g->rope_beta_fast;
-    g->rope_beta_slow = g->rope_beta_slow == 0 ? 1 : g->rope_beta_slow;
-    g->partial_rotary_factor = g->partial_rotary_factor == 0 ? 1 : g->partial_rotary_factor;
-    if (g->rope_type[0] == 0) {
-        (void)ptst__config_name(g->rope_type, sizeof g->rope_type, "default");
-    }
-    if (g->original_max_position_embeddings == 0) {
-        g->original_max_position_embeddings =
-            (family->traits & PTST__FUSED) != 0 ? family->positions : g->max_position_embeddings;
-    }
-    ptst__config_attention_factor(g);
+    ptst__config_defaults(family, g);
     for (i = 0; i < g->num_hidden_layers && family->window == PTST__ALL_LAYERS; i++) {
         g->sliding_layers[i] = g->sliding_window != 0;
     }
@@ -19827,7 +19889,8 @@ static ptst_code ptst__config_parse(ptst_ctx *c, const ptst_json *j, const char 
     ptst__config_rope(&r, family, g);
     ptst__config_no_rope(&r, family, g);
     ptst__config_window(&r, family, g);
-    ptst__config_refuse(&r);
+    ptst__config_refuse(&r, family);
+    g->query_pre_attn_scalar = ptst__config_number(&r, 0, "query_pre_attn_scalar", 1e-6, 1e9, 0);
     g->bos_token_id = ptst__config_int(&r, 0, "bos_token_id", -1, INT32_MAX, -1);
     g->pad_token_id = ptst__config_int(&r, 0, "pad_token_id", -1, INT32_MAX, -1);
     ptst__config_ids(&r, "eos_token_id", g->eos_token_id, &g->eos_count);
@@ -19890,6 +19953,7 @@ typedef struct ptst__weight {
     ptst_dtype dtype;      /* of data */
     ptst_dtype file_dtype; /* of the file it came from, F32 if there was none */
     bool vector;
+    bool offset; /* a norm of gemma: the file holds what is here minus 1 */
 } ptst__weight;
 
 typedef struct ptst__linear {
@@ -19899,10 +19963,12 @@ typedef struct ptst__linear {
 
 typedef struct ptst__layer {
     ptst__weight *norms[2];      /* before attention, before the MLP */
+    ptst__weight *after[2];      /* norms behind them; NULL if there are none */
     ptst__weight *head_norms[2]; /* [D] of q and k; NULL if there are none */
     ptst__linear linears[PTST__LINEARS];
     size_t window; /* keys that a query sees, 0 = all */
     bool rotated;  /* by rope */
+    bool local;    /* with the second set of frequencies */
 } ptst__layer;
 
 /* C hidden, F intermediate, V vocabulary, L layers, H query heads on K key heads of D. */
@@ -19918,12 +19984,15 @@ struct ptst_model {
     ptst__weight *embedding; /* [V, C] */
     ptst__weight *norm;      /* after the last layer */
     ptst__weight *head;      /* [V, C]; the embedding if tied */
-    float *frequencies;      /* [2, R / 2] angle of rotation per position; then in long sequences */
+    float *frequencies;      /* [2, R / 2] angle of rotation per position; the second set is
+                              that of long sequences, or of layers with a window */
     size_t C, F, V, L, H, K, D;
     size_t R;     /* elements of a head that rope turns */
     bool qk_norm; /* q and k have norms */
     bool fused;   /* q, k, v are one matrix, gate and up another */
     bool lengthy; /* longrope: sequences beyond the original length turn otherwise */
+    bool gemma;   /* norms are stored minus 1, the embedding is scaled, the gate is a gelu */
+    bool gemma3;  /* norms behind attention and MLP; layers with a window turn otherwise */
     bool trainable;
 };
 
@@ -19984,6 +20053,7 @@ static ptst__weight *ptst__weight_add(ptst_ctx *c, ptst_model *m, int layer, con
     w->rows = rows == 0 ? 1 : rows;
     w->cols = cols;
     w->dtype = w->file_dtype = PTST_F32;
+    w->offset = m->gemma && w->vector && strcmp(kind, "weight") == 0;
     m->weights_count += w->name != NULL;
     return w->name == NULL ? NULL : w;
 }
@@ -19991,18 +20061,25 @@ static ptst__weight *ptst__weight_add(ptst_ctx *c, ptst_model *m, int layer, con
 static ptst_code ptst__model_add_layer(ptst_ctx *c, ptst_model *m, int l) {
     static const char *const norms[2] = {"input_layernorm", "post_attention_layernorm"};
     static const char *const head_norms[2] = {"self_attn.q_norm", "self_attn.k_norm"};
+    static const char *const after[2] = {"post_attention_layernorm", "post_feedforward_layernorm"};
     ptst__layer *y = &m->layers[l];
     size_t in, out;
     int k;
     y->window = m->config.sliding_layers[l] ? (size_t)m->config.sliding_window : 0;
     y->rotated = !m->config.unrotated_layers[l];
-    y->head_norms[0] = y->head_norms[1] = NULL;
+    y->local = m->gemma3 && m->config.sliding_layers[l];
     for (k = 0; k < 2; k++) {
-        y->norms[k] = ptst__weight_add(c, m, l, norms[k], "weight", 0, m->C);
+        const char *name = m->gemma3 && k == 1 ? "pre_feedforward_layernorm" : norms[k];
+        y->head_norms[k] = y->after[k] = NULL;
+        y->norms[k] = ptst__weight_add(c, m, l, name, "weight", 0, m->C);
+        if (m->gemma3 && y->norms[k] != NULL) {
+            y->after[k] = ptst__weight_add(c, m, l, after[k], "weight", 0, m->C);
+        }
         if (m->qk_norm && y->norms[k] != NULL) {
             y->head_norms[k] = ptst__weight_add(c, m, l, head_norms[k], "weight", 0, m->D);
         }
-        if (y->norms[k] == NULL || (m->qk_norm && y->head_norms[k] == NULL)) {
+        if (y->norms[k] == NULL || (m->qk_norm && y->head_norms[k] == NULL) ||
+            (m->gemma3 && y->after[k] == NULL)) {
             return PTST_ERR_MEMORY;
         }
     }
@@ -20069,6 +20146,9 @@ static void ptst__model_frequencies(ptst_model *m) {
         if (m->lengthy) {
             m->frequencies[i] = 1 / (g->rope_short_factor[i] * turn);
             m->frequencies[m->R / 2 + i] = 1 / (g->rope_long_factor[i] * turn);
+        } else if (m->gemma3) {
+            turn = (float)pow(g->rope_local_base_freq, (double)exponent);
+            m->frequencies[m->R / 2 + i] = 1 / turn;
         }
     }
 }
@@ -20089,8 +20169,10 @@ static ptst_code ptst__model_layout(ptst_ctx *c, ptst_model *m) {
     m->qk_norm = (ptst__family_find(g->model_type)->traits & PTST__QK_NORM) != 0;
     m->fused = (ptst__family_find(g->model_type)->traits & PTST__FUSED) != 0;
     m->lengthy = strcmp(g->rope_type, "longrope") == 0;
+    m->gemma = (ptst__family_find(g->model_type)->traits & PTST__GEMMA) != 0;
+    m->gemma3 = (ptst__family_find(g->model_type)->traits & PTST__GEMMA3) != 0;
     m->layers = (ptst__layer *)ptst__arena_alloc(c, &m->arena, m->L, sizeof *m->layers);
-    m->weights = (ptst__weight *)ptst__arena_alloc(c, &m->arena, 3 + m->L * (4 + 2 * PTST__LINEARS),
+    m->weights = (ptst__weight *)ptst__arena_alloc(c, &m->arena, 3 + m->L * (6 + 2 * PTST__LINEARS),
                                                    sizeof *m->weights);
     m->frequencies = (float *)ptst__arena_alloc(c, &m->arena, m->R, sizeof *m->frequencies);
     if (m->layers == NULL || m->weights == NULL || m->frequencies == NULL) {
@@ -20184,6 +20266,13 @@ static void ptst__weight_convert(ptst_ctx *c, const ptst__weight *w, const void 
     j.dtype = dtype;
     ptst__parallel_for(c, ptst__ceil_div(ptst__weight_count(w), PTST__CONVERT), ptst__convert_task,
                        &j);
+}
+
+static void ptst__weight_shift(float *p, size_t n, float by) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        p[i] += by;
+    }
 }
 
 /* ---- binding the tensors of a file ---- */
@@ -20291,6 +20380,9 @@ static ptst_code ptst__model_bind(ptst_ctx *c, ptst_model *m, const char *folder
         const ptst_tensor *t = ptst_tensors_find(m->tensors, w->name);
         if (w->data != t->data) {
             ptst__weight_convert(c, w, t->data, t->dtype);
+        }
+        if (w->offset) {
+            ptst__weight_shift((float *)(uintptr_t)w->data, w->cols, 1);
         }
     }
     return code;
@@ -20632,10 +20724,12 @@ static ptst_code ptst__config_put_window(ptst_ctx *c, ptst_text *t, const ptst_c
     for (i = g->num_hidden_layers - 1; i >= 0 && g->sliding_layers[i]; i--) {
         first = i;
     }
-    code = ptst__text_format(c, t,
-                             "  \"use_sliding_window\": %s,\n  \"max_window_layers\": %ld,\n"
-                             "  \"layer_types\": [",
-                             g->sliding_window == 0 ? "false" : "true", (long)first);
+    if (family->window != PTST__PATTERN_LAYERS) {
+        code = ptst__text_format(
+            c, t, "  \"use_sliding_window\": %s,\n  \"max_window_layers\": %ld,\n",
+            g->sliding_window == 0 ? "false" : "true", (long)first);
+    }
+    code = code != PTST_OK ? code : ptst__text_add(c, t, "  \"layer_types\": [");
     for (i = 0; i < g->num_hidden_layers && code == PTST_OK; i++) {
         code = ptst__text_format(c, t, "%s\"%s\"", i == 0 ? "" : ", ",
                                  g->sliding_layers[i] ? "sliding_attention" : "full_attention");
@@ -20647,6 +20741,7 @@ static ptst_code ptst__config_put_window(ptst_ctx *c, ptst_text *t, const ptst_c
 static ptst_code ptst__config_write(ptst_ctx *c, const ptst_config *g, ptst_dtype dtype,
                                     ptst_text *t) {
     const ptst__family *family = ptst__family_find(g->model_type);
+    bool gemma = (family->traits & PTST__GEMMA) != 0, gemma3 = (family->traits & PTST__GEMMA3) != 0;
     ptst_code code =
         ptst__text_format(c, t, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n",
                           family->architecture, g->model_type);
@@ -20671,6 +20766,12 @@ static ptst_code ptst__config_write(ptst_ctx *c, const ptst_config *g, ptst_dtyp
         code = ptst__text_format(c, t, "  \"original_max_position_embeddings\": %ld,\n",
                                  (long)g->original_max_position_embeddings);
     }
+    if (code == PTST_OK && gemma3) {
+        code = ptst__config_put_float(c, t, "rope_local_base_freq", g->rope_local_base_freq);
+        code = code != PTST_OK ? code
+                               : ptst__text_format(c, t, "  \"query_pre_attn_scalar\": %.15g,\n",
+                                                   g->query_pre_attn_scalar);
+    }
     if (code == PTST_OK && g->partial_rotary_factor != 1) {
         code = ptst__config_put_float(c, t, "partial_rotary_factor", g->partial_rotary_factor);
     }
@@ -20690,8 +20791,10 @@ static ptst_code ptst__config_write(ptst_ctx *c, const ptst_config *g, ptst_dtyp
     return code != PTST_OK
                ? code
                : ptst__text_format(c, t,
-                                   "  \"hidden_act\": \"silu\",\n  \"tie_word_embeddings\": %s,\n"
+                                   "  \"%s\": \"%s\",\n  \"tie_word_embeddings\": %s,\n"
                                    "  \"torch_dtype\": \"%s\"\n}\n",
+                                   gemma3 ? "hidden_activation" : "hidden_act",
+                                   gemma ? "gelu_pytorch_tanh" : "silu",
                                    g->tie_word_embeddings ? "true" : "false",
                                    dtype == PTST_F16    ? "float16"
                                    : dtype == PTST_BF16 ? "bfloat16"
@@ -20704,12 +20807,13 @@ static ptst_code ptst__weight_put(ptst_ctx *c, ptst__tensors_writer *file, const
     size_t i, n = ptst__weight_count(w), part;
     float middle[PTST__CONVERT], out[PTST__CONVERT];
     ptst_code code = PTST_OK;
-    if (dtype == w->dtype) {
+    if (dtype == w->dtype && !w->offset) {
         return ptst__tensors_put(c, file, w->data, n * ptst__dtype_size(dtype));
     }
     for (i = 0; i < n && code == PTST_OK; i += part) {
         part = ptst__min(n - i, PTST__CONVERT);
         ptst__convert_to_f32(c, middle, ptst__element(w->data, w->dtype, i), w->dtype, part);
+        ptst__weight_shift(middle, w->offset ? part : 0, -1);
         ptst__convert_from_f32(c, out, middle, dtype, part);
         code = ptst__tensors_put(c, file, out, part * ptst__dtype_size(dtype));
     }
@@ -20737,7 +20841,14 @@ static ptst_code ptst__model_save_weights(ptst_ctx *c, const ptst_model *m, cons
     code = ptst__tensors_begin(c, &file, path, list, m->weights_count, metadata);
     if (code == PTST_OK) {
         while (code == PTST_OK && (i = ptst__tensors_next(&file)) < m->weights_count) {
-            code = ptst__weight_put(c, &file, &m->weights[i], list[i].dtype);
+            ptst__weight w = m->weights[i];
+            if (w.offset && m->tensors != NULL) { /* as it was, without a rounding */
+                const ptst_tensor *t = ptst_tensors_find(m->tensors, w.name);
+                w.data = t->data;
+                w.dtype = t->dtype;
+                w.offset = false;
+            }
+            code = ptst__weight_put(c, &file, &w, list[i].dtype);
         }
         if (code == PTST_OK) {
             code = ptst__tensors_commit(c, &file);
@@ -20854,6 +20965,7 @@ static float *ptst__memory_floats(ptst__memory *p, size_t a, size_t b) {
 typedef struct ptst__rows_job {
     const ptst_ctx *c;
     size_t rows, cols;
+    float scale;
     const float *src;
     float *dst;
     const int32_t *index;
@@ -20914,6 +21026,31 @@ static void ptst__bias_add(ptst_ctx *c, size_t rows, size_t cols, const float *b
     j.src = bias;
     j.dst = dst;
     ptst__parallel_for(c, ptst__ceil_div(rows, PTST__ROWS), ptst__bias_task, &j);
+}
+
+static void ptst__apply_task(void *arg, size_t task, int thread) {
+    const ptst__rows_job *j = (const ptst__rows_job *)arg;
+    size_t i = task * PTST__ROWS, n = ptst__min(PTST__ROWS, j->rows - i) * j->cols;
+    (void)thread;
+    if (j->src != NULL) {
+        j->c->kernels->axpy(n, j->scale, j->src + i * j->cols, j->dst + i * j->cols);
+    } else {
+        j->c->kernels->scale(n, j->scale, j->dst + i * j->cols);
+    }
+}
+
+/* dst [rows, cols] += scale src; without src dst *= scale. */
+static void ptst__rows_apply(ptst_ctx *c, size_t rows, size_t cols, float scale, const float *src,
+                             float *dst) {
+    ptst__rows_job j;
+    memset(&j, 0, sizeof j);
+    j.c = c;
+    j.rows = rows;
+    j.cols = cols;
+    j.scale = scale;
+    j.src = src;
+    j.dst = dst;
+    ptst__parallel_for(c, ptst__ceil_div(rows, PTST__ROWS), ptst__apply_task, &j);
 }
 
 static void ptst__bias_backward_task(void *arg, size_t task, int thread) {
@@ -21028,6 +21165,8 @@ typedef struct ptst__saved {
     float *a;                  /* [N, H D] output of the attention */
     float *lse;                /* [N, H]; NULL if there is no backward */
     float *x2;                 /* [M, C] */
+    float *behind[2];          /* [M, C] before the norms behind attention and MLP, or NULL */
+    float *behind_rstd[2];     /* [M] of these norms; NULL if there is no backward */
     float *gate, *up;          /* [M, F] */
     float *low[PTST__LINEARS]; /* [N or M, rank] drop(x) A^T of the adapters */
 } ptst__saved;
@@ -21085,6 +21224,10 @@ static void ptst__saved_plan(ptst__flow *f, ptst__memory *p, ptst__saved *s, siz
         s->raw[k] = ptst__memory_floats(p, N, heads * m->D);
         s->raw_rstd[k] = backward ? ptst__memory_floats(p, N, heads) : NULL;
     }
+    for (k = 0; k < 2 && m->gemma3; k++) {
+        s->behind[k] = ptst__memory_floats(p, M, m->C);
+        s->behind_rstd[k] = backward ? ptst__memory_floats(p, M, 1) : NULL;
+    }
     s->a = ptst__memory_floats(p, N, m->H * m->D);
     s->x2 = ptst__memory_floats(p, M, m->C);
     s->gate = ptst__memory_floats(p, M, m->F);
@@ -21106,9 +21249,9 @@ static void ptst__saved_plan(ptst__flow *f, ptst__memory *p, ptst__saved *s, siz
     s->lse = ptst__memory_floats(p, N, m->H);
 }
 
-/* Rows of the tables of angles: positions, and with longrope positions in long sequences. */
+/* Rows of the tables of angles: positions, once for each set of frequencies. */
 static size_t ptst__flow_angles(const ptst__flow *f) {
-    return f->m->lengthy ? 2 * f->positions : f->positions;
+    return f->m->lengthy || f->m->gemma3 ? 2 * f->positions : f->positions;
 }
 
 /* The row of the tables for a position in a sequence of `total` tokens. */
@@ -21161,7 +21304,8 @@ static void ptst__rotation_task(void *arg, size_t position, int thread) {
     const ptst__flow *f = ((const ptst__rotation_job *)arg)->f;
     const ptst_config *g = &f->m->config;
     bool yarn = strcmp(g->rope_type, "yarn") == 0, more = position >= f->positions;
-    float scale = yarn || f->m->lengthy ? (float)g->rope_attention_factor : 1;
+    bool scaled = f->m->lengthy || (yarn && !more);
+    float scale = scaled ? (float)g->rope_attention_factor : 1;
     float at = (float)(more ? position - f->positions : position);
     size_t half = f->m->R / 2, i;
     const float *frequencies = f->m->frequencies + (more ? half : 0);
@@ -21214,7 +21358,7 @@ static ptst_attention ptst__flow_attention(const ptst__flow *f, size_t layer) {
     a.H = f->m->H;
     a.K = f->m->K;
     a.D = f->m->D;
-    a.scale = (float)(1 / sqrt((double)f->m->D));
+    a.scale = (float)(1 / sqrt(f->m->config.query_pre_attn_scalar));
     a.window = f->m->layers[layer].window;
     a.q_ld = f->m->H * f->m->D;
     a.kv_ld = f->m->K * f->m->D;
@@ -21308,11 +21452,11 @@ static void ptst__qkv_columns(ptst_ctx *c, const ptst__flow *f, float *q, float 
 static void ptst__flow_rope(ptst_ctx *c, const ptst__flow *f, size_t l, float *q, float *k,
                             bool back) {
     const ptst_model *m = f->m;
+    size_t set = m->layers[l].local ? f->positions * (m->R / 2) : 0;
+    const float *cosines = f->cosines + set, *sines = f->sines + set;
     if (m->layers[l].rotated) {
-        ptst_rope(c, f->rows, m->H, m->D, m->R, q, m->H * m->D, f->cosines, f->sines, f->position,
-                  back);
-        ptst_rope(c, f->rows, m->K, m->D, m->R, k, m->K * m->D, f->cosines, f->sines, f->position,
-                  back);
+        ptst_rope(c, f->rows, m->H, m->D, m->R, q, m->H * m->D, cosines, sines, f->position, back);
+        ptst_rope(c, f->rows, m->K, m->D, m->R, k, m->K * m->D, cosines, sines, f->position, back);
     }
 }
 
@@ -21344,6 +21488,22 @@ static void ptst__layer_attention(ptst_ctx *c, ptst__flow *f, size_t l) {
     ptst_attention_forward(c, &a, s->q, s->a, s->lse);
 }
 
+/* y [rows, C] += the output of o_proj or down_proj, with gemma3 through its norm. */
+static void ptst__linear_behind(ptst_ctx *c, ptst__flow *f, size_t l, int kind, size_t rows,
+                                const float *x, float *y) {
+    const ptst_model *m = f->m;
+    ptst__saved *s = &f->saved[l];
+    int k = kind == PTST__DOWN;
+    if (!m->gemma3) {
+        ptst__linear_forward(c, f, l, kind, rows, x, y, true);
+        return;
+    }
+    ptst__linear_forward(c, f, l, kind, rows, x, s->behind[k], false);
+    ptst_rmsnorm_forward(c, rows, m->C, (float)m->config.rms_norm_eps, s->behind[k],
+                         (const float *)m->layers[l].after[k]->data, f->n, s->behind_rstd[k]);
+    ptst__rows_apply(c, rows, m->C, 1, f->n, y);
+}
+
 /* Steps (5) to (8) for rows [M]; x2 holds the rows of x, a those of the attention. */
 static void ptst__layer_mlp(ptst_ctx *c, ptst__flow *f, size_t l, size_t M, const float *a,
                             float *out) {
@@ -21353,7 +21513,7 @@ static void ptst__layer_mlp(ptst_ctx *c, ptst__flow *f, size_t l, size_t M, cons
     if (M == 0) {
         return;
     }
-    ptst__linear_forward(c, f, l, PTST__O, M, a, s->x2, true);
+    ptst__linear_behind(c, f, l, PTST__O, M, a, s->x2);
     ptst_rmsnorm_forward(c, M, m->C, (float)m->config.rms_norm_eps, s->x2,
                          (const float *)y->norms[1]->data, f->n, s->rstd[1]);
     if (m->fused) {
@@ -21364,9 +21524,9 @@ static void ptst__layer_mlp(ptst_ctx *c, ptst__flow *f, size_t l, size_t M, cons
         ptst__linear_forward(c, f, l, PTST__GATE, M, f->n, s->gate, false);
         ptst__linear_forward(c, f, l, PTST__UP, M, f->n, s->up, false);
     }
-    ptst_swiglu_forward(c, M * m->F, s->gate, s->up, f->s);
+    ptst__glu_forward(c, m->gemma, M * m->F, s->gate, s->up, f->s);
     ptst__gather(c, M, m->C, s->x2, NULL, out);
-    ptst__linear_forward(c, f, l, PTST__DOWN, M, f->s, out, true);
+    ptst__linear_behind(c, f, l, PTST__DOWN, M, f->s, out);
 }
 
 /* All layers and the last norm: f->normed [picks, C] for the rows in f->picks. */
@@ -21374,6 +21534,9 @@ static void ptst__flow_forward(ptst_ctx *c, ptst__flow *f) {
     const ptst_model *m = f->m;
     size_t l;
     ptst__embed(c, m->embedding, f->rows, f->tokens, f->saved[0].x);
+    if (m->gemma) {
+        ptst__rows_apply(c, f->rows, m->C, (float)sqrt((double)m->C), NULL, f->saved[0].x);
+    }
     for (l = 0; l < m->L; l++) {
         ptst__saved *s = &f->saved[l];
         bool last = l + 1 == m->L;
@@ -21748,6 +21911,7 @@ typedef struct ptst__pass {
     float *dpicked_a; /* [picks, H D] */
     float *dq, *dk, *dv;
     float *draw;    /* [N, H D] before the norms of q and k; NULL if they have none */
+    float *dbehind; /* [N, C] before the norms behind attention and MLP; NULL if there are none */
     float *dn;      /* [N, C] */
     float *ds, *du; /* [N, F] */
     float *dlow;    /* [N, rank] */
@@ -21823,6 +21987,22 @@ static void ptst__linear_backward(ptst_ctx *c, ptst__pass *p, size_t l, int kind
     }
 }
 
+/* Gradient by the output of o_proj (which = 0) or down_proj (1) from that by what is added to x:
+   the same, but with gemma3 there is a norm between them. */
+static const float *ptst__behind_backward(ptst_ctx *c, ptst__pass *p, size_t l, int which,
+                                          size_t rows, const float *dx) {
+    const ptst_model *m = p->flow.m;
+    const ptst__saved *s = &p->flow.saved[l];
+    const ptst__weight *w = m->layers[l].after[which];
+    if (!m->gemma3) {
+        return dx;
+    }
+    memset(p->dbehind, 0, rows * m->C * sizeof(float));
+    ptst_rmsnorm_backward(c, rows, m->C, s->behind[which], (const float *)w->data,
+                          s->behind_rstd[which], dx, p->dbehind, ptst__pass_grad(p, w));
+    return p->dbehind;
+}
+
 /* Steps (8) to (5) backward for M rows: dx from dout to dx2, and da unless it is NULL. a: the
    rows of the attention's output. */
 static void ptst__mlp_backward(ptst_ctx *c, ptst__pass *p, size_t l, size_t M, const float *a,
@@ -21833,10 +22013,11 @@ static void ptst__mlp_backward(ptst_ctx *c, ptst__pass *p, size_t l, size_t M, c
     const ptst__saved *s = &f->saved[l];
     const float *norm = (const float *)y->norms[1]->data;
     if (ptst__pass_learns(p, l, PTST__DOWN, PTST__DOWN)) {
-        ptst_swiglu_forward(c, M * m->F, s->gate, s->up, f->s);
+        ptst__glu_forward(c, m->gemma, M * m->F, s->gate, s->up, f->s);
     }
-    ptst__linear_backward(c, p, l, PTST__DOWN, M, f->s, dx, p->ds, false);
-    ptst_swiglu_backward(c, M * m->F, s->gate, s->up, p->ds, p->ds, p->du);
+    ptst__linear_backward(c, p, l, PTST__DOWN, M, f->s, ptst__behind_backward(c, p, l, 1, M, dx),
+                          p->ds, false);
+    ptst__glu_backward(c, m->gemma, M * m->F, s->gate, s->up, p->ds, p->ds, p->du);
     if (ptst__pass_learns(p, l, PTST__GATE, PTST__UP)) {
         ptst_rmsnorm_forward(c, M, m->C, (float)m->config.rms_norm_eps, s->x2, norm, f->n, NULL);
     }
@@ -21850,7 +22031,8 @@ static void ptst__mlp_backward(ptst_ctx *c, ptst__pass *p, size_t l, size_t M, c
     }
     ptst_rmsnorm_backward(c, M, m->C, s->x2, norm, s->rstd[1], p->dn, dx,
                           ptst__pass_grad(p, y->norms[1]));
-    ptst__linear_backward(c, p, l, PTST__O, M, a, dx, da, false);
+    ptst__linear_backward(c, p, l, PTST__O, M, a, ptst__behind_backward(c, p, l, 0, M, dx), da,
+                          false);
 }
 
 /* Gradients by keys and values of the spans: the rows of dk and dv. */
@@ -21937,6 +22119,9 @@ static void ptst__pass_backward(ptst_ctx *c, ptst__pass *p) {
             ptst__scatter(f->rows, picks, m->H * m->D, p->dpicked_a, f->picks, p->da);
         }
         ptst__attention_layer_backward(c, p, l, below);
+    }
+    if (p->full && m->gemma) {
+        ptst__rows_apply(c, f->rows, m->C, (float)sqrt((double)m->C), NULL, p->dx);
     }
     if (p->full) {
         ptst__add_rows(c, f->rows, m->C, p->dx, f->tokens, ptst__pass_grad(p, m->embedding));
@@ -22069,6 +22254,7 @@ static void ptst__pass_plan(ptst__pass *p, ptst__memory *plan) {
     p->da = ptst__memory_floats(plan, N, q);
     p->dq = ptst__memory_floats(plan, N, q);
     p->draw = m->qk_norm ? ptst__memory_floats(plan, N, q) : NULL;
+    p->dbehind = m->gemma3 ? ptst__memory_floats(plan, N, m->C) : NULL;
     p->dk = ptst__memory_floats(plan, N, kv);
     p->dv = ptst__memory_floats(plan, N, kv);
     p->ds = ptst__memory_floats(plan, N, m->F);

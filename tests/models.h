@@ -5,7 +5,7 @@
 
 #include "test.h"
 
-enum { MODELS = 18, MODELS_TOKENS = 64, MODELS_PATH = 300 };
+enum { MODELS = 20, MODELS_TOKENS = 64, MODELS_PATH = 300 };
 
 /* The last has longrope: in its sequences all tokens turn otherwise once there are more than 12, so
    there what was cached before, or is shared with a shorter sequence, is not what one pass over all
@@ -14,7 +14,8 @@ static const char *const models_names[MODELS] = {
     "llama_tied",     "llama_bias",    "llama3_rope", "llama_linear_rope", "llama_plain",
     "mistral_window", "mistral_plain", "qwen2_tied",  "qwen2_window",      "qwen2_layer_types",
     "qwen3_norms",    "qwen3_window",  "qwen3_yarn",  "smollm3_no_rope",   "smollm3_window",
-    "llama_yarn",     "phi3_plain",    "phi3_longrope"};
+    "llama_yarn",     "phi3_plain",    "gemma_plain", "gemma3_local",
+    "phi3_longrope"};
 
 /* A model, its adapter, a batch of several sequences, and the reference's results for them. */
 typedef struct models_case {

@@ -396,6 +396,17 @@ MODELS = [
                           "partial_rotary_factor": 0.75, "original_max_position_embeddings": 12,
                           "short_factor": [1.0, 1.1, 1.5], "long_factor": [1.2, 2.0, 5.5]}},
      {"r": 2, "lora_alpha": 8, "target_modules": ["qkv_proj", "down_proj"]}, False),
+    ("gemma_plain", "new", "F32", "gemma",
+     {"head_dim": 6, "pad_token_id": None},
+     {"r": 2, "lora_alpha": 8, "target_modules": ALL}, True),
+    ("gemma3_local", "new", "F32", "gemma3_text",
+     {"head_dim": 6, "num_hidden_layers": 3, "sliding_window": 5, "query_pre_attn_scalar": 9,
+      "pad_token_id": None, "layer_types": ["sliding_attention", "full_attention",
+                                            "sliding_attention"],
+      "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0,
+                                             "rope_theta": 1e5},
+                          "sliding_attention": {"rope_type": "default", "rope_theta": 2e3}}},
+     {"r": 2, "lora_alpha": 8, "target_modules": ALL}, True),
 ]
 
 
