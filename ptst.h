@@ -4127,13 +4127,20 @@ static ptst_code ptst__utf8_repair(ptst_ctx *c, const char *s, size_t size, ptst
    encoding keeps its working memory to itself. Tested by tests/test_tokenizer.c against ids that
    Hugging Face tokenizers gave. */
 
-/* How text is cut into words before merging; the patterns are those of the model families. */
-typedef enum ptst__split {
-    PTST__SPLIT_NONE,  /* SentencePiece style: the whole text is one word */
-    PTST__SPLIT_GPT2,  /* 's|...| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ */
-    PTST__SPLIT_LLAMA3 /* (?i:'s|...)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,n}| ?[^\s\p{L}\p{N}]+[\r\n]*|
-                          \s*[\r\n]+|\s+(?!\S)|\s+ */
-} ptst__split;
+/* How text is cut into words before merging; the patterns are those of the model families. A
+   tokenizer has some of them, each of which cuts the pieces of the one before. Without any the
+   whole text is one word (SentencePiece style). */
+typedef enum ptst__splitter_kind {
+    PTST__SPLIT_GPT2,   /* 's|...| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ */
+    PTST__SPLIT_LLAMA3, /* (?i:'s|...)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,n}|
+                            ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+ */
+    PTST__SPLIT_DIGITS  /* up to n digits (\p{N}) for themselves, everything else together */
+} ptst__splitter_kind;
+
+typedef struct ptst__splitter {
+    ptst__splitter_kind kind;
+    size_t digits; /* n */
+} ptst__splitter;
 
 typedef struct ptst__token {
     const char *text;
@@ -4187,8 +4194,8 @@ struct ptst_tokenizer {
     bool byte_level, byte_fallback, fuse_unk, ignore_merges, prefix_space, metaspace;
     bool metaspace_always;
     int32_t unk;
-    ptst__split split;
-    size_t digits; /* longest run of digits in a word of PTST__SPLIT_LLAMA3 */
+    ptst__splitter splitters[PTST__STEPS_MAX];
+    size_t splitters_count;
     ptst__step normalizer[PTST__STEPS_MAX], decoder[PTST__STEPS_MAX];
     size_t normalizer_count, decoder_count;
     int32_t before[PTST__AROUND_MAX], after[PTST__AROUND_MAX]; /* of the post-processor */
@@ -4552,6 +4559,32 @@ static ptst_code ptst__tok_normalizer(ptst__tokenizer_reader *r, int32_t node, i
     return code;
 }
 
+static ptst_code ptst__tok_splitter(ptst__tokenizer_reader *r, ptst__splitter_kind kind,
+                                    size_t digits) {
+    if (r->t->splitters_count == PTST__STEPS_MAX || r->t->byte_level) {
+        return ptst__tok_fail(r, PTST_ERR_UNSUPPORTED,
+                              "pre_tokenizer: too many parts, or one behind ByteLevel", "");
+    }
+    r->t->splitters[r->t->splitters_count].kind = kind;
+    r->t->splitters[r->t->splitters_count++].digits = digits;
+    return PTST_OK;
+}
+
+/* Gemma cuts at blanks that its normalizer has already replaced: nothing happens. */
+static bool ptst__tok_split_is_idle(const ptst__tokenizer_reader *r, int32_t node) {
+    const char *pattern = ptst_json_string(
+        r->j, ptst_json_get(r->j, ptst_json_get(r->j, node, "pattern"), "String"), NULL);
+    size_t i;
+    for (i = 0; pattern != NULL && strcmp(pattern, " ") == 0 && i < r->t->normalizer_count; i++) {
+        const ptst__step *s = &r->t->normalizer[i];
+        if (s->kind == PTST__STEP_REPLACE && s->from_size == 1 && s->from[0] == ' ' &&
+            memchr(s->to, ' ', s->to_size) == NULL) {
+            return i + 1 == r->t->normalizer_count;
+        }
+    }
+    return false;
+}
+
 /* The patterns of Split that are known, with the longest run of digits in a word. */
 static ptst_code ptst__tok_split(ptst__tokenizer_reader *r, int32_t node) {
     static const char *const head =
@@ -4561,7 +4594,10 @@ static ptst_code ptst__tok_split(ptst__tokenizer_reader *r, int32_t node) {
     const char *s = ptst_json_string(
         r->j, ptst_json_get(r->j, ptst_json_get(r->j, node, "pattern"), "Regex"), NULL);
     const char *behaviour = ptst_json_string(r->j, ptst_json_get(r->j, node, "behavior"), NULL);
-    size_t n = strlen(head);
+    size_t n = strlen(head), digits;
+    if (ptst__tok_split_is_idle(r, node)) {
+        return PTST_OK;
+    }
     if (s == NULL || behaviour == NULL || strcmp(behaviour, "Isolated") != 0 ||
         ptst_json_bool(r->j, ptst_json_get(r->j, node, "invert"), false) ||
         strncmp(s, head, n) != 0) {
@@ -4569,13 +4605,12 @@ static ptst_code ptst__tok_split(ptst__tokenizer_reader *r, int32_t node) {
                               s == NULL ? "" : s);
     }
     s += n;
-    r->t->digits = strncmp(s, "{1,3}", 5) == 0 ? 3 : 1;
-    s += r->t->digits == 3 ? 5 : 0;
+    digits = strncmp(s, "{1,3}", 5) == 0 ? 3 : 1;
+    s += digits == 3 ? 5 : 0;
     if (strcmp(s, tail) != 0) {
         return ptst__tok_fail(r, PTST_ERR_UNSUPPORTED, "pre_tokenizer: Split with this pattern", s);
     }
-    r->t->split = PTST__SPLIT_LLAMA3;
-    return PTST_OK;
+    return ptst__tok_splitter(r, PTST__SPLIT_LLAMA3, digits);
 }
 
 /* Metaspace: blanks become U+2581, which is also put in front (of the first text, or of all). */
@@ -4606,19 +4641,24 @@ static ptst_code ptst__tok_pre(ptst__tokenizer_reader *r, int32_t node, int dept
         return code;
     }
     if (strcmp(type, "ByteLevel") == 0) {
-        r->t->byte_level = true;
         r->t->prefix_space =
             ptst_json_bool(r->j, ptst_json_get(r->j, node, "add_prefix_space"), true);
-        if (ptst_json_bool(r->j, ptst_json_get(r->j, node, "use_regex"), true)) {
-            if (r->t->split != PTST__SPLIT_NONE) {
-                return ptst__tok_fail(r, PTST_ERR_UNSUPPORTED, "pre_tokenizer: two patterns", "");
-            }
-            r->t->split = PTST__SPLIT_GPT2;
+        if (r->t->prefix_space && r->t->splitters_count != 0) {
+            return ptst__tok_fail(r, PTST_ERR_UNSUPPORTED,
+                                  "pre_tokenizer: add_prefix_space behind another part", "");
         }
-        return PTST_OK;
+        if (ptst_json_bool(r->j, ptst_json_get(r->j, node, "use_regex"), true)) {
+            code = ptst__tok_splitter(r, PTST__SPLIT_GPT2, 0);
+        }
+        r->t->byte_level = true;
+        return code;
     }
-    if (strcmp(type, "Split") == 0 && r->t->split == PTST__SPLIT_NONE) {
+    if (strcmp(type, "Split") == 0) {
         return ptst__tok_split(r, node);
+    }
+    if (strcmp(type, "Digits") == 0) {
+        bool each = ptst_json_bool(r->j, ptst_json_get(r->j, node, "individual_digits"), false);
+        return ptst__tok_splitter(r, PTST__SPLIT_DIGITS, each ? 1 : SIZE_MAX);
     }
     if (strcmp(type, "Metaspace") == 0) {
         return ptst__tok_metaspace(r, node);
@@ -5109,11 +5149,43 @@ static ptst_code ptst__metaspace(ptst__encoder *e) {
     return code;
 }
 
+/* Length of the first piece that a cut makes of s. */
+static size_t ptst__split_length(const ptst__splitter *cut, const char *s, size_t left) {
+    size_t n, at = 0;
+    if (cut->kind == PTST__SPLIT_GPT2) {
+        return ptst__word_gpt2(s, left);
+    }
+    if (cut->kind == PTST__SPLIT_LLAMA3) {
+        return ptst__word_llama3(s, left, cut->digits);
+    }
+    if (ptst__class_at(s, left, &n) == PTST__CLASS_NUMBER) {
+        return ptst__class_run(s, left, PTST__CLASS_NUMBER, cut->digits);
+    }
+    while (at < left && ptst__class_at(s + at, left - at, &n) != PTST__CLASS_NUMBER) {
+        at += n;
+    }
+    return at;
+}
+
+/* Cuts a piece by the cuts from `first` on, and encodes what comes out. */
+static ptst_code ptst__encode_piece(ptst__encoder *e, size_t first, const char *s, size_t size) {
+    ptst_code code = PTST_OK;
+    size_t i, n;
+    if (first == e->t->splitters_count) {
+        return ptst__encode_word(e, s, size);
+    }
+    for (i = 0; i < size && code == PTST_OK; i += n) {
+        n = ptst__split_length(&e->t->splitters[first], s + i, size - i);
+        code = ptst__encode_piece(e, first + 1, s + i, n);
+    }
+    return code;
+}
+
 /* Text between added tokens: normalizer, words, merges. */
 static ptst_code ptst__encode_text(ptst__encoder *e, const char *s, size_t size) {
     const ptst_tokenizer *t = e->t;
     ptst_code code = PTST_OK;
-    size_t i, n;
+    size_t i;
     if (size == 0) {
         return PTST_OK;
     }
@@ -5134,15 +5206,9 @@ static ptst_code ptst__encode_text(ptst__encoder *e, const char *s, size_t size)
         code = ptst__normalize_step(e, &blank);
     }
     e->first = false;
-    for (i = 0; i < e->normal.size && code == PTST_OK; i += n) {
-        const char *w = e->normal.data + i;
-        size_t left = e->normal.size - i;
-        n = t->split == PTST__SPLIT_GPT2     ? ptst__word_gpt2(w, left)
-            : t->split == PTST__SPLIT_LLAMA3 ? ptst__word_llama3(w, left, t->digits)
-                                             : left;
-        code = ptst__encode_word(e, w, n);
-    }
-    return code;
+    return code == PTST_OK && e->normal.size != 0
+               ? ptst__encode_piece(e, 0, e->normal.data, e->normal.size)
+               : code;
 }
 
 static bool ptst__word_char(const char *s, size_t left) {

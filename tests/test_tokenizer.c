@@ -211,6 +211,49 @@ static void tok_broken_text(void) {
     ptst_close(c);
 }
 
+/* ---- parts of the pre-tokenizer ---- */
+
+#define TOK_DIGITS                                                                                 \
+    "\"model\":{\"type\":\"BPE\",\"vocab\":{\"1\":0,\"2\":1,\"12\":2,\"a\":3,\"1a\":4},\"merges\":"        \
+    "[\"1 2\",\"1 a\"]}"
+#define TOK_LEVEL "{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"use_regex\":false}"
+
+static void tok_check_ids(const char *json, const char *text, const char *expected) {
+    ptst_ctx *c = test_open(1, NULL);
+    ptst_tokenizer *t = ptst_tokenizer_parse(c, json, strlen(json), "t.json");
+    ptst_ids ids = {NULL, 0, 0};
+    char got[200] = "";
+    size_t i;
+    CHECK(t != NULL && ptst_encode(c, t, text, strlen(text), 0, &ids) == PTST_OK);
+    for (i = 0; i < ids.count; i++) {
+        snprintf(got + strlen(got), sizeof got - strlen(got), "%d ", (int)ids.data[i]);
+    }
+    CHECK_TEXT(got, expected);
+    ptst_ids_free(c, &ids);
+    ptst_tokenizer_free(c, t);
+    ptst_close(c);
+}
+
+/* SmolLM and StarCoder cut at digits before ByteLevel; HF tokenizers gave these ids. */
+static void tok_digits(void) {
+    tok_check_ids("{" TOK_DIGITS ",\"pre_tokenizer\":" TOK_LEVEL "}", "121a", "2 4 ");
+    tok_check_ids("{" TOK_DIGITS ",\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[{"
+                  "\"type\":\"Digits\",\"individual_digits\":false}," TOK_LEVEL "]}}",
+                  "121a", "2 0 3 ");
+    tok_check_ids("{" TOK_DIGITS ",\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[{"
+                  "\"type\":\"Digits\",\"individual_digits\":true}," TOK_LEVEL "]}}",
+                  "121a", "0 1 0 3 ");
+}
+
+/* Gemma cuts at blanks that its normalizer has replaced: one word, so a merge reaches across. */
+static void tok_idle_split(void) {
+    tok_check_ids("{\"normalizer\":{\"type\":\"Replace\",\"pattern\":{\"String\":\" \"},\"content\":"
+                  "\"_\"},\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"String\":\" \"},"
+                  "\"behavior\":\"MergedWithPrevious\",\"invert\":false},\"model\":{\"type\":\"BPE\","
+                  "\"vocab\":{\"a\":0,\"_\":1,\"_a\":2},\"merges\":[\"_ a\"]}}",
+                  "a a", "0 2 ");
+}
+
 /* ---- files that are wrong ---- */
 
 #define TOK_BPE "\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"ab\":2},\"merges\":[\"a b\"]}"
@@ -248,6 +291,12 @@ static void tok_refusals(void) {
         {"{" TOK_BPE ",\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(\"},"
          "\"behavior\":\"Isolated\"}}",
          "Split", PTST_ERR_UNSUPPORTED},
+        {"{" TOK_BPE ",\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"String\":\" \"},"
+         "\"behavior\":\"MergedWithPrevious\"}}",
+         "Split", PTST_ERR_UNSUPPORTED},
+        {"{" TOK_BPE ",\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":"
+         "\"Digits\"},{\"type\":\"ByteLevel\",\"add_prefix_space\":true}]}}",
+         "add_prefix_space", PTST_ERR_UNSUPPORTED},
         {"{" TOK_BPE ",\"decoder\":{\"type\":\"WordPiece\"}}", "WordPiece", PTST_ERR_UNSUPPORTED},
         {"{" TOK_BPE ",\"post_processor\":{\"type\":\"BertProcessing\"}}", "BertProcessing",
          PTST_ERR_UNSUPPORTED},
@@ -349,6 +398,8 @@ static void suite_tokenizer(void) {
     RUN(tok_golden_mistral);
     RUN(tok_golden_phi2);
     RUN(tok_golden_phi3);
+    RUN(tok_digits);
+    RUN(tok_idle_split);
     RUN(tok_marks);
     RUN(tok_lookup);
     RUN(tok_long_word);
