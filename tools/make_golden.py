@@ -448,6 +448,16 @@ def gradients(model, batch, names):
     return first, total.detach().reshape(1), {n: p.grad.clone() for n, p in names}
 
 
+def forget_machine(adapter, base):
+    """adapter_config.json names its model by a path of this machine; a relative one stays."""
+    path = os.path.join(adapter, "adapter_config.json")
+    with open(path) as file:
+        config = json.load(file)
+    config["base_model_name_or_path"] = base
+    with open(path, "w") as file:
+        json.dump(config, file, indent=2)
+
+
 def model(_):
     """Needs torch, transformers, peft, safetensors."""
     import shutil
@@ -492,6 +502,7 @@ def model(_):
         adapter = os.path.join(folder, "adapter")
         tuned.save_pretrained(adapter)
         os.remove(os.path.join(adapter, "README.md"))
+        forget_machine(adapter, "tests/golden/models/" + name)
         weights = [(n, p) for n, p in tuned.named_parameters() if "lora_" in n]
         out["lora_logits"], out["lora_loss"], grads = gradients(tuned, batch, weights)
         out.update({"lora." + n.replace(".default", ""): g for n, g in grads.items()})
