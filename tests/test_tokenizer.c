@@ -26,7 +26,8 @@ static void tok_nfc(void) {
     for (i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         ptst_text out = {NULL, 0, 0};
         CHECK(ptst_text_append(c, &out, "", 0) == PTST_OK);
-        CHECK(ptst__unicode_nfc(c, cases[i][0], strlen(cases[i][0]), &out) == PTST_OK);
+        CHECK(ptst__unicode_normal(c, cases[i][0], strlen(cases[i][0]), true, false,
+                                   &out) == PTST_OK);
         CHECK_TEXT(out.data, cases[i][1]);
         ptst_text_free(c, &out);
     }
@@ -115,6 +116,126 @@ TOK_SHARED(tok_golden_llama3, "llama3")
 TOK_SHARED(tok_golden_mistral, "mistral-v1")
 TOK_SHARED(tok_golden_phi2, "phi-2")
 TOK_SHARED(tok_golden_phi3, "phi-3-mini")
+TOK_SHARED(tok_golden_falcon, "falcon")
+TOK_SHARED(tok_golden_roberta, "roberta-base")
+
+/* ---- tokenizers put together at random by tools/tokenizer_fuzz.py ---- */
+
+/* Texts of one of them: ids without and with special tokens, and the text of the latter. */
+static bool tok_mix(ptst_ctx *c, const ptst_json *j, int32_t node) {
+    size_t size = 0;
+    const char *json = ptst_json_string(j, ptst_json_get(j, node, "tokenizer"), &size);
+    ptst_tokenizer *t = ptst_tokenizer_parse(c, json, size, "mix");
+    int32_t text = ptst_json_first(j, ptst_json_get(j, node, "texts"));
+    int32_t plain = ptst_json_first(j, ptst_json_get(j, node, "ids"));
+    int32_t special = ptst_json_first(j, ptst_json_get(j, node, "special"));
+    int32_t decoded = ptst_json_first(j, ptst_json_get(j, node, "decoded"));
+    bool good = t != NULL && text >= 0;
+    for (; good && text >= 0; text = ptst_json_next(j, text)) {
+        ptst_ids with = {NULL, 0, 0}, without = {NULL, 0, 0};
+        ptst_text out = {NULL, 0, 0};
+        size_t wanted_size = 0;
+        const char *s = ptst_json_string(j, text, &size);
+        const char *wanted = ptst_json_string(j, decoded, &wanted_size);
+        good = ptst_encode(c, t, s, size, PTST_ADD_SPECIAL, &with) == PTST_OK &&
+               ptst_encode(c, t, s, size, 0, &without) == PTST_OK &&
+               ptst_decode(c, t, with.data, with.count, PTST_SKIP_SPECIAL, &out) == PTST_OK &&
+               tok_same(j, special, &with) && tok_same(j, plain, &without) &&
+               out.size == wanted_size && memcmp(out.data, wanted, wanted_size) == 0;
+        if (!good) {
+            fprintf(stderr, "\"%s\" gives \"%s\", expected \"%s\" with\n%.2000s\n", s, out.data,
+                    wanted, strstr(json, "\"normalizer\""));
+        }
+        ptst_ids_free(c, &with);
+        ptst_ids_free(c, &without);
+        ptst_text_free(c, &out);
+        plain = ptst_json_next(j, plain);
+        special = ptst_json_next(j, special);
+        decoded = ptst_json_next(j, decoded);
+    }
+    ptst_tokenizer_free(c, t);
+    return good;
+}
+
+static void tok_golden_mixes(void) {
+    ptst_ctx *c = test_open(1, NULL);
+    ptst_json *j = ptst_json_load(c, "tests/golden/tokenizer_mixes.json");
+    int32_t node;
+    CHECK(j != NULL && ptst_json_size(j, 0) >= 50);
+    for (node = ptst_json_first(j, 0); j != NULL && node >= 0; node = ptst_json_next(j, node)) {
+        CHECK(tok_mix(c, j, node));
+    }
+    ptst_json_free(c, j);
+    ptst_close(c);
+}
+
+/* ---- patterns ---- */
+
+/* Where a pattern matches in a text, as "start-end ..." ; what Oniguruma finds. */
+static void tok_find(const char *pattern, const char *text, const char *expected) {
+    ptst_ctx *c = test_open(1, NULL);
+    ptst__arena arena = {NULL};
+    ptst__regex *x = ptst__regex_make(c, &arena, "t", pattern, strlen(pattern), false);
+    size_t from = 0, last = SIZE_MAX, end;
+    char got[300] = "";
+    CHECK(x != NULL);
+    while (x != NULL && strlen(got) < 250 &&
+           (end = ptst__regex_search(x, text, strlen(text), &from, last)) != SIZE_MAX) {
+        snprintf(got + strlen(got), sizeof got - strlen(got), "%d-%d ", (int)from, (int)end);
+        from = last = end;
+    }
+    CHECK_TEXT(got, expected);
+    ptst__arena_free(c, &arena);
+    ptst_close(c);
+}
+
+static void tok_patterns(void) {
+    tok_find("a|ab", "ab", "0-1 ");          /* the first alternative, not the longest */
+    tok_find("(a|ab)(c|bcd)?", "abcd", "0-4 ");
+    tok_find("a+?b*", "aab", "0-1 1-3 ");
+    tok_find("a{2,3}", "aaaaa", "0-3 3-5 ");
+    tok_find("a{,2}b", "aaab", "1-4 ");
+    tok_find("x*", "axb", "0-0 1-2 3-3 ");
+    tok_find("\\s+(?!\\S)|\\s+", "a   b ", "1-3 3-4 5-6 ");
+    tok_find("(?i:'LL|'s)", "'ll'S'\xC5\xBF", "0-3 3-5 5-8 ");
+    tok_find("[^\\r\\n\\p{L}\\p{N}]?+\\p{L}++", " ab.c1", "0-3 3-5 ");
+    tok_find("a*+a", "aaa", ""); /* possessive: nothing is given back */
+    tok_find("[a-z&&[^aeiou]]+", "hello", "0-1 2-4 ");
+    tok_find("[(\\s|[.,])]+", "a (.|b", "1-5 ");
+    tok_find("\\p{Han}+|\\p{^L}", "\xE4\xB8\xAD\xE6\x96\x87" "a1", "0-6 7-8 ");
+    tok_find("\\x{4e2d}|\\u0061|\\x41", "Aa\xE4\xB8\xAD", "0-1 1-2 2-5 ");
+    tok_find("(a*)*b", "aaab", "0-4 ");
+    tok_find("a{x}", "a{x}", "0-4 "); /* a brace that begins no repeat */
+}
+
+static void tok_patterns_refused(void) {
+    static const char *const cases[][2] = {
+        {"(", ")"}, {")", "parenthesis"}, {"[a", "]"}, {"a**b(?<=x)", "group"}, {"^a", "anchor"},
+        {"a$", "anchor"}, {"(?=ab)", "lookahead"}, {"(ab)++", "possessive"}, {"\\p{Klingon}", "property"},
+        {"\\p", "name"}, {"\\b", "escape"}, {"\\1", "escape"}, {"[z-a]", "backwards"}, {"*", "repeat"},
+        {"(?i:\xC3\xA9)", "(?i)"}, {"[[:alpha:]]", "[:name:]"}, {"a{2}?", "{n}?"}, {"a{3,2}", "repeats"},
+        {"(?>a)", "group"}, {"\\x{110000}", "hexadecimal"}, {"((((((((((a{99}){99}){99}))))))))", "long"},
+        {"(a|b)*a(a|b)(a|b)(a|b)(a|b)(a|b)(a|b)(a|b)(a|b)(a|b)(a|b)(a|b)(a|b)(a|b)", "states"}};
+    ptst_ctx *c = test_open(1, NULL);
+    char deep[400];
+    size_t i;
+    for (i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        ptst__arena arena = {NULL};
+        CHECK(ptst__regex_make(c, &arena, "t", cases[i][0], strlen(cases[i][0]), false) == NULL);
+        if (strstr(ptst_error_text(c), cases[i][1]) == NULL) {
+            fprintf(stderr, "%s: %s\n", cases[i][0], ptst_error_text(c));
+            CHECK(false);
+        }
+        ptst__arena_free(c, &arena);
+    }
+    for (i = 0; i < 2; i++) { /* brackets a hundred deep */
+        ptst__arena arena = {NULL};
+        memset(deep, i == 0 ? '(' : '[', 300);
+        CHECK(ptst__regex_make(c, &arena, "t", deep, 300, false) == NULL);
+        ptst__arena_free(c, &arena);
+    }
+    ptst_close(c);
+}
 
 /* ---- special tokens and marks ---- */
 
@@ -282,8 +403,6 @@ static void tok_refusals(void) {
          PTST_ERR_FORMAT},
         {"{\"model\":{\"type\":\"BPE\",\"dropout\":0.1,\"vocab\":{},\"merges\":[]}}", "dropout",
          PTST_ERR_UNSUPPORTED},
-        {"{\"model\":{\"type\":\"BPE\",\"end_of_word_suffix\":\"</w>\",\"vocab\":{},\"merges\":[]}}",
-         "suffix", PTST_ERR_UNSUPPORTED},
         {"{" TOK_BPE ",\"normalizer\":{\"type\":\"Precompiled\"}}", "Precompiled",
          PTST_ERR_UNSUPPORTED},
         {"{" TOK_BPE ",\"pre_tokenizer\":{\"type\":\"BertPreTokenizer\"}}", "BertPreTokenizer",
@@ -292,11 +411,13 @@ static void tok_refusals(void) {
          "\"behavior\":\"Isolated\"}}",
          "Split", PTST_ERR_UNSUPPORTED},
         {"{" TOK_BPE ",\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"String\":\" \"},"
-         "\"behavior\":\"MergedWithPrevious\"}}",
-         "Split", PTST_ERR_UNSUPPORTED},
+         "\"behavior\":\"Merged\"}}",
+         "MergedWithPrevious", PTST_ERR_FORMAT},
+        {"{" TOK_BPE ",\"pre_tokenizer\":{\"type\":\"Split\",\"behavior\":\"Isolated\"}}",
+         "a pattern was expected", PTST_ERR_FORMAT},
         {"{" TOK_BPE ",\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":"
-         "\"Digits\"},{\"type\":\"ByteLevel\",\"add_prefix_space\":true}]}}",
-         "add_prefix_space", PTST_ERR_UNSUPPORTED},
+         "\"ByteLevel\"},{\"type\":\"Metaspace\",\"replacement\":\"_\"}]}}",
+         "behind ByteLevel", PTST_ERR_UNSUPPORTED},
         {"{" TOK_BPE ",\"decoder\":{\"type\":\"WordPiece\"}}", "WordPiece", PTST_ERR_UNSUPPORTED},
         {"{" TOK_BPE ",\"post_processor\":{\"type\":\"BertProcessing\"}}", "BertProcessing",
          PTST_ERR_UNSUPPORTED},
@@ -315,6 +436,13 @@ static void tok_refusals(void) {
                     t != NULL ? "was accepted" : ptst_error_text(c));
             CHECK(false);
         }
+        ptst_tokenizer_free(c, t);
+    }
+    {
+        static const char json[] = "{" TOK_BPE ",\"truncation\":{\"max_length\":5},\"padding\":null}";
+        ptst_tokenizer *t = ptst_tokenizer_parse(c, json, sizeof json - 1, "t.json");
+        CHECK(t != NULL);
+        CHECK_TEXT(ptst_tokenizer_notes(t), "truncation");
         ptst_tokenizer_free(c, t);
     }
     CHECK(ptst_tokenizer_load(c, "/no/such/file") == NULL);
@@ -364,8 +492,10 @@ static void tok_mutations(void) {
 static ptst_code tok_work(ptst_ctx *c, void *arg) {
     static const char json[] =
         "{" TOK_BPE ",\"added_tokens\":[{\"id\":3,\"content\":\"<x>\",\"special\":true}],"
-        "\"normalizer\":{\"type\":\"NFC\"},\"pre_tokenizer\":{\"type\":\"ByteLevel\","
-        "\"add_prefix_space\":false},\"decoder\":{\"type\":\"ByteLevel\"}}";
+        "\"normalizer\":{\"type\":\"Sequence\",\"normalizers\":[{\"type\":\"NFC\"},{\"type\":\"Replace\","
+        "\"pattern\":{\"Regex\":\"b{3}\"},\"content\":\"a\"}]},\"pre_tokenizer\":{\"type\":\"Sequence\","
+        "\"pretokenizers\":[{\"type\":\"ByteLevel\",\"add_prefix_space\":true},{\"type\":\"Digits\"}]},"
+        "\"decoder\":{\"type\":\"ByteLevel\"}}";
     ptst_tokenizer *t = ptst_tokenizer_parse(c, json, sizeof json - 1, "t.json");
     ptst_ids ids = {NULL, 0, 0};
     ptst_text out = {NULL, 0, 0};
@@ -391,6 +521,9 @@ static void suite_tokenizer(void) {
     RUN(tok_categories);
     RUN(tok_nfc);
     RUN(tok_golden_stories260k);
+    RUN(tok_golden_mixes);
+    RUN(tok_patterns);
+    RUN(tok_patterns_refused);
     RUN(tok_golden_gpt2);
     RUN(tok_golden_qwen);
     RUN(tok_golden_llama2);
@@ -398,6 +531,8 @@ static void suite_tokenizer(void) {
     RUN(tok_golden_mistral);
     RUN(tok_golden_phi2);
     RUN(tok_golden_phi3);
+    RUN(tok_golden_falcon);
+    RUN(tok_golden_roberta);
     RUN(tok_digits);
     RUN(tok_idle_split);
     RUN(tok_marks);

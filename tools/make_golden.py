@@ -611,7 +611,8 @@ def tokenizer(options):
     """tests/golden/tokenizer.json: for each tokenizer and text [with special, without, decoded]."""
     from tokenizers import Tokenizer
     names = {n: os.path.join(options.shared, "tokenizers", n)
-             for n in ("gpt2", "qwen2.5", "llama2", "llama3", "mistral-v1", "phi-2", "phi-3-mini")}
+             for n in ("gpt2", "qwen2.5", "llama2", "llama3", "mistral-v1", "phi-2", "phi-3-mini",
+                       "falcon", "roberta-base")}
     names["stories260K"] = os.path.join(options.shared, "models/stories260K/hf")
     out = {"texts": TOKENIZER_TEXTS, "cases": {}}
     for name, folder in names.items():
