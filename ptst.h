@@ -100,9 +100,10 @@
        config.json (both generations of keys), model.safetensors or its sharded index,
        tokenizer.json, and if there: tokenizer_config.json, generation_config.json,
        chat_template.jinja. model_type llama, mistral, qwen2, qwen3, smollm3, phi3, gemma,
-       gemma3_text; rope types default, linear, llama3, yarn, longrope. Weights F32, F16 or BF16
-       stay as they lie in the file, which is mapped, not read; arithmetic is float32 and every
-       weight is widened on its way into a product. Another dtype may be asked for at loading.
+       gemma2, gemma3_text; rope types default, linear, dynamic, llama3, yarn, longrope. Weights
+       F32, F16 or BF16 stay as they lie in the file, which is mapped, not read; arithmetic is
+       float32 and every weight is widened on its way into a product. Another dtype may be asked
+       for at loading.
        Adapter folders are PEFT's: adapter_config.json and adapter_model.safetensors.
 
    THE EXPERIMENT FILE
@@ -642,14 +643,15 @@ typedef struct ptst_span {
 typedef struct ptst_attention {
     size_t H, K, D;
     float scale;            /* of the dot products, usually 1 / sqrt(D) */
+    float softcap;          /* scores x become softcap * tanh(x / softcap); 0 = they stay */
     size_t window;          /* a query sees this many keys up to its own; 0 = all */
     size_t q_ld, kv_ld;     /* floats from row to row of q and dq; of k, v, dk and dv */
     const ptst_span *spans; /* their rows of q must not overlap */
     size_t spans_count;
 } ptst_attention;
 
-/* out [row, H, D] = softmax(scale q k^T) v for the rows of all spans (other rows are left alone).
-   q: [row, H, D] with q_ld floats from row to row. lse [row, H] = log of the sum of the
+/* out [row, H, D] = softmax(cap(scale q k^T)) v for the rows of all spans (other rows are left
+   alone). q: [row, H, D] with q_ld floats from row to row. lse [row, H] = log of the sum of the
    exponentials, needed for backward; may be NULL. A row that sees no key gives 0 (lse -inf). No
    buffer grows with the square of the length. */
 PTST_API void ptst_attention_forward(ptst_ctx *c, const ptst_attention *a, const float *q,
@@ -687,7 +689,7 @@ enum {
    default written beside the field; without one the field must be set. */
 typedef struct ptst_config {
     char model_type[32]; /* "llama" (the default), "mistral", "qwen2", "qwen3",
-                            "smollm3", "phi3", "gemma", "gemma3_text" */
+                            "smollm3", "phi3", "gemma", "gemma2", "gemma3_text" */
     int32_t vocab_size;  /* rows of the embedding; may be more than the tokenizer has */
     int32_t hidden_size;
     int32_t intermediate_size;
@@ -704,9 +706,9 @@ typedef struct ptst_config {
     int32_t sliding_window;          /* keys that a token sees up to itself; none */
     bool sliding_layers[PTST_LAYERS_MAX];     /* layers with the window (mistral: all) */
     bool unrotated_layers[PTST_LAYERS_MAX];   /* smollm3: layers without rope (no_rope_layers 0) */
-    char rope_type[16];                       /* default, linear, llama3, yarn, longrope */
+    char rope_type[16];                       /* default, linear, dynamic, llama3, yarn, longrope */
     double rope_theta;                        /* 10000 (smollm3: 2000000) */
-    double rope_factor;                       /* linear, llama3, yarn */
+    double rope_factor;                       /* linear, dynamic, llama3, yarn */
     double rope_low_freq_factor;              /* llama3 */
     double rope_high_freq_factor;             /* llama3 */
     double rope_beta_fast, rope_beta_slow;    /* yarn: 32, 1 */
@@ -717,7 +719,9 @@ typedef struct ptst_config {
     float rope_long_factor[PTST_PAIRS_MAX];   /* longrope: in longer sequences */
     int32_t rope_pairs;                       /* longrope: how many factors there are */
     double rope_local_base_freq;              /* gemma3_text: theta where there is a window; 1e4 */
-    double query_pre_attn_scalar;             /* gemma3_text: scores * this ^ -1/2; 256 */
+    double query_pre_attn_scalar;             /* gemma2, gemma3_text: scores * this ^ -1/2; 256 */
+    double attn_logit_softcapping;            /* gemma2, gemma3_text: see ptst_attention; none */
+    double final_logit_softcapping;           /* the same for the logits; none */
     int32_t original_max_position_embeddings; /* max_position_embeddings */
     int32_t bos_token_id, pad_token_id;       /* -1 = none */
     int32_t eos_token_id[PTST_EOS_MAX];
@@ -20043,6 +20047,7 @@ PTST_API void ptst_geglu_backward(ptst_ctx *c, size_t n, const float *gate, cons
 
        dv_jd += p_j dout_d                                                  (4)
        dp_j   = sum_d dout_d v_jd                                           (4)
+       (with a soft cap c, s_j = c tanh(x_j / c), ds_j also times 1 - (s_j / c)^2)
        ds_j   = p_j (dp_j - delta)                                          (3, 2)
        dq_d  += scale ds_j k_jd                                             (1)
        dk_jd += scale ds_j q_d                                              (1)
@@ -20064,6 +20069,16 @@ static void ptst__attention_sees(const ptst_attention *a, const ptst_span *s, si
     end[1] = own;
 }
 
+/* A score under the soft cap, and the slope of the cap at the score that comes out. */
+static double ptst__softcap(const ptst_attention *a, double score) {
+    return a->softcap == 0 ? score : (double)a->softcap * tanh(score / (double)a->softcap);
+}
+
+static double ptst__softcap_slope(const ptst_attention *a, double capped) {
+    double y = a->softcap == 0 ? 0 : capped / (double)a->softcap;
+    return 1 - y * y;
+}
+
 /* One query row and head; q [D], out [D], and the first elements of the key head in k, v. */
 static double ptst__attention_row__scalar(const ptst_attention *a, const ptst_span *s, size_t i,
                                           size_t at, const float *q, float *out) {
@@ -20074,6 +20089,7 @@ static double ptst__attention_row__scalar(const ptst_attention *a, const ptst_sp
     for (b = 0; b < 2; b++) { /* (1), (2): the sum is kept relative to the largest score */
         for (j = begin[b]; j < end[b]; j++) {
             score = (double)a->scale * ptst__dot__scalar(a->D, q, s->k[b] + j * a->kv_ld + at);
+            score = ptst__softcap(a, score);
             if (!(score <= max)) {
                 sum *= exp(max - score);
                 max = score;
@@ -20088,7 +20104,7 @@ static double ptst__attention_row__scalar(const ptst_attention *a, const ptst_sp
             const float *v = s->v[b] + j * a->kv_ld + at;
             float p;
             score = (double)a->scale * ptst__dot__scalar(a->D, q, s->k[b] + j * a->kv_ld + at);
-            p = (float)exp(score - lse);
+            p = (float)exp(ptst__softcap(a, score) - lse);
             for (d = 0; d < a->D; d++) {
                 out[d] += p * v[d];
             }
@@ -20111,8 +20127,9 @@ static void ptst__attention_row_backward__scalar(const ptst_attention *a, const 
         for (j = begin[b]; j < end[b]; j++) {
             const float *k = s->k[b] + j * a->kv_ld + at, *v = s->v[b] + j * a->kv_ld + at;
             float *dk = s->dk[b] + j * a->kv_ld + at, *dv = s->dv[b] + j * a->kv_ld + at;
-            double p = exp((double)a->scale * ptst__dot__scalar(a->D, q, k) - lse);
-            double ds = (double)a->scale * p * (ptst__dot__scalar(a->D, dout, v) - delta);
+            double score = ptst__softcap(a, (double)a->scale * ptst__dot__scalar(a->D, q, k));
+            double p = exp(score - lse), slope = ptst__softcap_slope(a, score);
+            double ds = (double)a->scale * p * slope * (ptst__dot__scalar(a->D, dout, v) - delta);
             for (d = 0; d < a->D; d++) {
                 dv[d] += (float)p * dout[d];
                 dq[d] += (float)ds * k[d];
@@ -20149,6 +20166,7 @@ typedef struct ptst__room {
     float q[PTST__DEPTH * PTST__QUERIES], dout[PTST__DEPTH * PTST__QUERIES];
     float keys[PTST__DEPTH * PTST__KEYS]; /* or values */
     float s[PTST__KEYS * PTST__QUERIES], dp[PTST__KEYS * PTST__QUERIES];
+    float slope[PTST__KEYS * PTST__QUERIES]; /* of the soft cap */
     ptst__rows rows[PTST__GROUP];
     float ones[PTST__QUERIES];
 } ptst__room;
@@ -20820,6 +20838,35 @@ static void ptst__tile_hide(const ptst__view *v, float value, float *tile) {
     }
 }
 
+/* n dot products become, still without the factor scale, what the soft cap leaves of them; slope
+   (or NULL): by how much. tanh z = 1 - 2 / (exp(2 z) + 1), where an infinite exp gives 1. */
+static void ptst__scores_cap(const ptst__attention_job *job, size_t n, float *s, float *slope) {
+    float cap = job->a->softcap, scale = job->a->scale;
+    size_t i;
+    if (cap == 0) {
+        return;
+    }
+    job->kernels->scale(n, 2 * scale / cap, s);
+    (void)job->kernels->row_exp(n, s, 0, s);
+    for (i = 0; i < n; i++) {
+        float tanh_z = 1 - 2 / (s[i] + 1);
+        s[i] = tanh_z * (cap / scale);
+        if (slope != NULL) {
+            slope[i] = 1 - tanh_z * tanh_z;
+        }
+    }
+}
+
+/* The same for a tile. */
+static void ptst__tile_cap(const ptst__attention_job *job, const ptst__view *v, float *tile,
+                           float *slope) {
+    size_t j;
+    for (j = 0; j < v->J && job->a->softcap != 0; j++) {
+        ptst__scores_cap(job, v->R, tile + j * PTST__QUERIES,
+                         slope == NULL ? NULL : slope + j * PTST__QUERIES);
+    }
+}
+
 /* Ends the softmax of a row: out /= sum, and lse (or NULL). */
 static void ptst__row_finish(const ptst__attention_job *job, float max, float sum, float *out,
                              float *lse) {
@@ -20878,6 +20925,7 @@ static void ptst__attention_group(const ptst__attention_job *job, ptst__room *ro
                 ptst__tile_dots(job, room, &v[i], s->k[b] + v[i].j * a->kv_ld + at, a->kv_ld,
                                 q + first * a->q_ld, a->q_ld, room->q_turned + first * a->D,
                                 room->s);
+                ptst__tile_cap(job, &v[i], room->s, NULL);
                 ptst__tile_hide(&v[i], -INFINITY, room->s);
                 job->kernels->softmax_tile(v[i].J, v[i].R, a->scale, room->s, rows->max, rows->sum,
                                            rows->keep);
@@ -20948,6 +20996,7 @@ static void ptst__few_heads(const ptst__attention_job *job, ptst__room *room, co
     }
     for (r = 0; r < n; r++) {
         float *x = room->s + r * PTST__FEW_KEYS, m, safe;
+        ptst__scores_cap(job, J, x, NULL);
         job->kernels->scale(J, a->scale, x);
         m = fmaxf(max[r], job->kernels->row_max(J, x));
         safe = m == -INFINITY ? 0 : m;
@@ -21219,6 +21268,7 @@ static void ptst__tile_backward(const ptst__attention_job *job, ptst__room *room
     size_t to = i * PTST__QUERIES * a->D, ld_q = a->q_ld, ld_dout = a->H * a->D;
     const float *q = job->q + row * ld_q + v->h * a->D;
     const float *dout = job->dout + (row * a->H + v->h) * a->D;
+    size_t j, r;
     ptst__patch t;
     if (a->D <= PTST__DEPTH) {
         q = room->q + to;
@@ -21228,10 +21278,16 @@ static void ptst__tile_backward(const ptst__attention_job *job, ptst__room *room
     ptst__tile_dots(job, room, v, k, ld_k, q, ld_q, room->q_turned + to, room->s);
     ptst__tile_dots(job, room, v, v->s->v[v->b] + at, a->kv_ld, dout, ld_dout,
                     room->dout_turned + to, room->dp);
+    ptst__tile_cap(job, v, room->s, room->slope);
     ptst__tile_hide(v, -INFINITY, room->s);
     ptst__tile_hide(v, 0, room->dp);
     job->kernels->softmax_tile_backward(v->J, v->R, a->scale, room->s, room->dp, room->rows[i].lse,
                                         room->rows[i].delta);
+    for (j = 0; j < v->J && a->softcap != 0; j++) {
+        for (r = 0; r < v->R; r++) {
+            room->dp[j * PTST__QUERIES + r] *= room->slope[j * PTST__QUERIES + r];
+        }
+    }
     ptst__multiply_rows(job, v, dq, k, ld_k);
     dq->keep = room->ones;
     t.M = v->J;
@@ -21911,7 +21967,7 @@ PTST_API void ptst_close(ptst_ctx *c) {
        q = n Wq^T + bq, k = n Wk^T + bk, v = n Wv^T + bv                    (2)
        (qwen3: each head of q, and of k, goes through an RMSNorm here)
        q, k = rope(q), rope(k)        (smollm3: not in every layer)         (3)
-       (gemma: s = gelu(g) u; gemma3: what (5) and (8) add goes through an RMSNorm before)
+       (gemma: s = gelu(g) u; gemma2, gemma3: what (5) and (8) add goes through an RMSNorm)
        a = attention(q, k, v), each sequence for itself                     (4)
        x2 = x + a Wo^T + bo                                                 (5)
        n2 = rmsnorm(x2)                                                     (6)
@@ -21928,7 +21984,7 @@ typedef enum ptst__window_rule {
     PTST__ALL_LAYERS,
     PTST__UPPER_LAYERS,    /* from max_window_layers on, if use_sliding_window */
     PTST__UNROTATED_LAYERS, /* those without rope, if use_sliding_window */
-    PTST__PATTERN_LAYERS    /* all but every sliding_window_pattern-th */
+    PTST__PATTERN_LAYERS    /* all but every sliding_window_pattern-th (gemma2: second) */
 } ptst__window_rule;
 
 enum {
@@ -21940,7 +21996,8 @@ enum {
     PTST__TIED = 32,          /* tie_word_embeddings if the key is absent */
     PTST__FUSED = 64,         /* q, k, v are one matrix, gate and up another */
     PTST__GEMMA = 128,        /* norms hold w - 1, the embedding is scaled, the gate is a gelu */
-    PTST__GEMMA3 = 256        /* norms after attention and MLP, another theta in some layers */
+    PTST__FOUR_NORMS = 256,   /* norms after attention and MLP, query_pre_attn_scalar, soft caps */
+    PTST__LOCAL_ROPE = 512    /* another theta in layers with a window */
 };
 
 /* What a model_type means, and its defaults where config.json is silent. */
@@ -21968,9 +22025,13 @@ static const ptst__family ptst__families[] = {
      PTST__UNROTATED_LAYERS, 0},
     {"gemma", "GemmaForCausalLM", PTST__ATTENTION_BIAS | PTST__TIED | PTST__GEMMA, 16, 256, 8192,
      1e-6, 1e4, PTST__NO_WINDOW, 0},
+    {"gemma2", "Gemma2ForCausalLM",
+     PTST__ATTENTION_BIAS | PTST__TIED | PTST__GEMMA | PTST__FOUR_NORMS, 4, 256, 8192, 1e-6, 1e4,
+     PTST__PATTERN_LAYERS, 4096},
     {"gemma3_text", "Gemma3ForCausalLM",
-     PTST__ATTENTION_BIAS | PTST__TIED | PTST__GEMMA | PTST__GEMMA3 | PTST__QK_NORM, 4, 256, 131072,
-     1e-6, 1e6, PTST__PATTERN_LAYERS, 4096},
+     PTST__ATTENTION_BIAS | PTST__TIED | PTST__GEMMA | PTST__FOUR_NORMS | PTST__LOCAL_ROPE |
+         PTST__QK_NORM,
+     4, 256, 131072, 1e-6, 1e6, PTST__PATTERN_LAYERS, 4096},
     {"phi3", "Phi3ForCausalLM", PTST__FUSED, 0, 0, 4096, 1e-5, 1e4, PTST__ALL_LAYERS, 0},
 };
 
@@ -22176,7 +22237,7 @@ static void ptst__config_rope(ptst__config_reader *r, const ptst__family *family
     if (rope >= 0 && !object) {
         ptst__config_fail(r, PTST_ERR_FORMAT, "rope_scaling", "expected an object or null");
     }
-    if ((family->traits & PTST__GEMMA3) != 0) {
+    if ((family->traits & PTST__LOCAL_ROPE) != 0) {
         rope = ptst__config_local_rope(r, rope, g);
         object = ptst_json_kind(r->json, rope) == PTST_JSON_OBJECT;
     } else if (object && (ptst__config_get(r, rope, "full_attention") >= 0 ||
@@ -22190,7 +22251,8 @@ static void ptst__config_rope(ptst__config_reader *r, const ptst__family *family
     type = node < 0 ? "default" : ptst_json_string(r->json, node, NULL);
     if (!ptst__config_name(g->rope_type, sizeof g->rope_type, type)) {
         ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "rope_type",
-                          "expected \"default\", \"linear\", \"llama3\", \"yarn\" or \"longrope\"");
+                          "expected \"default\", \"linear\", \"dynamic\", \"llama3\", \"yarn\" or "
+                          "\"longrope\"");
     }
     if ((family->traits & PTST__FUSED) != 0 && type != NULL &&
         (strcmp(type, "su") == 0 || strcmp(type, "yarn") == 0)) { /* its names of old */
@@ -22243,6 +22305,7 @@ static void ptst__config_no_rope(ptst__config_reader *r, const ptst__family *fam
 static void ptst__config_window(ptst__config_reader *r, const ptst__family *family,
                                 ptst_config *g) {
     int32_t types = ptst__config_get(r, 0, "layer_types"), first, k, i = 0;
+    int32_t every = (family->traits & PTST__LOCAL_ROPE) != 0 ? 6 : 2;
     int32_t window = ptst_json_get(r->json, 0, "sliding_window") < 0 ? family->window_size : 0;
     if (family->window == PTST__NO_WINDOW) {
         return;
@@ -22256,7 +22319,7 @@ static void ptst__config_window(ptst__config_reader *r, const ptst__family *fami
     }
     for (i = 0; i < g->num_hidden_layers && family->window == PTST__PATTERN_LAYERS; i++) {
         g->sliding_layers[i] =
-            (i + 1) % ptst__config_int(r, 0, "sliding_window_pattern", 1, INT32_MAX, 6) != 0;
+            (i + 1) % ptst__config_int(r, 0, "sliding_window_pattern", 1, INT32_MAX, every) != 0;
     }
     first = family->window == PTST__UPPER_LAYERS ? 0 : -1;
     first = first < 0 ? first : ptst__config_int(r, 0, "max_window_layers", 0, INT32_MAX, 28);
@@ -22290,10 +22353,11 @@ static void ptst__config_window(ptst__config_reader *r, const ptst__family *fami
 
 /* Things that would change the result and are not done here. */
 static void ptst__config_refuse(ptst__config_reader *r, const ptst__family *family) {
-    static const char *const keys[] = {"hidden_activation", "hidden_act", "attn_logit_softcapping",
-                                       "final_logit_softcapping", "use_bidirectional_attention"};
+    static const char *const keys[] = {"hidden_activation", "hidden_act",
+                                       "use_bidirectional_attention", "attn_logit_softcapping",
+                                       "final_logit_softcapping"};
     bool gemma = (family->traits & PTST__GEMMA) != 0;
-    int i;
+    int i, last = (family->traits & PTST__FOUR_NORMS) != 0 ? 3 : 5;
     if (ptst__config_get(r, 0, "quantization_config") >= 0) {
         ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "quantization_config",
                           "quantised files are not supported, take the original model");
@@ -22310,7 +22374,7 @@ static void ptst__config_refuse(ptst__config_reader *r, const ptst__family *fami
         }
         i += node >= 0 && gemma; /* the first key counts if both are there */
     }
-    for (i = 2; i < 5; i++) {
+    for (i = 2; i < last; i++) {
         int32_t node = ptst__config_get(r, 0, keys[i]);
         if (node >= 0 && ptst_json_kind(r->json, node) != PTST_JSON_FALSE) {
             ptst__config_fail(r, PTST_ERR_UNSUPPORTED, keys[i], "is not supported");
@@ -22364,7 +22428,7 @@ static void ptst__config_defaults(const ptst__family *family, ptst_config *g) {
     g->rope_beta_slow = g->rope_beta_slow == 0 ? 1 : g->rope_beta_slow;
     g->partial_rotary_factor = g->partial_rotary_factor == 0 ? 1 : g->partial_rotary_factor;
     g->rope_local_base_freq = g->rope_local_base_freq == 0 ? 1e4 : g->rope_local_base_freq;
-    if ((family->traits & PTST__GEMMA3) == 0) {
+    if ((family->traits & PTST__FOUR_NORMS) == 0) {
         g->query_pre_attn_scalar = g->head_dim;
     } else if (g->query_pre_attn_scalar == 0) {
         g->query_pre_attn_scalar = 256;
@@ -22435,6 +22499,7 @@ static int32_t ptst__config_rotary(const ptst_config *g) {
 static ptst_code ptst__config_check_rope(ptst_ctx *c, const ptst_config *g, const char *where) {
     bool linear = strcmp(g->rope_type, "linear") == 0, llama3 = strcmp(g->rope_type, "llama3") == 0;
     bool yarn = strcmp(g->rope_type, "yarn") == 0, lengthy = strcmp(g->rope_type, "longrope") == 0;
+    bool dynamic = strcmp(g->rope_type, "dynamic") == 0;
     int32_t rotary = ptst__config_rotary(g);
     if (rotary < 2 || rotary % 2 != 0) {
         return ptst__fail(c, PTST_ERR_UNSUPPORTED,
@@ -22446,13 +22511,14 @@ static ptst_code ptst__config_check_rope(ptst_ctx *c, const ptst_config *g, cons
         return ptst__fail(c, PTST_ERR_FORMAT, "%s: short_factor: has %ld numbers, expected %ld",
                           where, (long)g->rope_pairs, (long)(rotary / 2));
     }
-    if (!linear && !llama3 && !yarn && !lengthy && strcmp(g->rope_type, "default") != 0) {
+    if (!linear && !llama3 && !yarn && !lengthy && !dynamic &&
+        strcmp(g->rope_type, "default") != 0) {
         return ptst__fail(c, PTST_ERR_UNSUPPORTED,
                           "%s: rope_type: \"%s\" is not supported, expected \"default\", "
-                          "\"linear\", \"llama3\", \"yarn\" or \"longrope\"",
+                          "\"linear\", \"dynamic\", \"llama3\", \"yarn\" or \"longrope\"",
                           where, g->rope_type);
     }
-    if ((linear || llama3 || yarn) && !(g->rope_factor > 0)) {
+    if ((linear || llama3 || yarn || dynamic) && !(g->rope_factor > 0)) {
         return ptst__fail(c, PTST_ERR_FORMAT, "%s: factor: is missing for rope type %s", where,
                           g->rope_type);
     }
@@ -22464,6 +22530,20 @@ static ptst_code ptst__config_check_rope(ptst_ctx *c, const ptst_config *g, cons
                           where);
     }
     return PTST_OK;
+}
+
+/* The soft caps, which gemma2 has unless the keys say null. */
+static void ptst__config_caps(ptst__config_reader *r, const ptst__family *family,
+                              ptst_config *g) {
+    static const char *const keys[] = {"attn_logit_softcapping", "final_logit_softcapping"};
+    bool usual = strcmp(family->model_type, "gemma2") == 0;
+    double caps[2];
+    int i;
+    for (i = 0; i < 2 && (family->traits & PTST__FOUR_NORMS) != 0; i++) {
+        double absent = usual && ptst_json_get(r->json, 0, keys[i]) < 0 ? (i == 0 ? 50 : 30) : 0;
+        caps[i] = ptst__config_number(r, 0, keys[i], 1e-3, 1e9, absent);
+        *(i == 0 ? &g->attn_logit_softcapping : &g->final_logit_softcapping) = caps[i];
+    }
 }
 
 static ptst_code ptst__config_parse(ptst_ctx *c, const ptst_json *j, const char *path,
@@ -22506,6 +22586,7 @@ static ptst_code ptst__config_parse(ptst_ctx *c, const ptst_json *j, const char 
     ptst__config_window(&r, family, g);
     ptst__config_refuse(&r, family);
     g->query_pre_attn_scalar = ptst__config_number(&r, 0, "query_pre_attn_scalar", 1e-6, 1e9, 0);
+    ptst__config_caps(&r, family, g);
     g->bos_token_id = ptst__config_int(&r, 0, "bos_token_id", -1, INT32_MAX, -1);
     g->pad_token_id = ptst__config_int(&r, 0, "pad_token_id", -1, INT32_MAX, -1);
     ptst__config_ids(&r, "eos_token_id", g->eos_token_id, &g->eos_count);
@@ -22607,7 +22688,9 @@ struct ptst_model {
     bool fused;   /* q, k, v are one matrix, gate and up another */
     bool lengthy; /* longrope: sequences beyond the original length turn otherwise */
     bool gemma;   /* norms are stored minus 1, the embedding is scaled, the gate is a gelu */
-    bool gemma3;  /* norms behind attention and MLP; layers with a window turn otherwise */
+    bool four_norms; /* also behind attention and MLP */
+    bool local_rope; /* layers with a window turn otherwise */
+    bool dynamic;    /* how much a token turns depends on the length of its sequence */
     bool trainable;
 };
 
@@ -22682,19 +22765,19 @@ static ptst_code ptst__model_add_layer(ptst_ctx *c, ptst_model *m, int l) {
     int k;
     y->window = m->config.sliding_layers[l] ? (size_t)m->config.sliding_window : 0;
     y->rotated = !m->config.unrotated_layers[l];
-    y->local = m->gemma3 && m->config.sliding_layers[l];
+    y->local = m->local_rope && m->config.sliding_layers[l];
     for (k = 0; k < 2; k++) {
-        const char *name = m->gemma3 && k == 1 ? "pre_feedforward_layernorm" : norms[k];
+        const char *name = m->four_norms && k == 1 ? "pre_feedforward_layernorm" : norms[k];
         y->head_norms[k] = y->after[k] = NULL;
         y->norms[k] = ptst__weight_add(c, m, l, name, "weight", 0, m->C);
-        if (m->gemma3 && y->norms[k] != NULL) {
+        if (m->four_norms && y->norms[k] != NULL) {
             y->after[k] = ptst__weight_add(c, m, l, after[k], "weight", 0, m->C);
         }
         if (m->qk_norm && y->norms[k] != NULL) {
             y->head_norms[k] = ptst__weight_add(c, m, l, head_norms[k], "weight", 0, m->D);
         }
         if (y->norms[k] == NULL || (m->qk_norm && y->head_norms[k] == NULL) ||
-            (m->gemma3 && y->after[k] == NULL)) {
+            (m->four_norms && y->after[k] == NULL)) {
             return PTST_ERR_MEMORY;
         }
     }
@@ -22761,7 +22844,7 @@ static void ptst__model_frequencies(ptst_model *m) {
         if (m->lengthy) {
             m->frequencies[i] = 1 / (g->rope_short_factor[i] * turn);
             m->frequencies[m->R / 2 + i] = 1 / (g->rope_long_factor[i] * turn);
-        } else if (m->gemma3) {
+        } else if (m->local_rope) {
             turn = (float)pow(g->rope_local_base_freq, (double)exponent);
             m->frequencies[m->R / 2 + i] = 1 / turn;
         }
@@ -22785,7 +22868,9 @@ static ptst_code ptst__model_layout(ptst_ctx *c, ptst_model *m) {
     m->fused = (ptst__family_find(g->model_type)->traits & PTST__FUSED) != 0;
     m->lengthy = strcmp(g->rope_type, "longrope") == 0;
     m->gemma = (ptst__family_find(g->model_type)->traits & PTST__GEMMA) != 0;
-    m->gemma3 = (ptst__family_find(g->model_type)->traits & PTST__GEMMA3) != 0;
+    m->four_norms = (ptst__family_find(g->model_type)->traits & PTST__FOUR_NORMS) != 0;
+    m->local_rope = (ptst__family_find(g->model_type)->traits & PTST__LOCAL_ROPE) != 0;
+    m->dynamic = strcmp(g->rope_type, "dynamic") == 0;
     m->layers = (ptst__layer *)ptst__arena_alloc(c, &m->arena, m->L, sizeof *m->layers);
     m->weights = (ptst__weight *)ptst__arena_alloc(c, &m->arena, 3 + m->L * (6 + 2 * PTST__LINEARS),
                                                    sizeof *m->weights);
@@ -23139,9 +23224,9 @@ PTST_API ptst_code ptst_model_unfreeze(ptst_ctx *c, ptst_model *m) {
     return PTST_OK;
 }
 
-/* Longrope: the length of a whole sequence decides how each of its tokens turns, so a common head
-   must not be computed once for sequences of different lengths. */
-static bool ptst__model_whole(const ptst_model *m) { return m->lengthy; }
+/* Longrope and dynamic: the length of a whole sequence decides how each of its tokens turns, so a
+   common head must not be computed once for sequences of different lengths. */
+static bool ptst__model_whole(const ptst_model *m) { return m->lengthy || m->dynamic; }
 
 PTST_API bool ptst_model_trainable(const ptst_model *m) { return m->trainable; }
 
@@ -23352,11 +23437,29 @@ static ptst_code ptst__config_put_window(ptst_ctx *c, ptst_text *t, const ptst_c
     return code != PTST_OK ? code : ptst__text_add(c, t, "],\n");
 }
 
+/* What only Gemma 2 and 3 say: the size of scores and logits, the theta of layers with a window. */
+static ptst_code ptst__config_put_gemma(ptst_ctx *c, ptst_text *t, const ptst_config *g,
+                                        bool local) {
+    ptst_code code = ptst__text_format(c, t, "  \"query_pre_attn_scalar\": %.15g,\n",
+                                       g->query_pre_attn_scalar);
+    int i;
+    for (i = 0; i < 2 && code == PTST_OK; i++) {
+        double cap = i == 0 ? g->attn_logit_softcapping : g->final_logit_softcapping;
+        const char *key = i == 0 ? "attn_logit_softcapping" : "final_logit_softcapping";
+        code = cap == 0 ? ptst__text_format(c, t, "  \"%s\": null,\n", key)
+                        : ptst__config_put_float(c, t, key, cap);
+    }
+    return code != PTST_OK || !local
+               ? code
+               : ptst__config_put_float(c, t, "rope_local_base_freq", g->rope_local_base_freq);
+}
+
 /* config.json as transformers 4 and 5 read it. */
 static ptst_code ptst__config_write(ptst_ctx *c, const ptst_config *g, ptst_dtype dtype,
                                     ptst_text *t) {
     const ptst__family *family = ptst__family_find(g->model_type);
-    bool gemma = (family->traits & PTST__GEMMA) != 0, gemma3 = (family->traits & PTST__GEMMA3) != 0;
+    bool gemma = (family->traits & PTST__GEMMA) != 0;
+    bool four = (family->traits & PTST__FOUR_NORMS) != 0;
     ptst_code code =
         ptst__text_format(c, t, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n",
                           family->architecture, g->model_type);
@@ -23381,11 +23484,8 @@ static ptst_code ptst__config_write(ptst_ctx *c, const ptst_config *g, ptst_dtyp
         code = ptst__text_format(c, t, "  \"original_max_position_embeddings\": %ld,\n",
                                  (long)g->original_max_position_embeddings);
     }
-    if (code == PTST_OK && gemma3) {
-        code = ptst__config_put_float(c, t, "rope_local_base_freq", g->rope_local_base_freq);
-        code = code != PTST_OK ? code
-                               : ptst__text_format(c, t, "  \"query_pre_attn_scalar\": %.15g,\n",
-                                                   g->query_pre_attn_scalar);
+    if (code == PTST_OK && four) {
+        code = ptst__config_put_gemma(c, t, g, (family->traits & PTST__LOCAL_ROPE) != 0);
     }
     if (code == PTST_OK && g->partial_rotary_factor != 1) {
         code = ptst__config_put_float(c, t, "partial_rotary_factor", g->partial_rotary_factor);
@@ -23408,7 +23508,7 @@ static ptst_code ptst__config_write(ptst_ctx *c, const ptst_config *g, ptst_dtyp
                : ptst__text_format(c, t,
                                    "  \"%s\": \"%s\",\n  \"tie_word_embeddings\": %s,\n"
                                    "  \"torch_dtype\": \"%s\"\n}\n",
-                                   gemma3 ? "hidden_activation" : "hidden_act",
+                                   four ? "hidden_activation" : "hidden_act",
                                    gemma ? "gelu_pytorch_tanh" : "silu",
                                    g->tie_word_embeddings ? "true" : "false",
                                    dtype == PTST_F16    ? "float16"
@@ -23805,6 +23905,8 @@ typedef struct ptst__flow {
     int32_t *picks; /* rows that are wanted after the last layer */
     size_t picks_count;
     float *cosines, *sines; /* [positions, D / 2] */
+    float *turns;           /* [R / 2] frequencies of dynamic rope for sequences of */
+    size_t turning;         /* so many tokens */
     ptst__saved *saved;     /* [L] */
     float *n;               /* [N, C] output of a norm */
     float *s;               /* [M, F] */
@@ -23839,7 +23941,7 @@ static void ptst__saved_plan(ptst__flow *f, ptst__memory *p, ptst__saved *s, siz
         s->raw[k] = ptst__memory_floats(p, N, heads * m->D);
         s->raw_rstd[k] = backward ? ptst__memory_floats(p, N, heads) : NULL;
     }
-    for (k = 0; k < 2 && m->gemma3; k++) {
+    for (k = 0; k < 2 && m->four_norms; k++) {
         s->behind[k] = ptst__memory_floats(p, M, m->C);
         s->behind_rstd[k] = backward ? ptst__memory_floats(p, M, 1) : NULL;
     }
@@ -23864,14 +23966,41 @@ static void ptst__saved_plan(ptst__flow *f, ptst__memory *p, ptst__saved *s, siz
     s->lse = ptst__memory_floats(p, N, m->H);
 }
 
-/* Rows of the tables of angles: positions, once for each set of frequencies. */
+/* Rows of the tables of angles: positions, once for each set of frequencies; with dynamic rope
+   then one for each row of the flow. */
 static size_t ptst__flow_angles(const ptst__flow *f) {
-    return f->m->lengthy || f->m->gemma3 ? 2 * f->positions : f->positions;
+    return f->m->dynamic                       ? f->positions + f->rows_max
+           : f->m->lengthy || f->m->local_rope ? 2 * f->positions
+                                               : f->positions;
 }
 
-/* The row of the tables for a position in a sequence of `total` tokens. */
-static int32_t ptst__flow_position(const ptst__flow *f, size_t position, size_t total) {
+/* Angles of a row of the flow in a sequence of `total` tokens, more than the model was made for:
+   theta grows so that the slowest pair turns as far as it did at that length, times the factor
+   ("dynamic NTK", transformers' _compute_dynamic_ntk_parameters). */
+static void ptst__flow_turn(ptst__flow *f, size_t row, size_t position, size_t total) {
+    const ptst_config *g = &f->m->config;
+    size_t half = f->m->R / 2, i, at = (f->positions + row) * half;
+    double R = (double)f->m->R, most = g->max_position_embeddings, grown;
+    grown = g->rope_factor * (double)total / most - (g->rope_factor - 1);
+    for (i = 0; i < half && f->turning != total; i++) {
+        double theta = g->rope_theta * pow(grown, R / (R - 2));
+        f->turns[i] = 1 / (float)pow(theta, (double)((float)(2 * i) / (float)f->m->R));
+    }
+    f->turning = total;
+    for (i = 0; i < half; i++) {
+        double angle = (double)((float)position * f->turns[i]);
+        f->cosines[at + i] = (float)cos(angle);
+        f->sines[at + i] = (float)sin(angle);
+    }
+}
+
+/* The row of the tables for a row of the flow: a position in a sequence of `total` tokens. */
+static int32_t ptst__flow_position(ptst__flow *f, size_t row, size_t position, size_t total) {
     bool more = f->m->lengthy && total > (size_t)f->m->config.original_max_position_embeddings;
+    if (f->m->dynamic && f->m->R > 2 && total > (size_t)f->m->config.max_position_embeddings) {
+        ptst__flow_turn(f, row, position, total);
+        return (int32_t)(f->positions + row);
+    }
     return (int32_t)(more ? f->positions + position : position);
 }
 
@@ -23899,6 +24028,7 @@ static void ptst__flow_plan(ptst__flow *f, ptst__memory *p, size_t kept, bool dr
     f->picks = (int32_t *)ptst__memory_take(p, f->picks_max, 1, sizeof *f->picks);
     f->cosines = ptst__memory_floats(p, ptst__flow_angles(f), m->R / 2);
     f->sines = ptst__memory_floats(p, ptst__flow_angles(f), m->R / 2);
+    f->turns = ptst__memory_floats(p, m->R / 2, 1);
     f->n = ptst__memory_floats(p, f->rows_max, m->C);
     f->s = ptst__memory_floats(p, f->rows_max, m->F);
     q = (m->H + 2 * m->K) * m->D;
@@ -23936,7 +24066,9 @@ static void ptst__rotation_task(void *arg, size_t position, int thread) {
 static void ptst__flow_init(ptst_ctx *c, ptst__flow *f) {
     ptst__rotation_job j;
     j.f = f;
-    ptst__parallel_for(c, ptst__flow_angles(f), ptst__rotation_task, &j);
+    f->turning = 0;
+    ptst__parallel_for(c, f->m->dynamic ? f->positions : ptst__flow_angles(f), ptst__rotation_task,
+                       &j);
 }
 
 /* The keys of a layer: in the cache, or the rows of this flow. */
@@ -23974,6 +24106,7 @@ static ptst_attention ptst__flow_attention(const ptst__flow *f, size_t layer) {
     a.K = f->m->K;
     a.D = f->m->D;
     a.scale = (float)(1 / sqrt(f->m->config.query_pre_attn_scalar));
+    a.softcap = (float)f->m->config.attn_logit_softcapping;
     a.window = f->m->layers[layer].window;
     a.q_ld = f->m->H * f->m->D;
     a.kv_ld = f->m->K * f->m->D;
@@ -24103,13 +24236,13 @@ static void ptst__layer_attention(ptst_ctx *c, ptst__flow *f, size_t l) {
     ptst_attention_forward(c, &a, s->q, s->a, s->lse);
 }
 
-/* y [rows, C] += the output of o_proj or down_proj, with gemma3 through its norm. */
+/* y [rows, C] += the output of o_proj or down_proj, with four norms through its own. */
 static void ptst__linear_behind(ptst_ctx *c, ptst__flow *f, size_t l, int kind, size_t rows,
                                 const float *x, float *y) {
     const ptst_model *m = f->m;
     ptst__saved *s = &f->saved[l];
     int k = kind == PTST__DOWN;
-    if (!m->gemma3) {
+    if (!m->four_norms) {
         ptst__linear_forward(c, f, l, kind, rows, x, y, true);
         return;
     }
@@ -24167,12 +24300,61 @@ static void ptst__flow_forward(ptst_ctx *c, ptst__flow *f) {
                          (const float *)m->norm->data, f->normed, f->out_rstd);
 }
 
-/* logits [rows, V] of rows of f->normed from `first` on. */
+typedef struct ptst__cap_job {
+    const struct ptst__kernels *kernels;
+    size_t V;
+    float cap, *logits, *slopes;
+    bool back;
+} ptst__cap_job;
+
+/* Task: one row. tanh as in ptst__scores_cap. */
+static void ptst__cap_task(void *arg, size_t row, int thread) {
+    const ptst__cap_job *j = (const ptst__cap_job *)arg;
+    float *x = j->logits + row * j->V, *slope = j->slopes == NULL ? NULL : j->slopes + row * j->V;
+    size_t i;
+    (void)thread;
+    for (i = 0; i < j->V && j->back; i++) {
+        x[i] *= slope[i];
+    }
+    if (j->back) {
+        return;
+    }
+    for (i = 0; i < j->V; i++) {
+        x[i] *= 2 / j->cap;
+    }
+    (void)j->kernels->row_exp(j->V, x, 0, x);
+    for (i = 0; i < j->V; i++) {
+        float tanh_z = 1 - 2 / (x[i] + 1);
+        x[i] = j->cap * tanh_z;
+        if (slope != NULL) {
+            slope[i] = 1 - tanh_z * tanh_z;
+        }
+    }
+}
+
+/* logits [rows, V] become cap * tanh(logits / cap), with the slopes of that (or NULL); back: their
+   gradients become those of what they were before. */
+static void ptst__logits_cap(ptst_ctx *c, const ptst_model *m, size_t rows, float *logits,
+                             float *slopes, bool back) {
+    ptst__cap_job j;
+    j.kernels = c->kernels;
+    j.V = m->V;
+    j.cap = (float)m->config.final_logit_softcapping;
+    j.logits = logits;
+    j.slopes = slopes;
+    j.back = back;
+    if (j.cap != 0) {
+        ptst__parallel_for(c, rows, ptst__cap_task, &j);
+    }
+}
+
+/* logits [rows, V] of rows of f->normed from `first` on; slopes: see ptst__logits_cap. */
 static void ptst__flow_head(ptst_ctx *c, const ptst__flow *f, size_t first, size_t rows,
-                            float *logits) {
+                            float *logits, float *slopes) {
     const ptst_model *m = f->m;
     ptst__gemm(c, rows, m->V, m->C, 1, f->normed + first * m->C, m->C, false,
                ptst__weight_matrix(m->head, true), 0, logits, m->V);
+    ptst__logits_cap(c, m, rows, logits, slopes, false);
 }
 
 /* ---- sessions ---- */
@@ -24403,7 +24585,7 @@ static size_t ptst__eval_pack(ptst_session *s, const ptst_chunk *h, size_t first
     at->at[1] = (size_t)h->slot * s->desc.capacity;
     for (i = 0; i < n; i++) {
         s->tokens[f->rows + i] = h->tokens[first + i];
-        f->position[f->rows + i] = ptst__flow_position(f, head + t->length + i,
+        f->position[f->rows + i] = ptst__flow_position(f, f->rows + i, head + t->length + i,
                                                        head + t->length + h->count - first);
         if (i + wanted >= n) {
             f->picks[f->picks_count++] = (int32_t)(f->rows + i);
@@ -24434,7 +24616,8 @@ PTST_API ptst_code ptst_eval(ptst_ctx *c, ptst_session *s, const ptst_chunk *chu
         }
         if (f->rows != 0) {
             ptst__flow_forward(c, f);
-            ptst__flow_head(c, f, 0, f->picks_count, s->logits + s->logits_count * f->m->V);
+            ptst__flow_head(c, f, 0, f->picks_count, s->logits + s->logits_count * f->m->V,
+                            NULL);
             s->logits_count += f->picks_count;
         }
     }
@@ -24519,6 +24702,7 @@ typedef struct ptst__pass {
     size_t head_rows;
     double *losses;   /* [head_rows] */
     float *logits;    /* [head_rows, V] */
+    float *slopes;    /* [head_rows, V] of the soft cap of the logits, NULL if there is none */
     float *dnormed;   /* [picks, C] */
     float *dx;        /* [N, C] */
     float *dpicked;   /* [picks, C] dx of the rows that the last layer works on */
@@ -24603,13 +24787,13 @@ static void ptst__linear_backward(ptst_ctx *c, ptst__pass *p, size_t l, int kind
 }
 
 /* Gradient by the output of o_proj (which = 0) or down_proj (1) from that by what is added to x:
-   the same, but with gemma3 there is a norm between them. */
+   the same, but with four norms there is one between them. */
 static const float *ptst__behind_backward(ptst_ctx *c, ptst__pass *p, size_t l, int which,
                                           size_t rows, const float *dx) {
     const ptst_model *m = p->flow.m;
     const ptst__saved *s = &p->flow.saved[l];
     const ptst__weight *w = m->layers[l].after[which];
-    if (!m->gemma3) {
+    if (!m->four_norms) {
         return dx;
     }
     memset(p->dbehind, 0, rows * m->C * sizeof(float));
@@ -24754,7 +24938,7 @@ static double ptst__pass_head(ptst_ctx *c, ptst__pass *p, bool backward) {
     for (first = 0; first < f->picks_count; first += p->head_rows) {
         size_t rows = ptst__min(p->head_rows, f->picks_count - first);
         const float *x = f->normed + first * m->C;
-        ptst__flow_head(c, f, first, rows, p->logits);
+        ptst__flow_head(c, f, first, rows, p->logits, p->slopes);
         ptst_cross_entropy(c, rows, m->V, p->logits, p->labels + first, p->losses,
                            backward ? 1.0f : 0.0f);
         for (i = 0; i < rows; i++) {
@@ -24763,6 +24947,7 @@ static double ptst__pass_head(ptst_ctx *c, ptst__pass *p, bool backward) {
         if (!backward) {
             continue;
         }
+        ptst__logits_cap(c, m, rows, p->logits, p->slopes, true);
         ptst__gemm(c, rows, m->C, m->V, 1, p->logits, m->V, false,
                    ptst__weight_matrix(m->head, false), 0, p->dnormed + first * m->C, m->C);
         if (dhead != NULL) {
@@ -24858,6 +25043,9 @@ static void ptst__pass_plan(ptst__pass *p, ptst__memory *plan) {
     p->labels = (int32_t *)ptst__memory_take(plan, M, 1, sizeof *p->labels);
     p->losses = (double *)ptst__memory_take(plan, p->head_rows, 1, sizeof *p->losses);
     p->logits = ptst__memory_floats(plan, p->head_rows, m->V);
+    p->slopes = m->config.final_logit_softcapping != 0
+                    ? ptst__memory_floats(plan, p->head_rows, m->V)
+                    : NULL;
     if (p->lowest == m->L) {
         return;
     }
@@ -24869,7 +25057,7 @@ static void ptst__pass_plan(ptst__pass *p, ptst__memory *plan) {
     p->da = ptst__memory_floats(plan, N, q);
     p->dq = ptst__memory_floats(plan, N, q);
     p->draw = m->qk_norm ? ptst__memory_floats(plan, N, q) : NULL;
-    p->dbehind = m->gemma3 ? ptst__memory_floats(plan, N, m->C) : NULL;
+    p->dbehind = m->four_norms ? ptst__memory_floats(plan, N, m->C) : NULL;
     p->dk = ptst__memory_floats(plan, N, kv);
     p->dv = ptst__memory_floats(plan, N, kv);
     p->ds = ptst__memory_floats(plan, N, m->F);
@@ -24980,10 +25168,11 @@ static ptst_code ptst__pass_segments(ptst_ctx *c, ptst__pass *p, const ptst_batc
         f->span_rows[i].at[1] = g->begin;
         before = head == NULL ? 0 : head->count;
         for (k = 0; k < g->count; k++) {
-            f->position[g->begin + k] = ptst__flow_position(f, before + k, before + g->count);
+            f->position[g->begin + k] =
+                ptst__flow_position(f, g->begin + k, before + k, before + g->count);
         }
         for (k = 0; k < before && f->m->lengthy; k++) { /* the longest that it begins decides */
-            int32_t position = ptst__flow_position(f, k, before + g->count), *was;
+            int32_t position = ptst__flow_position(f, 0, k, before + g->count), *was;
             was = &f->position[head->begin + k];
             *was = position > *was ? position : *was;
         }

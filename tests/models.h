@@ -5,17 +5,17 @@
 
 #include "test.h"
 
-enum { MODELS = 20, MODELS_TOKENS = 64, MODELS_PATH = 300 };
+enum { MODELS = 22, MODELS_WHOLE = 2, MODELS_TOKENS = 64, MODELS_PATH = 300 };
 
-/* The last has longrope: in its sequences all tokens turn otherwise once there are more than 12, so
-   there what was cached before, or is shared with a shorter sequence, is not what one pass over all
+/* The last have longrope and dynamic rope: in their sequences all tokens turn otherwise once there
+   are more than 12, so there what was cached before, or is shared with a shorter sequence, is not what one pass over all
    tokens gives (nor in transformers). */
 static const char *const models_names[MODELS] = {
     "llama_tied",     "llama_bias",    "llama3_rope", "llama_linear_rope", "llama_plain",
     "mistral_window", "mistral_plain", "qwen2_tied",  "qwen2_window",      "qwen2_layer_types",
     "qwen3_norms",    "qwen3_window",  "qwen3_yarn",  "smollm3_no_rope",   "smollm3_window",
     "llama_yarn",     "phi3_plain",    "gemma_plain", "gemma3_local",
-    "phi3_longrope"};
+    "gemma2_caps",    "phi3_longrope", "llama_dynamic"};
 
 /* A model, its adapter, a batch of several sequences, and the reference's results for them. */
 typedef struct models_case {
@@ -111,7 +111,7 @@ PTST__UNUSED static double models_logits_error(ptst_ctx *c, models_case *k, cons
     ptst_chunk chunk;
     double error = -1;
     memset(&d, 0, sizeof d);
-    d.logit_rows = MODELS_TOKENS;
+    d.logit_rows = d.capacity = MODELS_TOKENS;
     s = ptst_session_new(c, k->m, k->a, &d);
     chunk.slot = 0;
     chunk.tokens = k->tokens;

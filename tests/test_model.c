@@ -303,7 +303,7 @@ static void prefix_is_repetition(void) {
     ptst_batch two, one;
     models_case k;
     int i, j;
-    for (i = 0; i < MODELS - 1; i++) { /* not the last, see models.h */
+    for (i = 0; i < MODELS - MODELS_WHOLE; i++) { /* see models.h */
         ptst__pass *p;
         float *grads;
         double expected;
@@ -418,7 +418,7 @@ static void threads_same_bits(void) {
 static void cached_is_full_with(ptst_ctx *c) {
     models_case k;
     int i;
-    for (i = 0; i < MODELS - 1; i++) { /* not the last, see models.h */
+    for (i = 0; i < MODELS - MODELS_WHOLE; i++) { /* see models.h */
         ptst_session_desc d;
         ptst_session *s, *all;
         ptst_chunk whole, chunks[3];
@@ -824,8 +824,8 @@ static const config_case config_bad[] = {
      "\"rope_scaling\": {\"rope_type\": \"longrope\", \"short_factor\": [1, 0], \"long_factor\": "
      "[1, 2]}",
      PTST_ERR_FORMAT, "config.json: short_factor: expected numbers above 0"},
-    {"\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"dynamic\", \"factor\": 4}",
-     PTST_ERR_UNSUPPORTED, "config.json: rope_type: \"dynamic\" is not supported, expected"},
+    {"\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"ntk\", \"factor\": 4}",
+     PTST_ERR_UNSUPPORTED, "config.json: rope_type: \"ntk\" is not supported, expected"},
     {"\"rope_scaling\": null", "\"rope_scaling\": {\"rope_type\": \"longlonglonglongrope\"}",
      PTST_ERR_UNSUPPORTED, "config.json: rope_type: expected"},
     {"\"rope_scaling\": null", "\"rope_scaling\": {\"rope_type\": 3}", PTST_ERR_UNSUPPORTED,

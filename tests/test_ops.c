@@ -455,6 +455,7 @@ typedef struct ops_shape {
     size_t H, K, D, window, prefix, spans;
     size_t count[SPANS], keys[SPANS]; /* queries and own keys of each span */
     bool first_is_prefix;             /* span 0 makes the prefix; the others share its keys */
+    float softcap;
 } ops_shape;
 
 static ops_attention ops_attention_new(ptst_ctx *c, const ops_shape *s) {
@@ -466,6 +467,7 @@ static ops_attention ops_attention_new(ptst_ctx *c, const ops_shape *s) {
     t.a.K = s->K;
     t.a.D = s->D;
     t.a.scale = 1 / sqrtf((float)s->D);
+    t.a.softcap = s->softcap;
     t.a.window = s->window;
     t.a.q_ld = s->H * s->D + 3;
     t.a.kv_ld = s->K * s->D + 1;
@@ -538,9 +540,10 @@ static double ops_attention_loss(void *arg) {
 
 static void attention_gradient(void) {
     static const ops_shape shapes[] = {
-        {2, 2, 3, 0, 0, 1, {5, 0, 0, 0}, {5, 0, 0, 0}, false},
-        {4, 2, 5, 0, 3, 3, {3, 4, 2, 0}, {3, 4, 6, 0}, false}, /* 2 new queries on 6 keys */
-        {3, 1, 4, 3, 4, 3, {4, 3, 5, 0}, {4, 3, 5, 0}, true},  /* window over the seam */
+        {2, 2, 3, 0, 0, 1, {5, 0, 0, 0}, {5, 0, 0, 0}, false, 0},
+        {4, 2, 5, 0, 3, 3, {3, 4, 2, 0}, {3, 4, 6, 0}, false, 0}, /* 2 new queries on 6 keys */
+        {3, 1, 4, 3, 4, 3, {4, 3, 5, 0}, {4, 3, 5, 0}, true, 0},  /* window over the seam */
+        {4, 2, 5, 0, 3, 3, {3, 4, 2, 0}, {3, 4, 6, 0}, false, 0.8f},
     };
     ptst_ctx *c = test_open(1, "scalar");
     size_t i, j;
@@ -569,28 +572,32 @@ static void attention_gradient(void) {
 
 /* Shapes around the tile sizes, odd head sizes, windows, empty spans, decoding. */
 static const ops_shape ops_shapes[] = {
-    {1, 1, 1, 0, 0, 1, {1, 0, 0, 0}, {1, 0, 0, 0}, false},
-    {2, 1, 7, 0, 0, 1, {50, 0, 0, 0}, {50, 0, 0, 0}, false},
-    {3, 3, 8, 0, 1, 2, {47, 49, 0, 0}, {47, 49, 0, 0}, false},
-    {3, 1, 64, 0, 0, 2, {97, 40, 0, 0}, {97, 40, 0, 0}, false},
-    {4, 2, 64, 0, 70, 4, {70, 33, 1, 20}, {70, 33, 1, 20}, true},
-    {4, 2, 33, 0, 96, 3, {20, 96, 3, 0}, {20, 96, 99, 0}, false},
-    {4, 4, 16, 10, 20, 3, {64, 100, 7, 0}, {64, 100, 30, 0}, false},
-    {2, 1, 12, 1, 5, 2, {60, 10, 0, 0}, {60, 10, 0, 0}, false},
-    {1, 1, 24, 100, 0, 2, {300, 230, 0, 0}, {300, 230, 0, 0}, false},
-    {2, 1, 6, 0, 0, 1, {1070, 0, 0, 0}, {1070, 0, 0, 0}, false}, /* two key ranges, groups */
-    {1, 1, 5, 0, 0, 2, {250, 0, 0, 0}, {1100, 0, 0, 0}, false},
-    {2, 1, 4, 300, 1030, 2, {1030, 250, 0, 0}, {1030, 250, 0, 0}, true},
-    {1, 1, 150, 0, 40, 2, {100, 160, 0, 0}, {110, 160, 0, 0}, false},
-    {2, 2, 128, 0, 10, 2, {65, 2, 0, 0}, {65, 2, 0, 0}, true},
-    {2, 1, 130, 0, 10, 2, {50, 6, 0, 0}, {50, 6, 0, 0}, true},
-    {3, 1, 256, 0, 0, 1, {55, 0, 0, 0}, {55, 0, 0, 0}, false},
-    {2, 1, 300, 0, 17, 2, {33, 9, 0, 0}, {33, 9, 0, 0}, true},
-    {6, 2, 64, 0, 37, 4, {1, 1, 0, 1}, {1, 600, 3, 33}, false}, /* decoding; a span of no query */
-    {4, 1, 80, 64, 37, 3, {1, 1, 2, 0}, {100, 20, 40, 0}, false},
-    {14, 2, 9, 300, 40, 3, {1, 2, 4, 0}, {700, 20, 4, 0}, false},
-    {2, 2, 16, 0, 0, 2, {9, 3, 0, 0}, {6, 0, 0, 0}, false}, /* queries that see no key */
-    {2, 2, 16, 0, 0, 0, {0, 0, 0, 0}, {0, 0, 0, 0}, false},
+    {1, 1, 1, 0, 0, 1, {1, 0, 0, 0}, {1, 0, 0, 0}, false, 0},
+    {2, 1, 7, 0, 0, 1, {50, 0, 0, 0}, {50, 0, 0, 0}, false, 0},
+    {3, 3, 8, 0, 1, 2, {47, 49, 0, 0}, {47, 49, 0, 0}, false, 0},
+    {3, 1, 64, 0, 0, 2, {97, 40, 0, 0}, {97, 40, 0, 0}, false, 0},
+    {4, 2, 64, 0, 70, 4, {70, 33, 1, 20}, {70, 33, 1, 20}, true, 0},
+    {4, 2, 33, 0, 96, 3, {20, 96, 3, 0}, {20, 96, 99, 0}, false, 0},
+    {4, 4, 16, 10, 20, 3, {64, 100, 7, 0}, {64, 100, 30, 0}, false, 0},
+    {2, 1, 12, 1, 5, 2, {60, 10, 0, 0}, {60, 10, 0, 0}, false, 0},
+    {1, 1, 24, 100, 0, 2, {300, 230, 0, 0}, {300, 230, 0, 0}, false, 0},
+    {2, 1, 6, 0, 0, 1, {1070, 0, 0, 0}, {1070, 0, 0, 0}, false, 0}, /* two key ranges, groups */
+    {1, 1, 5, 0, 0, 2, {250, 0, 0, 0}, {1100, 0, 0, 0}, false, 0},
+    {2, 1, 4, 300, 1030, 2, {1030, 250, 0, 0}, {1030, 250, 0, 0}, true, 0},
+    {1, 1, 150, 0, 40, 2, {100, 160, 0, 0}, {110, 160, 0, 0}, false, 0},
+    {2, 2, 128, 0, 10, 2, {65, 2, 0, 0}, {65, 2, 0, 0}, true, 0},
+    {2, 1, 130, 0, 10, 2, {50, 6, 0, 0}, {50, 6, 0, 0}, true, 0},
+    {3, 1, 256, 0, 0, 1, {55, 0, 0, 0}, {55, 0, 0, 0}, false, 0},
+    {2, 1, 300, 0, 17, 2, {33, 9, 0, 0}, {33, 9, 0, 0}, true, 0},
+    {6, 2, 64, 0, 37, 4, {1, 1, 0, 1}, {1, 600, 3, 33}, false, 0}, /* decoding; a span of no query */
+    {4, 1, 80, 64, 37, 3, {1, 1, 2, 0}, {100, 20, 40, 0}, false, 0},
+    {14, 2, 9, 300, 40, 3, {1, 2, 4, 0}, {700, 20, 4, 0}, false, 0},
+    {2, 2, 16, 0, 0, 2, {9, 3, 0, 0}, {6, 0, 0, 0}, false, 0}, /* queries that see no key */
+    {2, 2, 16, 0, 0, 0, {0, 0, 0, 0}, {0, 0, 0, 0}, false, 0},
+    {4, 2, 33, 0, 96, 3, {20, 96, 3, 0}, {20, 96, 99, 0}, false, 0.5f},
+    {2, 1, 6, 0, 0, 1, {1070, 0, 0, 0}, {1070, 0, 0, 0}, false, 3},
+    {6, 2, 64, 20, 37, 4, {1, 1, 0, 1}, {1, 600, 3, 33}, false, 0.7f},
+    {2, 1, 300, 0, 17, 2, {33, 9, 0, 0}, {33, 9, 0, 0}, true, 50},
 };
 
 /* Every version with 1, 2 and 3 threads against the scalar one, forward and backward; equal bits
@@ -655,8 +662,8 @@ static void attention_prefix(void) {
     for (k = 0; ops_simds[k] != NULL; k++) {
         ptst_ctx *c = ops_open(ops_simds[k], 2);
         for (w = 0; w < 2 && c != NULL; w++) {
-            ops_shape split = {H, K, D, 0, P, 2, {P, T, 0, 0}, {P, T, 0, 0}, true};
-            ops_shape whole = {H, K, D, 0, 0, 1, {P + T, 0, 0, 0}, {P + T, 0, 0, 0}, false};
+            ops_shape split = {H, K, D, 0, P, 2, {P, T, 0, 0}, {P, T, 0, 0}, true, 0};
+            ops_shape whole = {H, K, D, 0, 0, 1, {P + T, 0, 0, 0}, {P + T, 0, 0, 0}, false, 0};
             ops_attention a, b;
             split.window = whole.window = windows[w];
             a = ops_attention_new(c, &split);
@@ -679,8 +686,8 @@ static void attention_prefix(void) {
 
 /* Rows without a key give 0; huge scores do not overflow; NaN stays in the rows that see it. */
 static void attention_extremes(void) {
-    ops_shape shape = {2, 1, 16, 0, 0, 1, {60, 0, 0, 0}, {60, 0, 0, 0}, false};
-    ops_shape none = {2, 2, 16, 0, 0, 1, {5, 0, 0, 0}, {3, 0, 0, 0}, false};
+    ops_shape shape = {2, 1, 16, 0, 0, 1, {60, 0, 0, 0}, {60, 0, 0, 0}, false, 0};
+    ops_shape none = {2, 2, 16, 0, 0, 1, {5, 0, 0, 0}, {3, 0, 0, 0}, false, 0};
     size_t i;
     int k;
     for (k = 0; ops_simds[k] != NULL; k++) {

@@ -407,6 +407,14 @@ MODELS = [
                                              "rope_theta": 1e5},
                           "sliding_attention": {"rope_type": "default", "rope_theta": 2e3}}},
      {"r": 2, "lora_alpha": 8, "target_modules": ALL}, True),
+    ("gemma2_caps", "old", "F32", "gemma2",
+     {"head_dim": 6, "num_hidden_layers": 3, "sliding_window": 5, "query_pre_attn_scalar": 9,
+      "pad_token_id": None, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+     {"r": 2, "lora_alpha": 8, "target_modules": ALL}, True),
+    ("llama_dynamic", "new", "F32", "llama",
+     {"max_position_embeddings": 12,
+      "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}},
+     {"r": 2, "lora_alpha": 8, "target_modules": QV}, False),
 ]
 
 
