@@ -821,7 +821,8 @@ typedef struct ptst_lora_desc {
     double alpha;        /* 0 = 32 */
     double dropout;      /* on the input of A while training, 0 <= dropout < 1; noted in the file */
     const char *targets; /* q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj by commas,
-                            or "all-linear"; NULL = "q_proj,v_proj" */
+                            "all-linear", or a regular expression over whole paths such as
+                            "model.layers.0.self_attn.q_proj"; NULL = "q_proj,v_proj" */
     uint64_t seed;       /* of A; B starts at 0, so a new adapter changes nothing */
     bool rslora;
 } ptst_lora_desc;
@@ -832,9 +833,10 @@ typedef struct ptst_adapter ptst_adapter;
    may be NULL. The adapter does not refer to the model afterwards. */
 PTST_API ptst_adapter *ptst_adapter_new(ptst_ctx *c, const ptst_model *m,
                                         const ptst_lora_desc *desc);
-/* Reads a PEFT folder (adapter_config.json, adapter_model.safetensors). Every tensor must find its
-   weight and every target its tensors; a feature that is active there and not supported here is
-   named. */
+/* Reads a PEFT folder (adapter_config.json, adapter_model.safetensors), with target_modules as a
+   list or regular expression, exclude_modules, layers_to_transform, rank_pattern, alpha_pattern.
+   Every tensor must find its weight and every target its tensors; a feature that is active there
+   and not supported here is named. */
 PTST_API ptst_adapter *ptst_adapter_load(ptst_ctx *c, const ptst_model *m, const char *folder);
 /* A copy of its own. */
 PTST_API ptst_adapter *ptst_adapter_copy(ptst_ctx *c, const ptst_adapter *a);
@@ -5330,7 +5332,8 @@ typedef struct ptst__regex_maker {
     ptst__arena arena; /* everything that is gone when the automaton stands */
     const char *what, *s;
     size_t size, at;
-    bool fold; /* inside (?i: */
+    bool fold;  /* inside (?i: */
+    bool whole; /* ^ and $ are allowed: the ends of the text */
     ptst__charset sets[PTST__REGEX_SETS];
     int32_t set_count, node_count, op_count, state_count;
     ptst__node *nodes;
@@ -5785,6 +5788,17 @@ static int32_t ptst__regex_atom(ptst__regex_maker *m, int depth) {
         ptst__set_put(m, &s, '\n' + 1, 0x10FFFF);
         return ptst__node_set(m, &s);
     }
+    if (m->whole && ptst__regex_take(m, "^")) { /* a match of the whole text begins there anyway */
+        return ptst__node_new(m, PTST__NODE_EMPTY, -1, -1);
+    }
+    if (m->whole && ptst__regex_take(m, "$")) { /* no character comes next */
+        int32_t end;
+        ptst__set_put(m, &s, 0, 0x10FFFF);
+        end = ptst__node_set(m, &s);
+        m->nodes[end].kind = PTST__NODE_LOOK;
+        m->nodes[end].min = 0;
+        return end;
+    }
     if (m->at < m->size && strchr("^$*+?", m->s[m->at]) != NULL) {
         ptst__regex_fail(m, "an anchor or a repeat that is not supported");
         return 0;
@@ -6100,10 +6114,17 @@ static void ptst__regex_states(ptst__regex_maker *m, ptst__arena *arena, ptst__r
     }
 }
 
-/* Compiles a pattern, or with `literal` a text that stands for itself, into arena. `what` begins
-   the message of an error. NULL on error. */
+/* literal: a text that stands for itself; whole: ^ and $ stand for the ends of the text. */
+typedef enum ptst__regex_kind {
+    PTST__REGEX_PATTERN,
+    PTST__REGEX_LITERAL,
+    PTST__REGEX_WHOLE
+} ptst__regex_kind;
+
+/* Compiles a pattern into arena. `what` begins the message of an error. NULL on error. */
 static ptst__regex *ptst__regex_make(ptst_ctx *c, ptst__arena *arena, const char *what,
-                                     const char *s, size_t size, bool literal) {
+                                     const char *s, size_t size, ptst__regex_kind kind) {
+    bool literal = kind == PTST__REGEX_LITERAL;
     ptst__regex *x = (ptst__regex *)ptst__arena_alloc(c, arena, 1, sizeof *x);
     ptst__regex_maker *m = x == NULL ? NULL : (ptst__regex_maker *)ptst__calloc(c, 1, sizeof *m);
     int32_t node = 0, start = 0;
@@ -6115,6 +6136,7 @@ static ptst__regex *ptst__regex_make(ptst_ctx *c, ptst__arena *arena, const char
     m->what = what;
     m->s = s;
     m->size = size;
+    m->whole = kind == PTST__REGEX_WHOLE;
     m->nodes = (ptst__node *)ptst__regex_alloc(m, PTST__REGEX_NODES, sizeof *m->nodes);
     m->ops = (ptst__op *)ptst__regex_alloc(m, PTST__REGEX_NODES, sizeof *m->ops);
     if (m->code == PTST_OK) {
@@ -6661,7 +6683,8 @@ static const ptst__regex *ptst__tok_pattern(ptst__tokenizer_reader *r, int32_t n
         return NULL;
     }
     snprintf(name, sizeof name, "%.240s: %.40s", r->name, what);
-    return ptst__regex_make(r->c, &r->t->arena, name, s, size, literal);
+    return ptst__regex_make(r->c, &r->t->arena, name, s, size,
+                            literal ? PTST__REGEX_LITERAL : PTST__REGEX_PATTERN);
 }
 
 /* Replace {pattern: {String or Regex}, content}. */
@@ -6773,7 +6796,8 @@ static ptst_code ptst__tok_cut_at(ptst__tokenizer_reader *r, const char *pattern
     }
     cut->behaviour = behaviour;
     cut->invert = invert;
-    cut->regex = ptst__regex_make(r->c, &r->t->arena, r->name, pattern, strlen(pattern), false);
+    cut->regex = ptst__regex_make(r->c, &r->t->arena, r->name, pattern, strlen(pattern),
+                                  PTST__REGEX_PATTERN);
     return cut->regex == NULL ? r->c->code : PTST_OK;
 }
 
@@ -6829,7 +6853,8 @@ static ptst_code ptst__tok_metaspace(ptst__tokenizer_reader *r, int32_t node) {
             return r->c->code;
         }
         at->behaviour = PTST__CUT_WITH_NEXT;
-        at->regex = ptst__regex_make(r->c, &r->t->arena, r->name, cut->mark, cut->mark_size, true);
+        at->regex = ptst__regex_make(r->c, &r->t->arena, r->name, cut->mark, cut->mark_size,
+                                     PTST__REGEX_LITERAL);
         return at->regex == NULL ? r->c->code : PTST_OK;
     }
     return PTST_OK;
@@ -23600,6 +23625,7 @@ PTST_API ptst_code ptst_model_save(ptst_ctx *c, const ptst_model *m, const char 
 /* The side branch of one linear layer; rank 0 = none. */
 typedef struct ptst__branch {
     size_t rank, in, out;
+    double alpha;
     float scale;
     float *A; /* [rank, in] */
     float *B; /* [out, rank] */
@@ -25276,10 +25302,13 @@ PTST__UNUSED static ptst_code ptst__pass_run(ptst_ctx *c, ptst__pass *p, const p
 
 /* ---- making ---- */
 
-/* What is adapted, and how; one flag for each linear layer. */
+/* What is adapted, and how: one number for each linear layer. */
 typedef struct ptst__lora_plan {
     ptst_lora_desc desc;
     bool hit[PTST_LAYERS_MAX * PTST__LINEARS];
+    int32_t rank[PTST_LAYERS_MAX * PTST__LINEARS]; /* 0 = that of desc */
+    double alpha[PTST_LAYERS_MAX * PTST__LINEARS]; /* where has_alpha, else that of desc */
+    bool has_alpha[PTST_LAYERS_MAX * PTST__LINEARS];
 } ptst__lora_plan;
 
 enum { PTST__RANK_MAX = 1 << 16 };
@@ -25287,6 +25316,12 @@ enum { PTST__RANK_MAX = 1 << 16 };
 static const char ptst__lora_expected[] =
     "expected q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj or all-linear (phi3: "
     "qkv_proj, o_proj, gate_up_proj, down_proj)";
+
+/* "model.layers.3.self_attn.q_proj" into PTST__NAME bytes; its length. */
+static size_t ptst__lora_path(char *path, size_t layer, int kind) {
+    return (size_t)snprintf(path, PTST__NAME, "model.layers.%lu.%s", (unsigned long)layer,
+                            ptst__linear_names[kind]);
+}
 
 /* "q_proj" of "self_attn.q_proj". */
 static const char *ptst__linear_short(int kind) {
@@ -25297,8 +25332,7 @@ static const char *ptst__linear_short(int kind) {
    from a dot on. */
 static bool ptst__lora_matches(size_t layer, int kind, const char *target, size_t size) {
     char path[PTST__NAME];
-    size_t n = (size_t)snprintf(path, sizeof path, "model.layers.%lu.%s", (unsigned long)layer,
-                                ptst__linear_names[kind]);
+    size_t n = ptst__lora_path(path, layer, kind);
     return size <= n && memcmp(path + n - size, target, size) == 0 &&
            (size == n || path[n - size - 1] == '.');
 }
@@ -25322,9 +25356,70 @@ static bool ptst__lora_mark(ptst__lora_plan *p, const ptst_model *m, const char 
     return found;
 }
 
-/* Marks a list by commas, each of which must mean something. */
+/* What is done with the modules that a regular expression matches. */
+typedef enum ptst__lora_use {
+    PTST__LORA_TARGET,  /* target_modules: the whole path */
+    PTST__LORA_EXCLUDE, /* exclude_modules: the whole path */
+    PTST__LORA_RANK,    /* rank_pattern, alpha_pattern: the path or its end, from a dot on; */
+    PTST__LORA_ALPHA    /* the first key that matches counts */
+} ptst__lora_use;
+
+/* Applies a regular expression of Python (as far as >>regex goes) to all modules; *count = how
+   many it matched. */
+static ptst_code ptst__lora_regex(ptst_ctx *c, ptst__lora_plan *p, const ptst_model *m,
+                                  const char *what, const char *pattern, ptst__lora_use use,
+                                  double value, size_t *count) {
+    ptst__arena arena = {NULL};
+    ptst_text text = {NULL, 0, 0};
+    const ptst__regex *x = NULL;
+    size_t i, n, dots;
+    ptst_code code = ptst__text_format(c, &text, use <= PTST__LORA_EXCLUDE ? "(?:%s)$"
+                                                                           : "(?:.*\\.)?(?:%s)$",
+                                       pattern);
+    if (code == PTST_OK) {
+        x = ptst__regex_make(c, &arena, what, text.data, text.size, PTST__REGEX_WHOLE);
+        code = x == NULL ? c->code : PTST_OK;
+    }
+    *count = 0;
+    for (i = 0; code == PTST_OK && i < m->L * PTST__LINEARS; i++) {
+        char path[PTST__NAME];
+        if (!ptst__linear_there(m, (int)(i % PTST__LINEARS))) {
+            continue;
+        }
+        n = ptst__lora_path(path, i / PTST__LINEARS, (int)(i % PTST__LINEARS));
+        dots = ptst__regex_match(x, path, n);
+        if (dots != n) {
+            continue;
+        }
+        ++*count;
+        p->hit[i] = use == PTST__LORA_TARGET || (use != PTST__LORA_EXCLUDE && p->hit[i]);
+        if (use == PTST__LORA_RANK && p->rank[i] == 0) {
+            p->rank[i] = (int32_t)value;
+        } else if (use == PTST__LORA_ALPHA && !p->has_alpha[i]) {
+            p->has_alpha[i] = true;
+            p->alpha[i] = value;
+        }
+    }
+    ptst__arena_free(c, &arena);
+    ptst_text_free(c, &text);
+    return code;
+}
+
+/* Marks a list by commas, each of which must mean something; or, if it holds a character that no
+   name has, what a regular expression over whole paths matches. */
 static ptst_code ptst__lora_parse(ptst_ctx *c, ptst__lora_plan *p, const ptst_model *m,
                                   const char *targets) {
+    if (strpbrk(targets, "\\*+?()[]{}|^$") != NULL) {
+        size_t count = 0;
+        ptst_code code =
+            ptst__lora_regex(c, p, m, "targets", targets, PTST__LORA_TARGET, 0, &count);
+        return code != PTST_OK || count != 0
+                   ? code
+                   : ptst__fail(c, PTST_ERR_ARGUMENT,
+                                "targets: the regular expression %.100s matches no linear layer "
+                                "(the paths are like model.layers.0.self_attn.q_proj)",
+                                targets);
+    }
     while (*targets != 0) {
         size_t n = strcspn(targets, ","), begin = strspn(targets, " "), end = n;
         while (end > begin && targets[end - 1] == ' ') {
@@ -25406,9 +25501,10 @@ static ptst_code ptst__adapter_make(ptst_ctx *c, ptst_adapter *a, const ptst_mod
     for (i = 0; i < m->L * PTST__LINEARS; i++) {
         ptst__branch *b = &a->branches[i];
         if (p->hit[i]) {
-            b->rank = rank;
-            b->scale =
-                (float)(p->desc.alpha / (p->desc.rslora ? sqrt((double)rank) : (double)rank));
+            b->rank = p->rank[i] != 0 ? (size_t)p->rank[i] : rank;
+            b->alpha = p->has_alpha[i] ? p->alpha[i] : p->desc.alpha;
+            b->scale = (float)(b->alpha / (p->desc.rslora ? sqrt((double)b->rank)
+                                                          : (double)b->rank));
             ptst__linear_shape(m, (int)(i % PTST__LINEARS), &b->in, &b->out);
         }
     }
@@ -25457,7 +25553,11 @@ static const char *const ptst__lora_known[] = {"peft_type",
                                                "inference_mode",
                                                "megatron_core",
                                                "qalora_group_size",
+                                               "exclude_modules",
+                                               "layers_to_transform",
                                                "layers_pattern",
+                                               "rank_pattern",
+                                               "alpha_pattern",
                                                "runtime_config",
                                                "ensure_weight_tying"};
 
@@ -25506,21 +25606,128 @@ static void ptst__lora_expect(ptst__config_reader *r, const char *key, const cha
     }
 }
 
-/* target_modules: "all-linear", or a list of ends of module paths. */
+/* A regular expression of a key; the first failure stays. */
+static void ptst__lora_read_regex(ptst__config_reader *r, ptst__lora_plan *p, const ptst_model *m,
+                                  const char *key, const char *pattern, ptst__lora_use use,
+                                  double value) {
+    char what[400];
+    size_t count;
+    snprintf(what, sizeof what, "%.300s: %s", r->path, key);
+    if (r->code == PTST_OK) {
+        r->code = ptst__lora_regex(r->c, p, m, what, pattern, use, value, &count);
+    }
+}
+
+/* rank_pattern and alpha_pattern: ranks and alphas of modules whose path ends with what a regular
+   expression matches. */
+static void ptst__lora_read_patterns(ptst__config_reader *r, ptst__lora_plan *p,
+                                     const ptst_model *m) {
+    int32_t key, value;
+    int i;
+    for (i = 0; i < 2; i++) {
+        const char *name = i == 0 ? "rank_pattern" : "alpha_pattern";
+        int32_t node = ptst__config_get(r, 0, name);
+        if (node >= 0 && ptst_json_kind(r->json, node) != PTST_JSON_OBJECT) {
+            ptst__config_fail(r, PTST_ERR_FORMAT, name, "expected an object");
+            return;
+        }
+        for (key = ptst_json_first(r->json, node); key >= 0; key = ptst_json_next(r->json, value)) {
+            double number;
+            value = ptst_json_next(r->json, key);
+            number = i == 0
+                         ? ptst__config_whole_at(r, value, name, 1, PTST__RANK_MAX, 1)
+                         : ptst_json_number(r->json, value, HUGE_VAL);
+            if (!(fabs(number) <= 1e9)) {
+                ptst__config_fail(r, PTST_ERR_FORMAT, name, "expected numbers");
+            }
+            ptst__lora_read_regex(r, p, m, name, ptst_json_string(r->json, key, NULL),
+                                  i == 0 ? PTST__LORA_RANK : PTST__LORA_ALPHA, number);
+        }
+    }
+}
+
+/* layers_to_transform: only these layers, a number or a list; a target that is a whole path stays,
+   as in PEFT. layers_pattern names the module that holds the layers, which here is "layers". */
+static void ptst__lora_read_layers(ptst__config_reader *r, ptst__lora_plan *p,
+                                   const ptst_model *m) {
+    int32_t node = ptst__config_get(r, 0, "layers_to_transform"), k;
+    int32_t pattern = ptst__config_get(r, 0, "layers_pattern");
+    const char *name = ptst_json_string(r->json, pattern, NULL);
+    bool list = ptst_json_kind(r->json, node) == PTST_JSON_ARRAY, wanted[PTST_LAYERS_MAX];
+    size_t l;
+    memset(wanted, 0, sizeof wanted);
+    if (node < 0 || (list && ptst_json_size(r->json, node) == 0)) {
+        return;
+    }
+    if (ptst_json_kind(r->json, pattern) == PTST_JSON_ARRAY) {
+        name = ptst_json_string(r->json, ptst_json_at(r->json, pattern, 0), NULL);
+    }
+    if (name != NULL && name[0] != 0 && strcmp(name, "layers") != 0) {
+        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "layers_pattern", "expected \"layers\"");
+    }
+    for (k = list ? ptst_json_first(r->json, node) : node; k >= 0;
+         k = list ? ptst_json_next(r->json, k) : -1) {
+        wanted[ptst__config_whole_at(r, k, "layers_to_transform", 0, (int32_t)m->L - 1, 0)] = true;
+    }
+    for (l = 0; l < m->L * PTST__LINEARS; l++) {
+        char path[PTST__NAME];
+        size_t n = ptst__lora_path(path, l / PTST__LINEARS, (int)(l % PTST__LINEARS)), size;
+        bool keep = wanted[l / PTST__LINEARS];
+        k = ptst_json_first(r->json, ptst__config_get(r, 0, "target_modules"));
+        for (; k >= 0 && !keep; k = ptst_json_next(r->json, k)) {
+            name = ptst_json_string(r->json, k, &size);
+            keep = name != NULL && size == n && memcmp(name, path, n) == 0;
+        }
+        p->hit[l] = p->hit[l] && keep;
+    }
+}
+
+/* exclude_modules: a regular expression over whole paths, or a list of ends of paths. */
+static void ptst__lora_read_exclude(ptst__config_reader *r, ptst__lora_plan *p,
+                                    const ptst_model *m) {
+    int32_t node = ptst__config_get(r, 0, "exclude_modules"), k;
+    bool list = ptst_json_kind(r->json, node) == PTST_JSON_ARRAY;
+    size_t size = 0, i;
+    const char *text = ptst_json_string(r->json, node, &size);
+    if (node < 0 || (text != NULL && size == 0)) {
+        return;
+    }
+    if (text != NULL) {
+        ptst__lora_read_regex(r, p, m, "exclude_modules", text, PTST__LORA_EXCLUDE, 0);
+        return;
+    }
+    for (k = list ? ptst_json_first(r->json, node) : -1; k >= 0; k = ptst_json_next(r->json, k)) {
+        text = ptst_json_string(r->json, k, &size);
+        for (i = 0; text != NULL && i < m->L * PTST__LINEARS; i++) {
+            if (ptst__lora_matches(i / PTST__LINEARS, (int)(i % PTST__LINEARS), text, size)) {
+                p->hit[i] = false;
+            }
+        }
+        list = list && text != NULL;
+    }
+    if (!list) {
+        ptst__config_fail(r, PTST_ERR_FORMAT, "exclude_modules",
+                          "expected a regular expression or a list of names");
+    }
+}
+
+/* target_modules: "all-linear", a regular expression over whole paths, or a list of ends of
+   paths. */
 static void ptst__lora_read_targets(ptst__config_reader *r, ptst__lora_plan *p,
                                     const ptst_model *m) {
     int32_t node = ptst__config_get(r, 0, "target_modules"), k;
     bool found = false, list = ptst_json_kind(r->json, node) == PTST_JSON_ARRAY;
     size_t size;
     const char *text = ptst_json_string(r->json, node, &size);
-    if (text != NULL && strcmp(text, "all-linear") != 0) {
-        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "target_modules",
-                          "a regular expression is not supported, write the names as a list");
-    }
     if (text == NULL && !list) {
         ptst__config_fail(r, PTST_ERR_FORMAT, "target_modules", ptst__lora_expected);
     }
-    found = text != NULL && ptst__lora_mark(p, m, text, size);
+    if (text != NULL && strcmp(text, "all-linear") != 0) {
+        ptst__lora_read_regex(r, p, m, "target_modules", text, PTST__LORA_TARGET, 0);
+        found = true; /* what it matches decides below */
+    } else if (text != NULL) {
+        found = ptst__lora_mark(p, m, text, size);
+    }
     for (k = list ? ptst_json_first(r->json, node) : -1; k >= 0; k = ptst_json_next(r->json, k)) {
         text = ptst_json_string(r->json, k, &size);
         if (text == NULL) {
@@ -25534,6 +25741,17 @@ static void ptst__lora_read_targets(ptst__config_reader *r, ptst__lora_plan *p,
     }
     if (!found) {
         ptst__config_fail(r, PTST_ERR_MISMATCH, "target_modules", ptst__lora_expected);
+    }
+    if (text == NULL || list) {
+        ptst__lora_read_layers(r, p, m);
+    }
+    ptst__lora_read_exclude(r, p, m);
+    for (found = false, size = 0; size < m->L * PTST__LINEARS; size++) {
+        found = found || p->hit[size];
+    }
+    if (!found) {
+        ptst__config_fail(r, PTST_ERR_MISMATCH, "target_modules",
+                          "no linear layer is left to adapt");
     }
 }
 
@@ -25568,6 +25786,7 @@ static ptst_code ptst__lora_read_config(ptst_ctx *c, const ptst_json *j, const c
                           "this kind changes the weights of the model and is not supported");
     }
     ptst__lora_read_targets(&r, p, m);
+    ptst__lora_read_patterns(&r, p, m);
     return r.code;
 }
 
@@ -25575,9 +25794,6 @@ static ptst_code ptst__lora_read_config(ptst_ctx *c, const ptst_json *j, const c
 static ptst_code ptst__branch_read(ptst_ctx *c, const ptst_tensors *t, const char *folder,
                                    const char *name, float *to, size_t rows, size_t cols) {
     const ptst_tensor *v = ptst_tensors_find(t, name);
-    if (v == NULL) {
-        return ptst__fail(c, PTST_ERR_MISMATCH, "%s: tensor %s is missing", folder, name);
-    }
     if (v->dtype == PTST_DTYPE_FILE) {
         return ptst__fail(c, PTST_ERR_UNSUPPORTED, "%s: tensor %s is %s, expected F32, F16 or BF16",
                           folder, name, v->dtype_name);
@@ -25610,13 +25826,40 @@ static bool ptst__adapter_has(const ptst_adapter *a, const char *name) {
     return false;
 }
 
+/* Names the tensors that the branches want and the file lacks. */
+static ptst_code ptst__adapter_missing(ptst_ctx *c, const ptst_adapter *a, const ptst_tensors *t,
+                                       const char *folder) {
+    ptst_text names = {NULL, 0, 0};
+    size_t i, missing = 0;
+    ptst_code code = PTST_OK;
+    for (i = 0; i < 2 * a->L * PTST__LINEARS && code == PTST_OK; i++) {
+        char name[PTST__NAME];
+        ptst__branch_name(name, i / 2 / PTST__LINEARS, (int)(i / 2 % PTST__LINEARS),
+                          i % 2 == 0 ? 'A' : 'B');
+        if (a->branches[i / 2].rank == 0 || ptst_tensors_find(t, name) != NULL) {
+            continue;
+        }
+        if (++missing <= 8) {
+            code = ptst__text_format(c, &names, "%s%s", missing == 1 ? "" : ", ", name);
+        }
+    }
+    if (code == PTST_OK && missing == 1) {
+        code = ptst__fail(c, PTST_ERR_MISMATCH, "%s: tensor %s is missing", folder, names.data);
+    } else if (code == PTST_OK && missing != 0) {
+        code = ptst__fail(c, PTST_ERR_MISMATCH, "%s: %llu tensors are missing: %s%s", folder,
+                          (unsigned long long)missing, names.data, missing > 8 ? ", ..." : "");
+    }
+    ptst_text_free(c, &names);
+    return code;
+}
+
 /* Fills all branches from the file, and names the tensors that belong to none. */
 static ptst_code ptst__adapter_read(ptst_ctx *c, ptst_adapter *a, const ptst_tensors *t,
                                     const char *folder) {
     size_t i, used = 0;
     ptst_text names = {NULL, 0, 0};
     const ptst_tensor *v;
-    ptst_code code = PTST_OK;
+    ptst_code code = ptst__adapter_missing(c, a, t, folder);
     for (i = 0; i < a->L * PTST__LINEARS && code == PTST_OK; i++) {
         const ptst__branch *b = &a->branches[i];
         char name[PTST__NAME];
@@ -25676,6 +25919,30 @@ static ptst_code ptst__adapter_load(ptst_ctx *c, ptst_adapter *a, const ptst_mod
 
 /* ---- writing ---- */
 
+/* rank_pattern or alpha_pattern if some modules have another rank or alpha than the adapter; by
+   their whole paths. */
+static ptst_code ptst__lora_write_pattern(ptst_ctx *c, const ptst_adapter *a, bool ranks,
+                                          ptst_text *t) {
+    ptst_code code = PTST_OK;
+    size_t i, n = 0;
+    for (i = 0; i < a->L * PTST__LINEARS && code == PTST_OK; i++) {
+        const ptst__branch *b = &a->branches[i];
+        char path[PTST__NAME];
+        bool other = ranks ? b->rank != (size_t)a->desc.rank : b->alpha != a->desc.alpha;
+        if (b->rank == 0 || !other) {
+            continue;
+        }
+        (void)ptst__lora_path(path, i / PTST__LINEARS, (int)(i % PTST__LINEARS));
+        code = n++ != 0 ? ptst__text_add(c, t, ",")
+                        : ptst__text_format(c, t, "  \"%s\": {",
+                                            ranks ? "rank_pattern" : "alpha_pattern");
+        code = code != PTST_OK ? code : ptst__text_format(c, t, "\n    \"%s\": ", path);
+        code = code != PTST_OK ? code
+                               : ptst__json_put_number(c, t, ranks ? (double)b->rank : b->alpha);
+    }
+    return code != PTST_OK || n == 0 ? code : ptst__text_add(c, t, "\n  },\n");
+}
+
 /* adapter_config.json with nothing but what every version of PEFT knows. */
 static ptst_code ptst__lora_write_config(ptst_ctx *c, const ptst_adapter *a, const char *base,
                                          ptst_text *t) {
@@ -25704,10 +25971,12 @@ static ptst_code ptst__lora_write_config(ptst_ctx *c, const ptst_adapter *a, con
             ptst__text_format(c, t, "%s\n    \"%.*s\"", s == a->desc.targets ? "" : ",", (int)n, s);
         s += n + (s[n] == ',');
     }
-    return code != PTST_OK
-               ? code
-               : ptst__text_format(c, t, "\n  ],\n  \"task_type\": \"CAUSAL_LM\"%s\n}\n",
-                                   a->desc.rslora ? ",\n  \"use_rslora\": true" : "");
+    code = code != PTST_OK ? code : ptst__text_add(c, t, "\n  ],\n");
+    code = code != PTST_OK ? code : ptst__lora_write_pattern(c, a, true, t);
+    code = code != PTST_OK ? code : ptst__lora_write_pattern(c, a, false, t);
+    return code != PTST_OK ? code
+                           : ptst__text_format(c, t, "  \"task_type\": \"CAUSAL_LM\"%s\n}\n",
+                                               a->desc.rslora ? ",\n  \"use_rslora\": true" : "");
 }
 
 static ptst_code ptst__adapter_write(ptst_ctx *c, const ptst_adapter *a, const char *path) {

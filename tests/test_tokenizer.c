@@ -175,7 +175,7 @@ static void tok_golden_mixes(void) {
 static void tok_find(const char *pattern, const char *text, const char *expected) {
     ptst_ctx *c = test_open(1, NULL);
     ptst__arena arena = {NULL};
-    ptst__regex *x = ptst__regex_make(c, &arena, "t", pattern, strlen(pattern), false);
+    ptst__regex *x = ptst__regex_make(c, &arena, "t", pattern, strlen(pattern), PTST__REGEX_PATTERN);
     size_t from = 0, last = SIZE_MAX, end;
     char got[300] = "";
     CHECK(x != NULL);
@@ -221,7 +221,8 @@ static void tok_patterns_refused(void) {
     size_t i;
     for (i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         ptst__arena arena = {NULL};
-        CHECK(ptst__regex_make(c, &arena, "t", cases[i][0], strlen(cases[i][0]), false) == NULL);
+        CHECK(ptst__regex_make(c, &arena, "t", cases[i][0], strlen(cases[i][0]),
+                               PTST__REGEX_PATTERN) == NULL);
         if (strstr(ptst_error_text(c), cases[i][1]) == NULL) {
             fprintf(stderr, "%s: %s\n", cases[i][0], ptst_error_text(c));
             CHECK(false);
@@ -231,7 +232,7 @@ static void tok_patterns_refused(void) {
     for (i = 0; i < 2; i++) { /* brackets a hundred deep */
         ptst__arena arena = {NULL};
         memset(deep, i == 0 ? '(' : '[', 300);
-        CHECK(ptst__regex_make(c, &arena, "t", deep, 300, false) == NULL);
+        CHECK(ptst__regex_make(c, &arena, "t", deep, 300, PTST__REGEX_PATTERN) == NULL);
         ptst__arena_free(c, &arena);
     }
     ptst_close(c);
