@@ -133,13 +133,13 @@ def judge(_):
         file.write("[\n" + ",\n".join(rows) + "\n]\n")
 
 
-# ---- train: 20 steps of PyTorch + PEFT ----
+# ---- train: 50 steps of PyTorch + PEFT ----
 TRAIN_RUNS = {  # name: (batch, accumulate, epochs, lr, schedule, warm-up, weight decay, clip)
-    "plain": (4, 1, 2, 2e-3, "constant", 0, 0.0, 0.0),
-    "linear": (2, 2, 2, 5e-3, "linear", 4, 0.1, 0.0),
-    "cosine": (4, 2, 4, 5e-3, "cosine", 3, 0.1, 0.5),
-    "step": (3, 1, 2, 2e-3, "step:0.5", 2, 0.0, 1.0),
-    "full": (4, 1, 2, 1e-3, "constant", 2, 0.0, 1.0),
+    "plain": (4, 1, 5, 2e-3, "constant", 0, 0.0, 0.0),
+    "linear": (2, 2, 5, 5e-3, "linear", 4, 0.1, 0.0),
+    "cosine": (4, 2, 10, 5e-3, "cosine", 3, 0.1, 0.5),
+    "step": (3, 1, 4, 2e-3, "step:0.5", 2, 0.0, 1.0),
+    "full": (4, 1, 5, 1e-3, "constant", 2, 0.0, 1.0),
 }
 
 
