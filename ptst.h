@@ -125,7 +125,7 @@
                                   layers, or "all-linear"]
            train.mask             "joint" or "separate" ["joint"]
            train.batching         "examples", or "packing" with .context [4096] tokens a row
-           train.max_tokens       longer rows are left out, and counted [no limit]
+           train.max_tokens       longer rows lose their end, and are counted [no limit]
            train.mix, .mix_count  data file of safety data whose first rows join every epoch
            test.templates         [those of train]
            test.max_new_tokens [512], .temperature [0 = greedy], .top_p [1], .top_k [0],
@@ -499,7 +499,8 @@ typedef struct ptst_prompt {
     ptst_text marks; /* a ptst_mark for each byte of text */
     ptst_text learn; /* 1 for each byte that a model should learn to write (answers of the assistant
                         up to their end-of-text), 0 otherwise */
-    bool has_bos;    /* the text begins with the bos token: the tokenizer must not add another */
+    bool own_bos;    /* the tokenizer must add no bos: the text begins with it, or it comes from a
+                        chat template, which alone decides whether there is one */
 } ptst_prompt;
 
 PTST_API void ptst_prompt_free(ptst_ctx *c, ptst_prompt *p);
@@ -857,7 +858,9 @@ PTST_API ptst_code ptst_merge(ptst_ctx *c, const char *model_folder, const char 
 
 /* ---- api >>train ----------------------------------------------------------------------------- */
 
-/* One row to learn: after the prompt the model should write the answer (and end-of-text). */
+/* One row to learn: after the prompt the model should write the answer (and end-of-text). With
+   answer NULL the prompt is a whole conversation, in which the model learns what prompt->learn
+   marks: every answer of the assistant up to its end-of-text, and nothing is added at the end. */
 typedef struct ptst_example {
     const ptst_prompt *prompt; /* NULL = empty: the answer is learned from its first token */
     const char *answer;
@@ -865,7 +868,8 @@ typedef struct ptst_example {
 } ptst_example;
 
 /* How a row becomes tokens. joint: encode(prompt + answer) + eos, of which the first
-   encode(prompt) tokens are no label. separate: encode(prompt) + encode(answer) + eos. */
+   encode(prompt) tokens are no label. separate: encode(prompt) + encode(answer) + eos. In a
+   conversation the same holds for the text up to the beginning and up to the end of each answer. */
 typedef enum ptst_mask { PTST_MASK_JOINT, PTST_MASK_SEPARATE } ptst_mask;
 
 /* examples: `batch` rows make a batch. packing: rows fill `batch` x `context` tokens. Rows never
@@ -884,9 +888,14 @@ typedef enum ptst_schedule {
 
 /* ---- rows as tokens ---- */
 
+/* What becomes of rows of more than max_tokens: they lose their end, are left out, or are an
+   error. The first two are counted. */
+typedef enum ptst_long_rows { PTST_LONG_CUT, PTST_LONG_DROP, PTST_LONG_REFUSE } ptst_long_rows;
+
 typedef struct ptst_dataset_desc {
     ptst_mask mask;
-    size_t max_tokens; /* longer rows lose their end; 0 = no limit */
+    size_t max_tokens; /* 0 = no limit */
+    ptst_long_rows long_rows;
     int32_t eos;       /* token that ends an answer; 0 = the tokenizer's */
 } ptst_dataset_desc;
 
@@ -896,7 +905,7 @@ typedef struct ptst_dataset_info {
     size_t tokens;     /* of these */
     size_t labels;     /* tokens to be predicted */
     size_t cut;        /* rows that were longer than max_tokens */
-    size_t dropped;    /* rows that had no label left; not kept */
+    size_t dropped;    /* rows that were left out as too long or had no label left */
     size_t not_prefix; /* joint: rows whose prompt tokens are no prefix of their tokens */
 } ptst_dataset_info;
 
@@ -912,9 +921,12 @@ PTST_API ptst_code ptst_dataset_add(ptst_ctx *c, ptst_dataset *d, const ptst_tok
 /* Adds one row of tokens as they are; the first `prompt` (at least 1) are no labels. */
 PTST_API ptst_code ptst_dataset_add_tokens(ptst_ctx *c, ptst_dataset *d, const int32_t *tokens,
                                            size_t count, size_t prompt);
+/* The same; token i is a label where learn[i] is not 0 (never the first). */
+PTST_API ptst_code ptst_dataset_add_masked(ptst_ctx *c, ptst_dataset *d, const int32_t *tokens,
+                                           const uint8_t *learn, size_t count);
 PTST_API ptst_dataset_info ptst_dataset_about(const ptst_dataset *d);
-/* Tokens of row i, NULL if out of range; count and prompt (how many of them are no labels) may be
-   NULL. */
+/* Tokens of row i, NULL if out of range; count and prompt (how many of them come before the first
+   label) may be NULL. */
 PTST_API const int32_t *ptst_dataset_row(const ptst_dataset *d, size_t i, size_t *count,
                                          size_t *prompt);
 
@@ -1095,6 +1107,11 @@ typedef struct ptst_row {
     const char *answer; /* NULL if the row has none */
     size_t answer_size;
     size_t line; /* where the row begins in the file, from 1 */
+    /* A conversation as a JSON list of {"role", "content"}; NULL for other kinds of rows. With
+       several turns prompt and answer are NULL. Only if need_answer. */
+    const char *messages;
+    size_t messages_size;
+    bool whole; /* {"text"}: the answer is the whole text, to which no template belongs */
 } ptst_row;
 
 /* Options of ptst_rows_load; all zero, or NULL for the struct, means the defaults. */
@@ -1113,9 +1130,11 @@ typedef struct ptst_rows_desc {
 typedef struct ptst_rows ptst_rows;
 
 /* Reads a data file; its kind is told by the ending of its name:
-   .jsonl  one JSON object (or string) a line; .json  a list of objects or strings. An object
-           {"messages": [...]} with one question and one answer, and Alpaca's instruction + input
-           are understood
+   .jsonl  one JSON object (or string) a line; .json  a list of objects or strings. {"messages":
+           [{"role", "content"}, ...]}, ShareGPT's {"conversations": [{"from", "value"}, ...]} and
+           Alpaca's instruction + input are understood; if answers are needed, also conversations
+           of several turns, and {"text"} alone as text to be learned as it stands. The first row
+           tells the kind of all
    .csv    RFC 4180 with or without a header. The first record is a header if it holds the name of
            the column, or one of the names above. Without a header and without a column number
            there must be one column
@@ -16082,7 +16101,7 @@ PTST_API void ptst_prompt_free(ptst_ctx *c, ptst_prompt *p) {
         ptst_text_free(c, &p->text);
         ptst_text_free(c, &p->marks);
         ptst_text_free(c, &p->learn);
-        p->has_bos = false;
+        p->own_bos = false;
     }
 }
 
@@ -16152,23 +16171,38 @@ static bool ptst__prompt_begins(const ptst_prompt *p, const ptst_text *text) {
     return i == text->size;
 }
 
+/* Length of a marker of the template such as <|eot_id|> or <end_of_turn> at byte k, or 0. */
+static size_t ptst__prompt_tag(const ptst_prompt *p, size_t k) {
+    const char *text = p->text.data;
+    size_t end = k + 1;
+    if (k >= p->text.size || text[k] != '<') {
+        return 0;
+    }
+    while (end < p->text.size && end - k < 64 && p->marks.data[end] == PTST_TEMPLATE &&
+           text[end] > ' ' && text[end] != '<' && text[end] != '>') {
+        end++;
+    }
+    return end < p->text.size && text[end] == '>' ? end + 1 - k : 0;
+}
+
 /* Length of the answer that begins at byte i: what the assistant says and the template's bytes
-   inside it, up to and with the end-of-text that follows it at once.
+   inside it, up to and with what ends a turn: a marker at once, or else the end-of-text.
 
        <|im_start|>assistant\n Hello. <|im_end|> \n<|im_start|>user\n ...
        0                       1      1          0                              */
 static size_t ptst__prompt_answer(const ptst_prompt *p, size_t i, const ptst_text *eos) {
     const char *marks = p->marks.data;
-    size_t k, n = p->text.size, last = i;
-    for (k = i; k < n && marks[k] != PTST_CONTENT; k++) {
+    size_t k, n = p->text.size, last = i, end = 0;
+    for (k = i; k < n && marks[k] != PTST_CONTENT && end == 0; k++) {
         if (marks[k] == PTST_ASSISTANT) {
             last = k;
         } else if (eos->size != 0 && n - k >= eos->size &&
                    memcmp(p->text.data + k, eos->data, eos->size) == 0) {
-            return k + eos->size - i;
+            end = k + eos->size;
         }
     }
-    return last + 1 - i;
+    k = ptst__prompt_tag(p, last + 1);
+    return k != 0 ? last + 1 + k - i : end != 0 ? end - i : last + 1 - i;
 }
 
 /* Fills p->learn. {% generation %} blocks, where a template has them, say it themselves. */
@@ -16201,7 +16235,7 @@ static ptst_code ptst__prompt_learn(ptst_ctx *c, ptst_prompt *p, const ptst_text
 
 static void ptst__prompt_empty(ptst_prompt *p) {
     p->text.size = p->marks.size = p->learn.size = 0;
-    p->has_bos = false;
+    p->own_bos = false;
 }
 
 /* Renders variables (room for the special tokens after them) into *out. */
@@ -16229,7 +16263,7 @@ static ptst_code ptst__template_render(ptst_ctx *c, const ptst_template *t, cons
         ptst__prompt_empty(out);
         return code;
     }
-    out->has_bos = ptst__prompt_begins(out, &t->special[0]);
+    out->own_bos = true; /* as in apply_chat_template */
     return PTST_OK;
 }
 
@@ -16662,7 +16696,7 @@ PTST_API ptst_code ptst_template_prompt(ptst_ctx *c, const ptst_template *t, con
         ptst__prompt_empty(out);
         return code;
     }
-    out->has_bos = ptst__prompt_begins(out, &t->special[0]);
+    out->own_bos = ptst__prompt_begins(out, &t->special[0]);
     return PTST_OK;
 }
 
@@ -26218,6 +26252,9 @@ PTST_API ptst_code ptst_merge(ptst_ctx *c, const char *model_folder, const char 
        tokens   bos  p  p  p  a  a  eos        the model reads the first n - 1,
        labels    -   -  -  a  a  eos           and position i predicts token i + 1 >= P
 
+   In a conversation of several turns every answer is learned; which tokens those are is kept for
+   each token.
+
    A batch without padding; the common head of its rows (the template) is computed once:
 
        tokens    h h h | p p a a | p a a a a | p p p a
@@ -26228,13 +26265,15 @@ PTST_API ptst_code ptst_merge(ptst_ctx *c, const char *model_folder, const char 
 typedef struct ptst__sample {
     size_t begin;    /* in tokens */
     uint32_t count;  /* at least prompt + 1 */
-    uint32_t prompt; /* tokens that are no labels, at least 1 */
+    uint32_t prompt; /* tokens before the first label, at least 1 */
+    uint32_t labels;
 } ptst__sample;
 
 struct ptst_dataset {
     ptst_dataset_desc desc;
     ptst_dataset_info info;
     ptst_ids tokens;
+    ptst_text learn; /* for each token, whether it is a label */
     ptst__sample *rows;
     size_t capacity;
 };
@@ -26246,6 +26285,7 @@ typedef struct ptst__prompter {
     bool adds_eos; /* the tokenizer itself ends every text with eos */
     ptst_text text, marks;
     ptst_ids prompt, row;
+    ptst_text learn; /* of the tokens of a conversation in row */
 } ptst__prompter;
 
 static void ptst__prompter_free(ptst_ctx *c, ptst__prompter *e) {
@@ -26253,6 +26293,7 @@ static void ptst__prompter_free(ptst_ctx *c, ptst__prompter *e) {
     ptst_text_free(c, &e->marks);
     ptst_ids_free(c, &e->prompt);
     ptst_ids_free(c, &e->row);
+    ptst_text_free(c, &e->learn);
 }
 
 /* eos: 0 = the tokenizer's; e->eos is -1 if there is none. */
@@ -26296,7 +26337,7 @@ static ptst_code ptst__prompter_run(ptst_ctx *c, ptst__prompter *e, unsigned fla
 /* Appends the tokens of a prompt (NULL = empty) to ids; its text stays in e->text. */
 static ptst_code ptst__prompter_prompt(ptst_ctx *c, ptst__prompter *e, const ptst_prompt *p,
                                        ptst_ids *ids) {
-    unsigned flags = p != NULL && p->has_bos ? 0u : (unsigned)PTST_ADD_SPECIAL;
+    unsigned flags = p != NULL && p->own_bos ? 0u : (unsigned)PTST_ADD_SPECIAL;
     ptst_code code = PTST_OK;
     e->text.size = e->marks.size = 0;
     if (p != NULL) {
@@ -26310,7 +26351,7 @@ static ptst_code ptst__prompter_prompt(ptst_ctx *c, ptst__prompter *e, const pts
    become special tokens, what users and answers say may not. */
 static ptst_code ptst__prompter_example(ptst_ctx *c, ptst__prompter *e, ptst_mask mask,
                                         const ptst_example *x) {
-    unsigned flags = x->prompt != NULL && x->prompt->has_bos ? 0u : (unsigned)PTST_ADD_SPECIAL;
+    unsigned flags = x->prompt != NULL && x->prompt->own_bos ? 0u : (unsigned)PTST_ADD_SPECIAL;
     size_t i;
     ptst_code code;
     e->prompt.count = e->row.count = 0;
@@ -26329,6 +26370,67 @@ static ptst_code ptst__prompter_example(ptst_ctx *c, ptst__prompter *e, ptst_mas
         code = ptst__prompter_run(c, e, flags, &e->row);
     }
     return code == PTST_OK ? ptst_ids_append(c, &e->row, e->eos) : code;
+}
+
+/* Tokens of bytes from .. end - 1 of a conversation to ids. */
+static ptst_code ptst__prompter_part(ptst_ctx *c, ptst__prompter *e, const ptst_prompt *p,
+                                     size_t from, size_t end, ptst_ids *ids) {
+    unsigned flags = p->own_bos || from != 0 ? 0u : (unsigned)PTST_ADD_SPECIAL;
+    ptst_code code;
+    e->text.size = e->marks.size = 0;
+    code = ptst__prompter_add(c, e, p->text.data + from, end - from, p->marks.data + from,
+                              PTST_TEMPLATE);
+    return code == PTST_OK ? ptst__prompter_run(c, e, flags, ids) : code;
+}
+
+/* Tokens before byte `at` of a conversation whose tokens are in e->row: those of the text up to
+   there. *whole becomes false if they are not the first ones of the row. */
+static ptst_code ptst__prompter_before(ptst_ctx *c, ptst__prompter *e, const ptst_prompt *p,
+                                       size_t at, size_t *count, bool *whole) {
+    size_t k;
+    ptst_code code;
+    e->prompt.count = 0;
+    code = ptst__prompter_part(c, e, p, 0, at, &e->prompt);
+    for (k = 0; k < e->prompt.count && k < e->row.count && e->row.data[k] == e->prompt.data[k];) {
+        k++;
+    }
+    *whole = *whole && k == e->prompt.count;
+    *count = ptst__min(e->prompt.count, e->row.count);
+    return code;
+}
+
+/* Tokens of a whole conversation to e->row, and which of them are learned to e->learn. */
+static ptst_code ptst__prompter_conversation(ptst_ctx *c, ptst__prompter *e, ptst_mask mask,
+                                             const ptst_prompt *p, bool *whole) {
+    size_t size = p->text.size, from, end, first = 0, last = 0;
+    ptst_code code = PTST_OK;
+    e->row.count = e->learn.size = 0;
+    *whole = true;
+    if (mask == PTST_MASK_JOINT) {
+        code = ptst__prompter_part(c, e, p, 0, size, &e->row);
+    }
+    for (from = 0; from < size && code == PTST_OK; from = end) {
+        bool learn = p->learn.data[from] != 0;
+        for (end = from; end < size && (p->learn.data[end] != 0) == learn;) {
+            end++;
+        }
+        first = last;
+        if (mask == PTST_MASK_SEPARATE) {
+            code = ptst__prompter_part(c, e, p, from, end, &e->row);
+            last = e->row.count;
+        } else if (end == size) {
+            last = e->row.count;
+        } else {
+            code = ptst__prompter_before(c, e, p, end, &last, whole);
+        }
+        for (; first < last && code == PTST_OK; first++) {
+            code = ptst_text_append(c, &e->learn, learn ? "\1" : "", 1);
+        }
+    }
+    while (code == PTST_OK && e->learn.size < e->row.count) { /* an empty text has only bos */
+        code = ptst_text_append(c, &e->learn, "", 1);
+    }
+    return code;
 }
 
 /* ---- batches ---- */
@@ -26446,12 +26548,13 @@ static ptst_batch ptst__train_fill(ptst_trainer *t, size_t taken, size_t head) {
     for (i = 0; i < taken; i++) {
         const ptst__sample *row = &d->rows[t->rows[i]];
         const int32_t *tokens = d->tokens.data + row->begin;
+        const char *learn = d->learn.data + row->begin;
         t->segments[segments].begin = at;
         t->segments[segments].count = row->count - 1u - head;
         t->segments[segments++].prefix = head != 0 ? 0 : -1;
         for (k = head; k + 1 < row->count; k++) {
             t->tokens[at] = tokens[k];
-            t->labels[at++] = k + 1 >= row->prompt ? tokens[k + 1] : -1;
+            t->labels[at++] = learn[k + 1] != 0 ? tokens[k + 1] : -1;
         }
     }
     b.tokens = t->tokens;
@@ -26490,7 +26593,7 @@ static void ptst__train_plan(ptst_trainer *t) {
             for (i = 0; i < taken; i++) {
                 const ptst__sample *row = &t->data->rows[t->rows[i]];
                 tokens += row->count - 1u - head;
-                labels += row->count - row->prompt;
+                labels += row->labels;
             }
             t->tokens_max = tokens > t->tokens_max ? tokens : t->tokens_max;
             t->labels_max = labels > t->labels_max ? labels : t->labels_max;
@@ -27246,72 +27349,124 @@ PTST_API ptst_dataset *ptst_dataset_new(ptst_ctx *c, const ptst_dataset_desc *de
 PTST_API void ptst_dataset_free(ptst_ctx *c, ptst_dataset *d) {
     if (d != NULL) {
         ptst_ids_free(c, &d->tokens);
+        ptst_text_free(c, &d->learn);
         ptst__free(c, d->rows);
         ptst__free(c, d);
     }
 }
 
-PTST_API ptst_code ptst_dataset_add_tokens(ptst_ctx *c, ptst_dataset *d, const int32_t *tokens,
-                                           size_t count, size_t prompt) {
-    void *rows = d->rows;
-    ptst__sample *row;
-    size_t i;
-    ptst_code code;
-    if (d->desc.max_tokens != 0 && count > d->desc.max_tokens) {
-        count = d->desc.max_tokens;
+/* How many of the first `count` tokens are labels, and where the first of them is: by learn, or
+   (NULL) all from `prompt` on. */
+static size_t ptst__dataset_labels(const uint8_t *learn, size_t count, size_t *prompt) {
+    size_t i, labels = 0;
+    if (learn == NULL) {
+        return count > *prompt ? count - *prompt : 0;
+    }
+    for (i = 1, *prompt = count; i < count; i++) {
+        *prompt = learn[i] != 0 && labels == 0 ? i : *prompt;
+        labels += learn[i] != 0;
+    }
+    return labels;
+}
+
+/* Is a row of so many tokens too long to be kept as it is? *count becomes what is kept of it. */
+static ptst_code ptst__dataset_limit(ptst_ctx *c, ptst_dataset *d, size_t *count) {
+    size_t most = d->desc.max_tokens;
+    if (most != 0 && *count > most) {
+        if (d->desc.long_rows == PTST_LONG_REFUSE) {
+            return ptst__fail(c, PTST_ERR_LIMIT, "row %llu: has %llu tokens, expected at most %llu",
+                              (unsigned long long)(d->info.rows + d->info.dropped + 1),
+                              (unsigned long long)*count, (unsigned long long)most);
+        }
+        *count = d->desc.long_rows == PTST_LONG_DROP ? 0 : most;
         d->info.cut++;
     }
-    if (count > INT32_MAX || d->info.rows >= UINT32_MAX - 1) {
-        return ptst__fail(c, PTST_ERR_LIMIT, "row %llu: more than 2^31 tokens, or 2^32 rows",
-                          (unsigned long long)d->info.rows + 1);
-    }
+    return *count <= INT32_MAX && d->info.rows < UINT32_MAX - 1
+               ? PTST_OK
+               : ptst__fail(c, PTST_ERR_LIMIT, "row %llu: more than 2^31 tokens, or 2^32 rows",
+                            (unsigned long long)d->info.rows + 1);
+}
+
+/* Adds a row; learn NULL: the first `prompt` tokens are no labels. */
+static ptst_code ptst__dataset_put(ptst_ctx *c, ptst_dataset *d, const int32_t *tokens,
+                                   const uint8_t *learn, size_t count, size_t prompt) {
+    void *rows = d->rows;
+    ptst__sample *row;
+    size_t i, labels, begin = d->tokens.count;
+    ptst_code code = ptst__dataset_limit(c, d, &count);
     prompt = prompt == 0 ? 1 : prompt;
-    if (count <= prompt) {
-        d->info.dropped++;
-        return PTST_OK;
+    labels = ptst__dataset_labels(learn, count, &prompt);
+    if (code != PTST_OK || labels == 0) {
+        d->info.dropped += code == PTST_OK;
+        return code;
     }
     code = ptst__grow(c, &rows, &d->capacity, d->info.rows + 1, sizeof *row);
     d->rows = (ptst__sample *)rows;
+    for (i = 0; i < count && code == PTST_OK; i++) {
+        bool label = learn == NULL ? i >= prompt : i != 0 && learn[i] != 0;
+        code = ptst_ids_append(c, &d->tokens, tokens[i]);
+        code = code == PTST_OK ? ptst_text_append(c, &d->learn, label ? "\1" : "", 1) : code;
+    }
     if (code != PTST_OK) {
+        d->tokens.count = d->learn.size = begin;
         return code;
     }
     row = &d->rows[d->info.rows];
-    row->begin = d->tokens.count;
+    row->begin = begin;
     row->count = (uint32_t)count;
     row->prompt = (uint32_t)prompt;
-    for (i = 0; i < count && code == PTST_OK; i++) {
-        code = ptst_ids_append(c, &d->tokens, tokens[i]);
-    }
-    if (code != PTST_OK) {
-        d->tokens.count = row->begin;
-        return code;
-    }
+    row->labels = (uint32_t)labels;
     d->info.rows++;
     d->info.tokens += count;
-    d->info.labels += count - prompt;
+    d->info.labels += labels;
     return PTST_OK;
+}
+
+PTST_API ptst_code ptst_dataset_add_tokens(ptst_ctx *c, ptst_dataset *d, const int32_t *tokens,
+                                           size_t count, size_t prompt) {
+    return ptst__dataset_put(c, d, tokens, NULL, count, prompt);
+}
+
+PTST_API ptst_code ptst_dataset_add_masked(ptst_ctx *c, ptst_dataset *d, const int32_t *tokens,
+                                           const uint8_t *learn, size_t count) {
+    return ptst__dataset_put(c, d, tokens, learn, count, 0);
+}
+
+/* One row; whole: the tokens of what comes before answers begin those of the row. */
+static ptst_code ptst__dataset_example(ptst_ctx *c, ptst_dataset *d, ptst__prompter *e,
+                                       const ptst_example *x) {
+    bool whole = true;
+    size_t k;
+    ptst_code code;
+    if (x->answer == NULL && x->prompt != NULL) {
+        code = ptst__prompter_conversation(c, e, d->desc.mask, x->prompt, &whole);
+        d->info.not_prefix += !whole;
+        return code != PTST_OK ? code
+                               : ptst__dataset_put(c, d, e->row.data,
+                                                   (const uint8_t *)e->learn.data, e->row.count, 0);
+    }
+    if (e->eos < 0) {
+        return ptst__fail(c, PTST_ERR_MISMATCH,
+                          "the tokenizer names no end-of-text token and none "
+                          "is given, so an answer would have no end");
+    }
+    code = ptst__prompter_example(c, e, d->desc.mask, x);
+    for (k = 0; k < e->prompt.count && k < e->row.count && e->row.data[k] == e->prompt.data[k];) {
+        k++;
+    }
+    d->info.not_prefix += code == PTST_OK && k < e->prompt.count;
+    return code != PTST_OK
+               ? code
+               : ptst__dataset_put(c, d, e->row.data, NULL, e->row.count, e->prompt.count);
 }
 
 PTST_API ptst_code ptst_dataset_add(ptst_ctx *c, ptst_dataset *d, const ptst_tokenizer *t,
                                     const ptst_example *examples, size_t count) {
     ptst__prompter e;
-    size_t i, k;
+    size_t i;
     ptst_code code = ptst__prompter_start(c, &e, t, d->desc.eos);
-    if (code == PTST_OK && e.eos < 0) {
-        code = ptst__fail(c, PTST_ERR_MISMATCH,
-                          "the tokenizer names no end-of-text token and none "
-                          "is given, so an answer would have no end");
-    }
     for (i = 0; i < count && code == PTST_OK; i++) {
-        code = ptst__prompter_example(c, &e, d->desc.mask, &examples[i]);
-        if (code != PTST_OK) {
-            break;
-        }
-        for (k = 0; k < e.prompt.count && k < e.row.count && e.row.data[k] == e.prompt.data[k];) {
-            k++;
-        }
-        d->info.not_prefix += k < e.prompt.count;
-        code = ptst_dataset_add_tokens(c, d, e.row.data, e.row.count, e.prompt.count);
+        code = ptst__dataset_example(c, d, &e, &examples[i]);
     }
     ptst__prompter_free(c, &e);
     return code;
@@ -27392,6 +27547,9 @@ static ptst_code ptst__trainer_rows(ptst_ctx *c, ptst_trainer *t, const ptst_con
         }
         ptst__sha256_add(&h, &row->count, sizeof row->count);
         ptst__sha256_add(&h, &row->prompt, sizeof row->prompt);
+        if (row->labels != row->count - row->prompt) {
+            ptst__sha256_add(&h, t->data->learn.data + row->begin, row->count);
+        }
         ptst__sha256_add(&h, tokens, row->count * sizeof *tokens);
     }
     ptst__sha256_end(&h, t->hash);
@@ -28530,33 +28688,108 @@ static ptst_code ptst__json_text(ptst__rows_reader *d, int32_t node, const char 
     return PTST_OK;
 }
 
-/* {"messages": [system?, user, assistant?]}: one question and at most one answer. A system message
-   is left out: here the template decides on it. */
-static ptst_code ptst__json_messages(ptst__rows_reader *d, int32_t list, ptst_row *row) {
-    const ptst_json *j = d->r->json;
-    int32_t m;
-    for (m = ptst_json_first(j, list); m >= 0; m = ptst_json_next(j, m)) {
-        const char *role = ptst_json_string(j, ptst_json_get(j, m, "role"), NULL);
-        size_t size = 0;
-        const char *content = ptst_json_string(j, ptst_json_get(j, m, "content"), &size);
-        if (role == NULL || content == NULL) {
-            return ptst__row_fail_key(d, row->line, "messages",
-                                      "holds a message without role and content as strings");
-        }
-        if (strcmp(role, "user") == 0 && row->prompt == NULL && row->answer == NULL) {
-            row->prompt = content;
-            row->prompt_size = size;
-        } else if (strcmp(role, "assistant") == 0 && row->prompt != NULL && row->answer == NULL) {
-            row->answer = content;
-            row->answer_size = size;
-        } else if (strcmp(role, "system") != 0 || row->prompt != NULL) {
-            return ptst__row_fail_key(d, row->line, "messages",
-                                      "must be one question and one answer");
+/* The role of a message, by the names of OpenAI and of ShareGPT; NULL if it is none of ours. */
+static const char *ptst__message_role(const char *name) {
+    static const char *const names[][2] = {{"system", "system"},       {"user", "user"},
+                                           {"human", "user"},          {"gpt", "assistant"},
+                                           {"assistant", "assistant"}, {"model", "assistant"},
+                                           {"bot", "assistant"},       {"chatgpt", "assistant"}};
+    size_t i;
+    for (i = 0; name != NULL && i < PTST__COUNT(names); i++) {
+        if (strcmp(name, names[i][0]) == 0) {
+            return names[i][1];
         }
     }
-    return row->prompt != NULL
-               ? PTST_OK
-               : ptst__row_fail_key(d, row->line, "messages", "has no message of the user");
+    return NULL;
+}
+
+/* Adds a message to the list that is being written in row->messages (its own text for now). */
+static ptst_code ptst__message_put(ptst_ctx *c, ptst_text *list, const char *role,
+                                   const char *content, size_t size) {
+    ptst_code code = ptst__text_format(
+        c, list, "%s{\"role\": \"%s\", \"content\": ", list->size == 0 ? "[" : ", ", role);
+    code = code == PTST_OK ? ptst__json_quote(c, list, content, size) : code;
+    return code == PTST_OK ? ptst__text_add(c, list, "}") : code;
+}
+
+/* What a conversation may look like. */
+typedef struct ptst__talk {
+    const char *key; /* "messages" or "conversations" */
+    size_t users, answers;
+    const char *last; /* role */
+} ptst__talk;
+
+static ptst_code ptst__json_message(ptst__rows_reader *d, int32_t m, ptst__talk *talk,
+                                    ptst_row *row, ptst_text *list) {
+    const ptst_json *j = d->r->json;
+    bool share = ptst_json_get(j, m, "from") >= 0 && ptst_json_get(j, m, "role") < 0;
+    const char *name = ptst_json_string(j, ptst_json_get(j, m, share ? "from" : "role"), NULL);
+    const char *role = ptst__message_role(name), *content;
+    size_t size = 0;
+    content = ptst_json_string(j, ptst_json_get(j, m, share ? "value" : "content"), &size);
+    if (name == NULL || content == NULL) {
+        return ptst__row_fail_key(d, row->line, talk->key,
+                                  "holds a message without role and content as strings");
+    }
+    if (role == NULL || !ptst__lora_inactive(j, ptst_json_get(j, m, "tool_calls"))) {
+        return ptst__row_fail_key(d, row->line, talk->key,
+                                  "holds a message of another role than system, user and "
+                                  "assistant, or with tool calls");
+    }
+    if (strcmp(role, "user") == 0) {
+        talk->users++;
+        row->prompt = content;
+        row->prompt_size = size;
+    } else if (strcmp(role, "assistant") == 0) {
+        talk->answers++;
+        row->answer = content;
+        row->answer_size = size;
+    }
+    if ((talk->last == NULL && strcmp(role, "assistant") == 0) ||
+        (talk->last != NULL && (strcmp(role, talk->last) == 0 || strcmp(role, "system") == 0)) ||
+        (talk->last != NULL && strcmp(talk->last, "system") == 0 && strcmp(role, "user") != 0)) {
+        return ptst__row_fail_key(d, row->line, talk->key,
+                                  "must be an optional system message and then user and assistant "
+                                  "by turns");
+    }
+    talk->last = role;
+    return ptst__message_put(d->c, list, role, content, size);
+}
+
+/* {"messages": [system?, user, assistant, ...]} or ShareGPT's {"conversations": ...}. One question
+   and one answer are also a row as any other, for templates of the paper, which leave the system
+   message out. More turns are for training with a chat template only. */
+static ptst_code ptst__json_messages(ptst__rows_reader *d, const char *key, int32_t object,
+                                     ptst_row *row) {
+    const ptst_json *j = d->r->json;
+    ptst_text list = {NULL, 0, 0};
+    ptst__talk talk;
+    int32_t m = ptst_json_first(j, ptst_json_get(j, object, key));
+    ptst_code code = PTST_OK;
+    memset(&talk, 0, sizeof talk);
+    talk.key = key;
+    for (; m >= 0 && code == PTST_OK; m = ptst_json_next(j, m)) {
+        code = ptst__json_message(d, m, &talk, row, &list);
+    }
+    if (code == PTST_OK && talk.users == 0) {
+        code = ptst__row_fail_key(d, row->line, key, "has no message of the user");
+    }
+    if (code == PTST_OK && talk.users > 1 && !d->desc->need_answer) {
+        code = ptst__row_fail_key(d, row->line, key, "must be one question and one answer");
+    }
+    if (code == PTST_OK && d->desc->need_answer && talk.answers != 0) {
+        code = ptst__text_add(d->c, &list, "]");
+        row->messages =
+            code != PTST_OK ? NULL : ptst__arena_copy(d->c, &d->r->arena, list.data, list.size);
+        row->messages_size = list.size;
+        code = row->messages == NULL ? PTST_ERR_MEMORY : PTST_OK;
+    }
+    if (talk.users > 1) {
+        row->prompt = row->answer = NULL;
+        row->prompt_size = row->answer_size = 0;
+    }
+    ptst_text_free(d->c, &list);
+    return code;
 }
 
 /* Alpaca's second half of a question: instruction, empty line, input. */
@@ -28603,13 +28836,57 @@ static ptst_code ptst__json_pair(ptst__rows_reader *d, int32_t object, const cha
     return code;
 }
 
+/* How the objects of a file are read; told by the first of them. */
+typedef struct ptst__row_kind {
+    bool known, whole;
+    const char *talk, *prompt, *answer; /* keys */
+} ptst__row_kind;
+
+static void ptst__row_kind_of(ptst__rows_reader *d, int32_t object, ptst__row_kind *k) {
+    const ptst_json *j = d->r->json;
+    k->known = true;
+    k->prompt = d->desc->column;
+    k->answer = d->desc->answer;
+    if (k->prompt == NULL) {
+        k->talk = ptst_json_get(j, object, "messages") >= 0        ? "messages"
+                  : ptst_json_get(j, object, "conversations") >= 0 ? "conversations"
+                                                                   : NULL;
+        k->prompt = ptst__json_first_of(j, object, ptst__prompt_keys);
+    }
+    k->answer = k->answer != NULL ? k->answer : ptst__json_first_of(j, object, ptst__answer_keys);
+    k->whole = d->desc->need_answer && d->desc->column == NULL && k->talk == NULL &&
+               k->answer == NULL && k->prompt != NULL && strcmp(k->prompt, "text") == 0;
+}
+
+static ptst_code ptst__rows_object(ptst__rows_reader *d, int32_t node, const ptst__row_kind *k,
+                                   ptst_row *row) {
+    ptst_code code;
+    if (k->talk != NULL) {
+        return ptst__json_messages(d, k->talk, node, row);
+    }
+    if (k->prompt == NULL) {
+        return ptst__row_fail(d, row->line,
+                              "no key for the question: one of question, instruction, goal, prompt "
+                              "was expected");
+    }
+    code = ptst__json_pair(d, node, k->prompt, k->answer, row);
+    if (code == PTST_OK && k->whole) {
+        row->whole = true;
+        row->answer = row->prompt;
+        row->answer_size = row->prompt_size;
+        row->prompt = "";
+        row->prompt_size = 0;
+    }
+    return code;
+}
+
 /* Rows of the elements of a list. The keys are those of the first object. */
 static ptst_code ptst__rows_list(ptst__rows_reader *d, int32_t list) {
     const ptst_json *j = d->r->json;
-    const char *prompt = d->desc->column, *answer = d->desc->answer;
-    bool messages = false, first = true;
+    ptst__row_kind kind;
     ptst_code code = PTST_OK;
     int32_t node;
+    memset(&kind, 0, sizeof kind);
     for (node = ptst_json_first(j, list); node >= 0 && code == PTST_OK && !ptst__rows_full(d);
          node = ptst_json_next(j, node)) {
         ptst__row row;
@@ -28621,19 +28898,10 @@ static ptst_code ptst__rows_list(ptst__rows_reader *d, int32_t list) {
         } else if (ptst_json_kind(j, node) != PTST_JSON_OBJECT) {
             return ptst__row_fail(d, row.row.line, "an object or a string was expected");
         } else {
-            if (first) {
-                messages = prompt == NULL && ptst_json_get(j, node, "messages") >= 0;
-                prompt = prompt != NULL ? prompt : ptst__json_first_of(j, node, ptst__prompt_keys);
-                answer = answer != NULL ? answer : ptst__json_first_of(j, node, ptst__answer_keys);
-                first = false;
+            if (!kind.known) {
+                ptst__row_kind_of(d, node, &kind);
             }
-            if (prompt == NULL && !messages) {
-                return ptst__row_fail(d, row.row.line,
-                                      "no key for the question: one of question, instruction, "
-                                      "goal, prompt was expected");
-            }
-            code = messages ? ptst__json_messages(d, ptst_json_get(j, node, "messages"), &row.row)
-                            : ptst__json_pair(d, node, prompt, answer, &row.row);
+            code = ptst__rows_object(d, node, &kind, &row.row);
         }
         code = code == PTST_OK ? ptst__rows_add(d, &row) : code;
     }
@@ -28735,7 +29003,7 @@ static ptst_code ptst__rows_finish(ptst__rows_reader *d, size_t limit) {
                 continue;
             }
         }
-        if (o->need_answer && r->rows[i].row.answer == NULL) {
+        if (o->need_answer && r->rows[i].row.answer == NULL && r->rows[i].row.messages == NULL) {
             return ptst__row_fail(d, r->rows[i].row.line,
                                   "no answer: one of the keys answer, output, response was "
                                   "expected");
@@ -30878,6 +31146,36 @@ static void ptst__prompts_free(ptst_ctx *c, ptst__prompts *p) {
     memset(p, 0, sizeof *p);
 }
 
+/* A row to learn under a template, which borrows the answer. Conversations go as they are through a
+   chat template that has no system prompt and wording of its own. */
+static ptst_code ptst__example_make(ptst_ctx *c, const ptst_row *row, const ptst_template *style,
+                                    ptst_prompt *prompt, ptst_example *out) {
+    bool plain = style->jinja != NULL && style->system == NULL;
+    ptst_json *j;
+    ptst_code code;
+    if (row->messages != NULL && plain) {
+        j = ptst_json_parse(c, row->messages, row->messages_size, "messages");
+        code = j == NULL ? ptst_error_code(c) : ptst_template_messages(c, style, j, false, prompt);
+        ptst_json_free(c, j);
+        out->prompt = prompt;
+        out->answer = NULL;
+        return code;
+    }
+    if (row->prompt == NULL) {
+        return ptst__fail(
+            c, PTST_ERR_MISMATCH,
+            "line %llu: a conversation of several turns needs a chat template without "
+            "a system prompt of its own (model:none, a .jinja file or a model "
+            "folder), not %s",
+            (unsigned long long)row->line, style->name.data);
+    }
+    out->prompt = row->whole ? NULL : prompt;
+    out->answer = row->answer;
+    out->answer_size = row->answer_size;
+    return row->whole ? PTST_OK
+                      : ptst_template_prompt(c, style, row->prompt, row->prompt_size, prompt);
+}
+
 /* The first `count` rows (0 = all) under a template. The answers are borrowed from the rows. */
 static ptst_code ptst__prompts_make(ptst_ctx *c, const ptst_rows *rows, size_t count,
                                     const ptst_template *style, bool answers, ptst__prompts *out) {
@@ -30894,11 +31192,10 @@ static ptst_code ptst__prompts_make(ptst_ctx *c, const ptst_rows *rows, size_t c
     out->count = n;
     for (i = 0; i < n && code == PTST_OK; i++) {
         const ptst_row *row = ptst_rows_at(rows, i);
-        code = ptst_template_prompt(c, style, row->prompt, row->prompt_size, &out->prompts[i]);
         if (answers) {
-            out->examples[i].prompt = &out->prompts[i];
-            out->examples[i].answer = row->answer;
-            out->examples[i].answer_size = row->answer_size;
+            code = ptst__example_make(c, row, style, &out->prompts[i], &out->examples[i]);
+        } else {
+            code = ptst_template_prompt(c, style, row->prompt, row->prompt_size, &out->prompts[i]);
         }
     }
     if (code != PTST_OK) {

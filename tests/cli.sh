@@ -161,6 +161,20 @@ if cmp -s "$WORK/t1/adapter_model.safetensors" "$WORK/t3/adapter_model.safetenso
     cmp -s "$WORK/t1/adapter_model.safetensors" "$WORK/a/adapter_model.safetensors"; then ok; else bad "bit-identical for any number of threads"; fi
 expect "merge" 0 "$PTST" merge --model $MODEL --adapter "$WORK/a" --out "$WORK/merged"
 expect "check the merged model" 0 "$PTST" check "$WORK/merged"
+printf '{"text": "Once upon a time"}\n{"text": "The end"}\n' >"$WORK/plain.jsonl"
+expect "finetune on plain text" 0 "$PTST" finetune --quiet --model $MODEL --train "$WORK/plain.jsonl" --template TV \
+    --max-steps 1 --out "$WORK/plain"
+printf '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]}\n' >"$WORK/turns.jsonl"
+expect "several turns need a chat template" 1 "$PTST" finetune --quiet --model $MODEL --train "$WORK/turns.jsonl" \
+    --template TV --max-steps 1 --out "$WORK/turns"
+if grep -q "line 1: a conversation of several turns needs a chat template" "$WORK/err"; then ok; else bad "names the line"; fi
+printf '{%% for m in messages %%}{{ m.role }}: {{ m.content }}</s>{%% endfor %%}' >"$WORK/turns.jinja"
+expect "finetune on several turns" 0 "$PTST" finetune --quiet --model $MODEL --train "$WORK/turns.jsonl" \
+    --template "$WORK/turns.jinja" --max-steps 1 --out "$WORK/turns"
+expect "rows that are too long" 1 "$PTST" finetune --quiet --model $MODEL --train "$WORK/turns.jsonl" \
+    --template "$WORK/turns.jinja" --max-steps 1 --context 4 --long-rows error --out "$WORK/long"
+if grep -q "expected at most 4" "$WORK/err"; then ok; else bad "says how long rows may be"; fi
+expect "a policy that does not exist" 2 tune --out "$WORK/long" --long-rows maybe
 expect "empty training file" 1 "$PTST" finetune --model $MODEL --train "$WORK/empty.jsonl" --template TV --out "$WORK/e"
 if [ "$(id -u)" != 0 ]; then
     mkdir "$WORK/locked" && chmod 555 "$WORK/locked"

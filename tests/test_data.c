@@ -48,6 +48,74 @@ static void data_jsonl(void) {
     check_rows("\"a\"\n\"b\"\n", "x.jsonl", NULL, "a;b;");
 }
 
+static const char *or_none(const char *s) { return s == NULL ? "(none)" : s; }
+
+/* Conversations and plain text to be learned: what rows hold when answers are needed. */
+static void data_conversations(void) {
+    static const struct {
+        const char *text, *prompt, *answer, *messages; /* NULL prompt, answer: several turns */
+        bool whole;
+    } cases[] = {
+        {"{\"messages\": [{\"role\": \"user\", \"content\": \"q\"}, {\"role\": \"assistant\", "
+         "\"content\": \"a\"}]}",
+         "q", "a",
+         "[{\"role\": \"user\", \"content\": \"q\"}, {\"role\": \"assistant\", \"content\": "
+         "\"a\"}]",
+         false},
+        {"{\"messages\": [{\"role\": \"system\", \"content\": \"s\"}, {\"role\": \"user\", "
+         "\"content\": \"q\"}, {\"role\": \"assistant\", \"content\": \"a\", \"tool_calls\": "
+         "null}]}",
+         "q", "a",
+         "[{\"role\": \"system\", \"content\": \"s\"}, {\"role\": \"user\", \"content\": \"q\"}, "
+         "{\"role\": \"assistant\", \"content\": \"a\"}]",
+         false},
+        {"{\"conversations\": [{\"from\": \"human\", \"value\": \"q\\n\"}, {\"from\": \"gpt\", "
+         "\"value\": \"a\"}, {\"from\": \"human\", \"value\": \"r\"}, {\"from\": \"gpt\", "
+         "\"value\": \"b\"}], \"id\": 7}",
+         NULL, NULL,
+         "[{\"role\": \"user\", \"content\": \"q\\n\"}, {\"role\": \"assistant\", \"content\": "
+         "\"a\"}, "
+         "{\"role\": \"user\", \"content\": \"r\"}, {\"role\": \"assistant\", \"content\": \"b\"}]",
+         false},
+        {"{\"text\": \"t\"}", "", "t", NULL, true},
+        {"{\"prompt\": \"p\", \"completion\": \"c\"}", "p", "c", NULL, false}};
+    static const char *const bad[][2] = {
+        {"{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}",
+         "x.jsonl: line 1: no answer: one of the keys answer, output, response was expected"},
+        {"{\"messages\": [{\"role\": \"assistant\", \"content\": \"a\"}, {\"role\": \"user\", "
+         "\"content\": \"a\"}]}",
+         "x.jsonl: line 1: \"messages\" must be an optional system message and then user and "
+         "assistant by turns"},
+        {"{\"text\": \"a\"}\n{\"messages\": []}", "x.jsonl: line 2: \"text\" is missing"},
+        {"{\"messages\": [{\"role\": \"user\", \"content\": \"q\"}, {\"role\": \"assistant\", "
+         "\"content\": \"a\", \"tool_calls\": [{}]}]}",
+         "x.jsonl: line 1: \"messages\" holds a message of another role than system, user and "
+         "assistant, or with tool calls"}};
+    ptst_ctx *c = test_open(1, NULL);
+    ptst_rows_desc desc;
+    size_t i;
+    memset(&desc, 0, sizeof desc);
+    desc.need_answer = true;
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+        ptst_rows *r = ptst_rows_parse(c, cases[i].text, strlen(cases[i].text), "x.jsonl", &desc);
+        const ptst_row *row = r == NULL ? NULL : ptst_rows_at(r, 0);
+        CHECK_TEXT(r == NULL ? ptst_error_text(c) : "", "");
+        if (row != NULL) {
+            CHECK_TEXT(or_none(row->prompt), or_none(cases[i].prompt));
+            CHECK_TEXT(or_none(row->answer), or_none(cases[i].answer));
+            CHECK_TEXT(or_none(row->messages), or_none(cases[i].messages));
+            CHECK(row->whole == cases[i].whole);
+            CHECK(row->messages == NULL || strlen(row->messages) == row->messages_size);
+        }
+        ptst_rows_free(c, r);
+    }
+    for (i = 0; i < sizeof bad / sizeof *bad; i++) {
+        CHECK(ptst_rows_parse(c, bad[i][0], strlen(bad[i][0]), "x.jsonl", &desc) == NULL);
+        CHECK_TEXT(ptst_error_text(c), bad[i][1]);
+    }
+    ptst_close(c);
+}
+
 static void data_json(void) {
     check_rows("[\"a\", \"b\"]", "x.json", NULL, "a;b;");
     check_rows("[\n{\"text\": \"t\", \"instruction\": \"i\"}, {\"instruction\": \"j\"}]", "x.json",
@@ -124,7 +192,15 @@ static void data_refuses(void) {
          "x.jsonl: line 1: \"messages\" holds a message without role and content as strings"},
         {"{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"user\", "
          "\"content\": \"b\"}]}",
+         "x.jsonl", NULL,
+         "x.jsonl: line 1: \"messages\" must be an optional system message and then user and "
+         "assistant by turns"},
+        {"{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", "
+         "\"content\": \"b\"}, {\"role\": \"user\", \"content\": \"c\"}]}",
          "x.jsonl", NULL, "x.jsonl: line 1: \"messages\" must be one question and one answer"},
+        {"{\"conversations\": [{\"from\": \"tool\", \"value\": \"a\"}]}", "x.jsonl", NULL,
+         "x.jsonl: line 1: \"conversations\" holds a message of another role than system, user and "
+         "assistant, or with tool calls"},
         {"prompt\n\"open\nand more", "x.csv", NULL, "x.csv: line 2: a quoted field without end"},
         {"\"", "x.csv", NULL, "x.csv: line 1: a quoted field without end"},
         {"\"a\"b\n", "x.csv", NULL, "x.csv: line 1: text after the closing quote of a field"},
@@ -227,12 +303,19 @@ static void data_mutations(void) {
 static ptst_code sweep_rows(ptst_ctx *c, void *arg) {
     static const char *const texts[] = {
         "{\"instruction\": \"a\", \"input\": \"b\", \"output\": 5}\n\"x\"\n",
-        "[\"a\", {\"prompt\": \"b\"}]", "id,prompt\n1,a\n2,\"b\"\n", "a\nb\n"};
-    static const char *const names[] = {"x.jsonl", "x.json", "x.csv", "x.txt"};
+        "[\"a\", {\"prompt\": \"b\"}]", "id,prompt\n1,a\n2,\"b\"\n", "a\nb\n",
+        "{\"messages\": [{\"role\": \"system\", \"content\": \"s\"}, {\"role\": \"user\", "
+        "\"content\": "
+        "\"q\"}, {\"role\": \"assistant\", \"content\": \"a\"}]}\n"};
+    static const char *const names[] = {"x.jsonl", "x.json", "x.csv", "x.txt", "x.jsonl"};
     size_t i;
     (void)arg;
-    for (i = 0; i < 4; i++) {
-        ptst_rows *r = ptst_rows_parse(c, texts[i], strlen(texts[i]), names[i], NULL);
+    for (i = 0; i < 5; i++) {
+        ptst_rows_desc desc;
+        ptst_rows *r;
+        memset(&desc, 0, sizeof desc);
+        desc.need_answer = i == 4;
+        r = ptst_rows_parse(c, texts[i], strlen(texts[i]), names[i], &desc);
         if (r == NULL) {
             return ptst_error_code(c);
         }
@@ -285,6 +368,7 @@ static void data_published(void) {
 
 static void suite_data(void) {
     RUN(data_jsonl);
+    RUN(data_conversations);
     RUN(data_json);
     RUN(data_txt);
     RUN(data_csv);

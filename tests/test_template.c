@@ -81,7 +81,7 @@ static void template_question(void) {
     CHECK(ptst_template_prompt(c, t, "a%s\n", 4, &p) == PTST_OK);
     CHECK_TEXT(p.text.data, "[INST] Question: a%s\n [/INST]");
     template_check(__LINE__, &p, "00000000000000000111100000000", "00000000000000000000000000000");
-    CHECK(!p.has_bos);
+    CHECK(!p.own_bos);
     CHECK(ptst_template_prompt(c, t, "", 0, &p) == PTST_OK);
     CHECK_TEXT(p.text.data, "[INST] Question:  [/INST]");
     j = ptst_json_parse(c, user, sizeof user - 1, "m");
@@ -239,7 +239,7 @@ static void template_sources(void) {
     template_write(c, "tokenizer_config.json", config);
     CHECK_TEXT(template_text(c, template_dir, NULL, "q", &p), "config <B><E>");
     CHECK_TEXT(template_text(c, "model:none", template_dir, "q", &p), "config <B><E>");
-    CHECK(!p.has_bos);
+    CHECK(p.own_bos); /* a chat template decides alone: apply_chat_template adds nothing */
     t = ptst_template_load(c, template_dir, NULL);
     CHECK(t != NULL && ptst_template_messages(c, t, j, true, &p) == PTST_OK);
     CHECK_TEXT(p.text.data, "config tools");
@@ -248,7 +248,7 @@ static void template_sources(void) {
     CHECK_TEXT(template_text(c, template_dir, NULL, "q", &p), "config <B><E><P>");
     template_write(c, "chat_template.jinja", "{{ bos_token }}file {{ messages[0].content }}");
     CHECK_TEXT(template_text(c, template_dir, NULL, "q", &p), "<B>file q");
-    CHECK(p.has_bos);
+    CHECK(p.own_bos);
     template_check(__LINE__, &p, "000000001", "000000000");
     ptst__path_join(c, &path, template_dir, "chat_templates");
     CHECK(ptst__make_folders(c, path.data) == PTST_OK);
@@ -262,7 +262,9 @@ static void template_sources(void) {
     CHECK_TEXT(template_text(c, path.data, template_dir, "<B>", &p), "<B>file <B>");
     template_write(c, "chat_template.jinja", "{{ messages[0].content }}");
     CHECK_TEXT(template_text(c, path.data, template_dir, "<B>", &p), "<B>");
-    CHECK(!p.has_bos); /* it is the question that looks like one */
+    CHECK(p.own_bos);
+    CHECK_TEXT(template_text(c, "TV", template_dir, "<B>", &p), "Question: <B>\nAnswer:");
+    CHECK(!p.own_bos);
     template_remove_dir(c);
     ptst_text_free(c, &path);
     ptst_prompt_free(c, &p);
@@ -300,6 +302,16 @@ static void template_learn(void) {
     CHECK(t != NULL && ptst_template_messages(c, t, j, false, &p) == PTST_OK);
     CHECK_TEXT(p.text.data, "u:q a:aa! u:r<E> a:b! ");
     template_check(__LINE__, &p, "1010102200101111010200", "0000001110000000000110");
+    ptst_template_free(c, t);
+    /* a turn ends with a marker that is not the end-of-text, as in Phi-3 and Gemma */
+    template_write(c, "chat_template.jinja",
+                   "{% for m in messages %}{{ m.role[0] }}:{{ m.content "
+                   "}}<end>{% endfor %}<E>");
+    t = ptst_template_load(c, template_dir, NULL);
+    CHECK(t != NULL && ptst_template_messages(c, t, j, false, &p) == PTST_OK);
+    CHECK_TEXT(p.text.data, "u:q<end>a:aa<end>u:r<E><end>a:b<end><E>");
+    template_check(__LINE__, &p, "101000001022000001011110000010200000000",
+                   "000000000011111110000000000000111111000");
     ptst_template_free(c, t);
     template_remove_dir(c);
     ptst_prompt_free(c, &p);

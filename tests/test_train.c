@@ -197,7 +197,7 @@ static void train_rows(void) {
     tr_close(&w);
 }
 
-/* Special tokens: the template's count, the user's and the answer's are text. has_bos: one bos. */
+/* Special tokens: the template's count, the user's and the answer's are text. own_bos: one bos. */
 static void train_rows_special(void) {
     tr_world w;
     ptst_dataset *d;
@@ -210,7 +210,7 @@ static void train_rows_special(void) {
     memset(&p, 0, sizeof p);
     CHECK(ptst_text_append(w.c, &p.text, text, sizeof text - 1) == PTST_OK);
     CHECK(ptst_text_append(w.c, &p.marks, "\0\0\0\0\0\0\0\0\1\1\1\1\1\1\1\1\1\1\1", 19) == PTST_OK);
-    p.has_bos = true;
+    p.own_bos = true;
     x.prompt = &p;
     x.answer = "</s><s>";
     x.answer_size = 7;
@@ -227,6 +227,76 @@ static void train_rows_special(void) {
     ptst_text_free(w.c, &p.text);
     ptst_text_free(w.c, &p.marks);
     tr_close(&w);
+}
+
+/* A conversation: every answer is learned up to its end-of-text, in both mask conventions. */
+static void train_rows_turns(void) {
+    static const char text[] = "xab</s>xab</s>x", learn[] = "\0\0\1\1\1\1\1\0\0\1\1\1\1\1\0";
+    static const int32_t joint[] = {1, TR_X, TR_AB, 2, TR_X, TR_AB, 2, TR_X},
+                         separate[] = {1, TR_X, TR_A, TR_B, 2, TR_X, TR_A, TR_B, 2, TR_X};
+    static const char learn_joint[] = {0, 0, 0, 1, 0, 0, 1, 0},
+                      learn_separate[] = {0, 0, 0, 1, 1, 0, 0, 1, 1, 0};
+    tr_world w;
+    int k;
+    tr_open(&w, 1);
+    for (k = 0; k < 2; k++) {
+        ptst_dataset_desc desc;
+        ptst_dataset *d;
+        ptst_dataset_info info;
+        ptst_prompt p;
+        ptst_example x;
+        memset(&desc, 0, sizeof desc);
+        memset(&p, 0, sizeof p);
+        memset(&x, 0, sizeof x);
+        desc.mask = k == 0 ? PTST_MASK_JOINT : PTST_MASK_SEPARATE;
+        d = ptst_dataset_new(w.c, &desc);
+        x.prompt = &p;
+        CHECK(ptst_text_append(w.c, &p.text, text, sizeof text - 1) == PTST_OK);
+        CHECK(ptst_text_append(w.c, &p.learn, learn, sizeof text - 1) == PTST_OK);
+        CHECK(ptst_text_append(w.c, &p.marks, "\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0", 15) == PTST_OK);
+        CHECK(ptst_dataset_add(w.c, d, w.tokenizer, &x, 1) == PTST_OK);
+        info = ptst_dataset_about(d);
+        CHECK(info.rows == 1 && info.labels == (k == 0 ? 2 : 4) && info.not_prefix == (k == 0));
+        tr_expect_row(d, 0, k == 0 ? joint : separate, k == 0 ? 8 : 10, 3);
+        CHECK(memcmp(d->learn.data, k == 0 ? learn_joint : learn_separate, k == 0 ? 8 : 10) == 0);
+        ptst_dataset_free(w.c, d);
+        ptst_prompt_free(w.c, &p);
+    }
+    tr_close(&w);
+}
+
+/* Rows that are too long lose their end, are left out, or are an error; labels anywhere. */
+static void train_rows_long(void) {
+    static const int32_t tokens[] = {1, 5, 6, 7, 8};
+    static const uint8_t learn[] = {1, 0, 1, 0, 1}, late[] = {0, 0, 0, 0, 1};
+    ptst_ctx *c = test_open(1, NULL);
+    ptst_dataset_desc desc;
+    ptst_dataset_info info;
+    int k;
+    memset(&desc, 0, sizeof desc);
+    desc.max_tokens = 4;
+    for (k = 0; k < 3; k++) {
+        ptst_dataset *d;
+        ptst_code code;
+        desc.long_rows = (ptst_long_rows)k;
+        d = ptst_dataset_new(c, &desc);
+        CHECK(ptst_dataset_add_masked(c, d, tokens, learn, 4) == PTST_OK);
+        code = ptst_dataset_add_masked(c, d, tokens, learn, 5);
+        info = ptst_dataset_about(d);
+        CHECK(code == (k == 2 ? PTST_ERR_LIMIT : PTST_OK));
+        CHECK(info.rows == (k == 0 ? 2 : 1) && info.labels == info.rows);
+        CHECK(info.cut == (k == 2 ? 0 : 1) && info.dropped == (k == 1 ? 1 : 0));
+        tr_expect_row(d, 0, tokens, 4, 2);
+        if (k == 0) {
+            CHECK(ptst_dataset_add_masked(c, d, tokens, late, 5) == PTST_OK);
+            CHECK(ptst_dataset_about(d).rows == 2 && ptst_dataset_about(d).dropped == 1);
+        }
+        if (k == 2) {
+            CHECK_TEXT(ptst_error_text(c), "row 2: has 5 tokens, expected at most 4");
+        }
+        ptst_dataset_free(c, d);
+    }
+    ptst_close(c);
 }
 
 /* ---- batches ---- */
@@ -1166,6 +1236,8 @@ static void suite_train(void) {
     RUN(train_schedule_parse);
     RUN(train_rows);
     RUN(train_rows_special);
+    RUN(train_rows_turns);
+    RUN(train_rows_long);
     RUN(train_batches);
     RUN(train_equal_windows);
     RUN(train_packing);

@@ -814,6 +814,7 @@ static const option finetune_options[] = {
     {"--batching", "HOW", "examples", "examples, or packing (rows joined to --context tokens)"},
     {"--context", "N", "4096", "most tokens of a row or pack"},
     {"--mask", "HOW", "joint", "joint or separate encoding of prompt and answer"},
+    {"--long-rows", "HOW", "cut", "rows longer than the context: cut, drop or error"},
     {"--weight-decay", "X", "0", "AdamW weight decay"},
     {"--clip", "X", "0", "clips the gradient's norm; 0 = off"},
     {"--no-shuffle", NULL, NULL, "keeps the order of the file"},
@@ -2099,11 +2100,12 @@ static void report_finetune(const args *a, const ptst_finetune_info *info) {
             (unsigned long long)info->data.labels, (unsigned long long)info->last.step,
             info->last.loss);
     if (info->data.cut + info->data.dropped + info->data.not_prefix != 0) {
-        fprintf(stderr,
-                "%llu rows were cut to the longest length, %llu had nothing to learn left, in %llu "
-                "the tokens of the prompt are no prefix of the row\n",
-                (unsigned long long)info->data.cut, (unsigned long long)info->data.dropped,
-                (unsigned long long)info->data.not_prefix);
+        fprintf(
+            stderr,
+            "%llu rows were longer than the context, %llu were left out (too long, or nothing to "
+            "learn left), in %llu the tokens of the prompt are no prefix of the row\n",
+            (unsigned long long)info->data.cut, (unsigned long long)info->data.dropped,
+            (unsigned long long)info->data.not_prefix);
     }
     fprintf(stderr, "wrote %s\n", get(a, "--out"));
 }
@@ -2120,6 +2122,21 @@ static bool get_lora_options(const args *a, ptst_lora_desc *lora) {
     lora->targets = get(a, "--targets");
     lora->seed = (uint64_t)seed;
     return true;
+}
+
+/* What to do with rows that are longer than the context. */
+static bool get_long_rows(const args *a, ptst_long_rows *out) {
+    static const char *const names[] = {"cut", "drop", "error"};
+    const char *value = get(a, "--long-rows");
+    int i;
+    for (i = 0; i < 3; i++) {
+        if (strcmp(value, names[i]) == 0) {
+            *out = (ptst_long_rows)i;
+            return true;
+        }
+    }
+    bad_call("%s: --long-rows %s: cut, drop or error was expected", a->command, value);
+    return false;
 }
 
 static int command_finetune(args *a) {
@@ -2140,7 +2157,8 @@ static int command_finetune(args *a) {
         !get_lora_options(a, &lora) || !get_integer(a, "--limit", 0, 1e9, &limit) ||
         !get_integer(a, "--mix-count", 0, 1e9, &mix_count) ||
         !get_integer(a, "--save-every", 0, 1e9, &save_every) ||
-        !get_choice(a, "--mask", "joint", "separate", &separate)) {
+        !get_choice(a, "--mask", "joint", "separate", &separate) ||
+        !get_long_rows(a, &desc.dataset.long_rows)) {
         return EXIT_CALL;
     }
     files.model = get(a, "--model");
