@@ -130,6 +130,19 @@ if [ "$(wc -l <"$WORK/batch.jsonl")" -eq 2 ]; then ok; else bad "judge export: a
 : >"$WORK/empty.jsonl"
 expect "empty answers" 1 "$PTST" eval refusal --answers "$WORK/empty.jsonl" --list qi2023
 
+# ---- int8 and int4 weights ----
+for type in int8 int4; do
+    expect "generate with $type weights" 0 "$PTST" generate --quiet --model $MODEL --dtype $type --template TV \
+        --prompts "$WORK/prompts.txt" --max-new-tokens 4
+done
+expect "info --quantization-error" 0 "$PTST" info $MODEL --quantization-error
+if grep -q "^int8 " "$WORK/out" && grep -q "^int4 " "$WORK/out"; then ok; else bad "a line for each type"; fi
+expect "info --quantization-error --json" 0 "$PTST" info $MODEL --quantization-error --json --text README.md
+if grep -q '^{"int8": {.*}, "int4": {.*}}$' "$WORK/out"; then ok; else bad "one object"; fi
+expect "a text that is not there" 2 "$PTST" info $MODEL --quantization-error --text "$WORK/absent.txt"
+expect "full training of int8 weights" 1 "$PTST" finetune --quiet --model $MODEL --dtype int8 --full \
+    --train tests/golden/gsm8k_cases.json --template TV --out "$WORK/full8"
+
 # ---- finetune: log, adapter, kill and resume ----
 printf '{"question": "How are you?", "answer": "fine"}\n{"question": "Who?", "answer": "Lily"}\n{"question": "What?", "answer": "a big dog"}\n' >"$WORK/train.jsonl"
 tune() { "$PTST" finetune --quiet --model $MODEL --train "$WORK/train.jsonl" --template TV --batch 2 \

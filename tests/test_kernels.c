@@ -104,7 +104,7 @@ static void convert_rounding(void) {
 
 /* Every length 0..70 at an odd address gives the scalar bits, and nothing beyond is written. */
 static void convert_lengths(void) {
-    static const ptst_dtype dtypes[] = {PTST_F32, PTST_F16, PTST_BF16};
+    static const ptst_dtype dtypes[] = {PTST_F32, PTST_F16, PTST_BF16, PTST_I8, PTST_I4};
     ptst_rng r = {7, 0, 0};
     float x[80], y[80], expected[80];
     uint16_t h[164], scalar[164];
@@ -115,7 +115,7 @@ static void convert_lengths(void) {
     }
     for (i = 0; kernels_simds[i] != NULL; i++) {
         ptst_ctx *c = kernels_open(kernels_simds[i], 1);
-        for (d = 0; d < 3 && c != NULL; d++) {
+        for (d = 0; d < 5 && c != NULL; d++) {
             for (n = 0; n <= 70; n++) {
                 memset(h, 0x55, sizeof h);
                 memset(scalar, 0x55, sizeof scalar);
@@ -127,6 +127,67 @@ static void convert_lengths(void) {
                 ptst__convert_to_f32(c, y + 1, h + 1, dtypes[d], n);
                 ptst__to_f32__scalar(expected + 1, h + 1, dtypes[d], n);
                 CHECK(memcmp(y, expected, sizeof y) == 0);
+            }
+        }
+        ptst_close(c);
+    }
+}
+
+/* Blocks: every variant writes and reads the scalar bits; the error is at most half a step of the
+   scale (I4: a whole one at the other end of the range, 8 against -8); special blocks. */
+static void convert_blocks(void) {
+    enum { N = 40 * PTST__BLOCK };
+    static float x[N], y[N], expected[N];
+    static char blocks[N * 2], scalar[N * 2];
+    ptst_rng r = {9, 0, 0};
+    size_t i, k;
+    int s, d;
+    for (i = 0; i < N; i++) {
+        x[i] = ptst_rng_normal(&r) * (float)ldexp(1, (int)(i / PTST__BLOCK) - 20);
+    }
+    for (i = 0; i < PTST__BLOCK; i++) {
+        x[i] = 0;
+        x[PTST__BLOCK + i] = 1e-31f * (float)i;
+        x[2 * PTST__BLOCK + i] = i == 5 ? NAN : (float)i;
+        x[3 * PTST__BLOCK + i] = i == 31 ? -INFINITY : (float)i;
+        x[4 * PTST__BLOCK + i] = i % 2 == 0 ? 3.0f : -3.0f; /* both ends */
+        x[5 * PTST__BLOCK + i] = 0.5f * (float)i;           /* halves: ties */
+        x[6 * PTST__BLOCK + i] = -(float)i;
+        x[7 * PTST__BLOCK + i] = 1e38f * (i % 3 == 0 ? 1.0f : -0.99f);
+    }
+    for (s = 0; kernels_simds[s] != NULL; s++) {
+        ptst_ctx *c = kernels_open(kernels_simds[s], 1);
+        for (d = 0; d < 2 && c != NULL; d++) {
+            ptst_dtype dtype = d == 0 ? PTST_I8 : PTST_I4;
+            size_t bytes = ptst__dtype_bytes(dtype, N);
+            CHECK(bytes == (d == 0 ? 40 * 34u : 40 * 18u));
+            ptst__convert_from_f32(c, blocks, x, dtype, N);
+            ptst__from_f32__scalar(scalar, x, dtype, N);
+            CHECK(memcmp(blocks, scalar, bytes) == 0);
+            ptst__convert_to_f32(c, y, blocks, dtype, N);
+            ptst__to_f32__scalar(expected, scalar, dtype, N);
+            for (i = 0; i < N; i++) { /* one NaN is as good as another */
+                y[i] = y[i] != y[i] ? (float)NAN : y[i];
+                expected[i] = expected[i] != expected[i] ? (float)NAN : expected[i];
+            }
+            CHECK(memcmp(y, expected, sizeof y) == 0);
+            for (k = 0; k < N / PTST__BLOCK; k++) {
+                const float *a = x + k * PTST__BLOCK, *b = y + k * PTST__BLOCK;
+                double step = fabs((double)ptst__block_scale(scalar + bytes / 40 * k)), worst = 0;
+                for (i = 0; i < PTST__BLOCK; i++) {
+                    CHECK((b[i] != b[i]) == (k == 2 || k == 3));
+                    worst = fmax(worst, fabs((double)a[i] - (double)b[i]));
+                }
+                CHECK(k == 2 || k == 3 || k < 2 || worst <= step * (d == 0 ? 0.5000001 : 1.07));
+                CHECK(k > 1 || worst < 1e-29);
+            }
+            for (i = 0; i < 70; i++) { /* from the middle of blocks */
+                for (k = 0; k < 70; k++) {
+                    memset(y, 0x55, 71 * sizeof *y);
+                    ptst__read_f32(c->kernels, y, blocks, dtype, 8 * PTST__BLOCK + i, k);
+                    CHECK(memcmp(y, expected + 8 * PTST__BLOCK + i, k * sizeof *y) == 0);
+                    CHECK(ptst__bits_of(y[k]) == 0x55555555u);
+                }
             }
         }
         ptst_close(c);
@@ -153,17 +214,20 @@ typedef struct kernels_data {
 /* Random operands, and the product by its definition in double precision. */
 static void kernels_fill(const kernels_case *k, kernels_data *d, uint64_t seed) {
     size_t i, m, n, a_rows = k->a_transposed ? k->K : k->M, b_rows = k->b_transposed ? k->N : k->K;
-    size_t esize = ptst__dtype_size(k->dtype);
+    bool blocks = ptst__is_block(k->dtype);
+    size_t b_pad = blocks ? k->pad * PTST__BLOCK : k->pad, all; /* blocks begin at blocks */
     ptst_rng r = {0, 0, 0};
     float *b32;
     r.seed = seed;
     d->lda = (k->a_transposed ? k->M : k->K) + k->pad;
-    d->ldb = (k->b_transposed ? k->K : k->N) + k->pad;
+    d->ldb = (k->b_transposed ? k->K : k->N) + b_pad;
+    d->ldb = blocks ? ptst__ceil_div(d->ldb, PTST__BLOCK) * PTST__BLOCK : d->ldb;
+    all = b_pad + b_rows * d->ldb;
     d->ldy = k->N + k->pad;
     d->size = k->pad + k->M * d->ldy;
     d->A = (float *)malloc((k->pad + a_rows * d->lda + 1) * sizeof *d->A);
-    d->B = (char *)malloc((k->pad + b_rows * d->ldb + 1) * esize);
-    b32 = (float *)malloc((k->pad + b_rows * d->ldb + 1) * sizeof *b32);
+    d->B = (char *)malloc(4 * (all + 1));
+    b32 = (float *)malloc((all + 1) * sizeof *b32);
     d->Y = (float *)malloc((d->size + 1) * sizeof *d->Y);
     d->Y0 = (float *)malloc((d->size + 1) * sizeof *d->Y);
     d->sums = (double *)calloc(k->M * k->N + 1, sizeof *d->sums);
@@ -171,18 +235,19 @@ static void kernels_fill(const kernels_case *k, kernels_data *d, uint64_t seed) 
     for (i = 0; i < k->pad + a_rows * d->lda; i++) {
         d->A[i] = ptst_rng_uniform(&r) * 2 - 1;
     }
-    for (i = 0; i < k->pad + b_rows * d->ldb; i++) {
-        b32[i] = ptst_rng_uniform(&r) * 2 - 1;
+    for (i = 0; i < all; i++) { /* rows end with 0 */
+        size_t cols = k->b_transposed ? k->K : k->N, at = i < b_pad ? 0 : (i - b_pad) % d->ldb;
+        b32[i] = blocks && at >= cols ? 0 : ptst_rng_uniform(&r) * 2 - 1;
     }
-    ptst__from_f32__scalar(d->B, b32, k->dtype, k->pad + b_rows * d->ldb);
-    ptst__to_f32__scalar(b32, d->B, k->dtype, k->pad + b_rows * d->ldb);
+    ptst__from_f32__scalar(d->B, b32, k->dtype, all);
+    ptst__to_f32__scalar(b32, d->B, k->dtype, all);
     for (i = 0; i < d->size; i++) { /* with beta = 0 the old Y may be anything */
         d->Y0[i] = k->beta == 0 ? NAN : ptst_rng_uniform(&r) - 0.5f;
     }
     for (m = 0; m < k->M; m++) {
         for (i = 0; i < k->K; i++) {
             double a = (double)d->A[k->pad + (k->a_transposed ? i * d->lda + m : m * d->lda + i)];
-            const float *b = b32 + k->pad + (k->b_transposed ? i : i * d->ldb);
+            const float *b = b32 + b_pad + (k->b_transposed ? i : i * d->ldb);
             size_t step = k->b_transposed ? d->ldb : 1;
             for (n = 0; n < k->N; n++) {
                 d->sums[m * k->N + n] += a * (double)b[n * step];
@@ -204,7 +269,7 @@ static void kernels_release(kernels_data *d) {
 
 static void kernels_multiply(ptst_ctx *c, const kernels_case *k, kernels_data *d) {
     ptst__matrix B;
-    B.data = ptst__element(d->B, k->dtype, k->pad);
+    B.data = ptst__element(d->B, k->dtype, k->pad * (ptst__is_block(k->dtype) ? PTST__BLOCK : 1));
     B.ld = d->ldb;
     B.dtype = k->dtype;
     B.transposed = k->b_transposed;
@@ -253,13 +318,13 @@ static bool kernels_check(ptst_ctx *c, const kernels_case *k, uint64_t seed) {
     return bad == 0;
 }
 
-/* Each variant of transposition and dtype (12 of them), alpha, beta and padding varying along. */
+/* Each variant of transposition and dtype (20 of them), alpha, beta and padding varying along. */
 static void kernels_variant(kernels_case *k, size_t v) {
-    static const ptst_dtype dtypes[] = {PTST_F32, PTST_F16, PTST_BF16};
+    static const ptst_dtype dtypes[] = {PTST_F32, PTST_F16, PTST_BF16, PTST_I8, PTST_I4};
     static const float alphas[] = {1, -0.5f, 1, 2}, betas[] = {0, 1, 0.25f, 0, 1};
     k->a_transposed = (v & 1) != 0;
     k->b_transposed = (v & 2) != 0;
-    k->dtype = dtypes[v / 4 % 3];
+    k->dtype = dtypes[v / 4 % 5];
     k->alpha = alphas[v % 4];
     k->beta = betas[v % 5];
     k->pad = v % 3 * 3;
@@ -286,7 +351,7 @@ static void matmul_sizes(void) {
             kernels_variant(&k, i);
             CHECK(kernels_check(c, &k, i));
         }
-        for (v = 0; v < 12; v++) { /* every number of rows, columns and steps */
+        for (v = 0; v < 20; v++) { /* every number of rows, columns and steps */
             for (i = 1; i <= (quick ? 20u : 70u); i++) {
                 kernels_case k;
                 k.M = v % 3 == 0 ? i : 19;
@@ -317,7 +382,7 @@ static void matmul_blocks(void) {
     for (s = 0; kernels_simds[s] != NULL; s++) {
         ptst_ctx *c = kernels_open(kernels_simds[s], 2);
         for (i = 0; i < sizeof shapes / sizeof shapes[0] && c != NULL; i++) {
-            for (v = 0; v < 12; v += getenv("TEST_QUICK") != NULL ? 7 : 1) {
+            for (v = 0; v < 20; v += getenv("TEST_QUICK") != NULL ? 7 : 1) {
                 kernels_case k;
                 k.M = shapes[i][0];
                 k.N = shapes[i][1];
@@ -362,7 +427,7 @@ static void matmul_threads(void) {
             continue;
         }
         for (i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
-            for (v = 0; v < 12; v += getenv("TEST_QUICK") != NULL ? 7 : 5) {
+            for (v = 0; v < 20; v += getenv("TEST_QUICK") != NULL ? 7 : 5) {
                 kernels_case k;
                 kernels_data d;
                 float *first = NULL;
@@ -391,8 +456,9 @@ static void matmul_threads(void) {
 /* A row of a product with few rows does not depend on how many rows there are (decoding several
    prompts at once gives what each gives alone). */
 static void matmul_few_rows_alone(void) {
+    static const ptst_dtype dtypes[] = {PTST_F32, PTST_F16, PTST_BF16, PTST_I8, PTST_I4};
     int s;
-    size_t M, m;
+    size_t M, m, v;
     for (s = 0; kernels_simds[s] != NULL; s++) {
         ptst_ctx *c = kernels_open(kernels_simds[s], 2);
         kernels_case k;
@@ -401,28 +467,30 @@ static void matmul_few_rows_alone(void) {
         if (c == NULL) {
             continue;
         }
-        memset(&k, 0, sizeof k);
-        k.M = PTST__DOTS;
-        k.N = 50;
-        k.K = 203;
-        k.b_transposed = true;
-        k.dtype = PTST_BF16;
-        k.alpha = 1;
-        kernels_fill(&k, &d, 5);
-        for (M = 1; M <= PTST__DOTS; M++) {
-            k.M = M;
-            kernels_multiply(c, &k, &d);
-            for (m = 0; m < M; m++) {
-                ptst__matrix B;
-                B.data = d.B;
-                B.ld = d.ldb;
-                B.dtype = k.dtype;
-                B.transposed = true;
-                ptst__gemm(c, 1, k.N, k.K, 1, d.A + m * d.lda, d.lda, false, B, 0, y, 50);
-                CHECK(memcmp(y, d.Y + m * d.ldy, sizeof y) == 0);
+        for (v = 0; v < 5; v++) {
+            memset(&k, 0, sizeof k);
+            k.M = PTST__DOTS;
+            k.N = 50;
+            k.K = 203;
+            k.b_transposed = true;
+            k.dtype = dtypes[v];
+            k.alpha = 1;
+            kernels_fill(&k, &d, 5);
+            for (M = 1; M <= PTST__DOTS; M++) {
+                k.M = M;
+                kernels_multiply(c, &k, &d);
+                for (m = 0; m < M; m++) {
+                    ptst__matrix B;
+                    B.data = d.B;
+                    B.ld = d.ldb;
+                    B.dtype = k.dtype;
+                    B.transposed = true;
+                    ptst__gemm(c, 1, k.N, k.K, 1, d.A + m * d.lda, d.lda, false, B, 0, y, 50);
+                    CHECK(memcmp(y, d.Y + m * d.ldy, sizeof y) == 0);
+                }
             }
+            kernels_release(&d);
         }
-        kernels_release(&d);
         ptst_close(c);
     }
 }
@@ -482,6 +550,7 @@ static void suite_kernels(void) {
     RUN(convert_all_values);
     RUN(convert_rounding);
     RUN(convert_lengths);
+    RUN(convert_blocks);
     RUN(matmul_sizes);
     RUN(matmul_blocks);
     RUN(matmul_empty);

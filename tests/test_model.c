@@ -649,8 +649,131 @@ static void dtypes_convert(void) {
             models_close(c, &k);
         }
     }
-    CHECK(ptst_model_load(c, STORIES, PTST_I8) == NULL);
-    CHECK(ptst_error_code(c) == PTST_ERR_UNSUPPORTED);
+    CHECK(ptst_model_load(c, STORIES, (ptst_dtype)9) == NULL);
+    CHECK(ptst_error_code(c) == PTST_ERR_ARGUMENT);
+    ptst_close(c);
+}
+
+/* Logits [rows, V] of the first sequence of a case. */
+static bool models_logits_of(ptst_ctx *c, const models_case *k, const ptst_model *m, float *out) {
+    ptst_session_desc d;
+    ptst_session *s;
+    ptst_chunk chunk;
+    bool good;
+    memset(&d, 0, sizeof d);
+    d.logit_rows = d.capacity = MODELS_TOKENS;
+    s = ptst_session_new(c, m, NULL, &d);
+    chunk.slot = 0;
+    chunk.tokens = k->tokens;
+    chunk.count = (size_t)k->lengths[0];
+    chunk.logits = PTST_LOGITS_ALL;
+    good = s != NULL && ptst_eval(c, s, &chunk, 1) == PTST_OK;
+    if (good) {
+        memcpy(out, ptst_logits(s, 0), chunk.count * m->V * sizeof *out);
+    }
+    ptst_session_free(c, s);
+    return good;
+}
+
+/* Gradients of a new adapter on all linear layers; *count of them. */
+static float *models_adapter_gradients(ptst_ctx *c, models_case *k, ptst_model *m, size_t *count) {
+    ptst_lora_desc lora;
+    ptst_adapter *a;
+    ptst__pass *p;
+    float *out = NULL;
+    size_t i;
+    memset(&lora, 0, sizeof lora);
+    lora.targets = "all-linear";
+    a = ptst_adapter_new(c, m, &lora);
+    for (i = 0; a != NULL && i < a->values_count; i++) {
+        a->values[i] += 0.05f * (float)((int)(i * 7 % 11) - 5);
+    }
+    p = ptst__pass_new(c, m, a, k->batch.count, k->batch.count, k->batch.segments_count);
+    if (p != NULL && ptst__pass_run(c, p, &k->batch, true, 0, 0, 0, NULL, NULL) == PTST_OK) {
+        *count = p->grads_count;
+        out = (float *)malloc(*count * sizeof *out);
+        memcpy(out, p->grads, *count * sizeof *out);
+    }
+    ptst__pass_free(c, p);
+    ptst_adapter_free(c, a);
+    return out;
+}
+
+/* A model in blocks computes what the same model with the values of its blocks in F32 does: logits
+   and the gradients of an adapter; and it is saved as it was in the file. */
+static void dtypes_blocks(void) {
+    ptst_ctx *c = test_open(2, NULL);
+    int i, j;
+    for (i = 0; i < MODELS; i++) {
+        for (j = 0; j < 2; j++) {
+            models_case k;
+            ptst_model *m[2];
+            float *x[2], *g[2];
+            size_t w, r, n[2] = {0, 0}, count;
+            CHECK(models_open(c, &k, models_names[i], false));
+            m[0] = ptst_model_load(c, k.folder, j == 0 ? PTST_I8 : PTST_I4);
+            m[1] = ptst_model_load(c, k.folder, PTST_F32);
+            CHECK(m[0] != NULL && m[1] != NULL && ptst_model_unfreeze(c, m[1]) == PTST_OK);
+            CHECK(ptst_model_unfreeze(c, m[0]) == PTST_ERR_UNSUPPORTED);
+            CHECK(m[0]->head->dtype == (j == 0 ? PTST_I8 : PTST_I4));
+            for (w = 0; w < m[0]->weights_count; w++) {
+                const ptst__weight *q = &m[0]->weights[w], *f = &m[1]->weights[w];
+                CHECK((q->dtype == m[0]->head->dtype) ==
+                      (!q->vector && (q != m[0]->embedding || q == m[0]->head)));
+                for (r = 0; r < q->rows; r++) {
+                    ptst__convert_to_f32(c, (float *)(uintptr_t)f->data + r * f->ld,
+                                         ptst__element(q->data, q->dtype, r * q->ld), q->dtype,
+                                         q->cols);
+                }
+            }
+            count = (size_t)k.lengths[0] * m[0]->V;
+            for (w = 0; w < 2; w++) {
+                x[w] = (float *)malloc(count * sizeof(float));
+                CHECK(models_logits_of(c, &k, m[w], x[w]));
+                g[w] = models_adapter_gradients(c, &k, m[w], &n[w]);
+            }
+            CHECK_NEAR(models_max_error(x[0], x[1], count), 0, 2e-5); /* other orders of sums */
+            CHECK(n[0] == n[1] && g[0] != NULL && g[1] != NULL);
+            for (w = 0; w < n[0] && n[0] == n[1]; w++) {
+                g[0][w] -= g[1][w];
+            }
+            CHECK(models_norm(g[0], n[0]) <= 1e-4 * models_norm(g[1], n[1]));
+            for (w = 0; w < 2; w++) {
+                free(x[w]);
+                free(g[w]);
+                ptst_model_free(c, m[w]);
+            }
+            models_close(c, &k);
+        }
+    }
+    ptst_close(c);
+}
+
+/* Stories: int8 hardly changes what is predicted, int4 does; the file's own type not at all. */
+static void quantization(void) {
+    static const char text[] = "Once upon a time, there was a little girl named Lily. She loved to "
+                               "play outside in the park. One day, she saw a big red ball.";
+    static const ptst_dtype dtypes[] = {PTST_DTYPE_FILE, PTST_I8, PTST_I4};
+    ptst_ctx *c = test_open(2, NULL);
+    ptst_tokenizer *t = ptst_tokenizer_load(c, STORIES);
+    ptst_ids ids = {NULL, 0, 0};
+    ptst_quantization q[3];
+    int i;
+    CHECK(t != NULL && ptst_encode(c, t, text, sizeof text - 1, PTST_ADD_SPECIAL, &ids) == PTST_OK);
+    for (i = 0; i < 3; i++) {
+        CHECK(ptst_quantization_error(c, STORIES, dtypes[i], ids.data, ids.count, &q[i]) ==
+              PTST_OK);
+        CHECK(q[i].tokens == ids.count - 1 && q[i].reference_perplexity < 8);
+    }
+    CHECK(q[0].max_error == 0 && q[0].divergence == 0 && q[0].same_top == 1);
+    CHECK_NEAR(q[0].perplexity, q[0].reference_perplexity, 0);
+    CHECK_NEAR(q[1].perplexity / q[1].reference_perplexity, 1, 0.01);
+    CHECK_NEAR(q[2].perplexity / q[2].reference_perplexity, 1, 0.5);
+    CHECK(q[1].rms_error > 0 && q[1].rms_error < 0.02 && q[1].same_top > 0.95);
+    CHECK(q[2].rms_error > q[1].rms_error && q[2].divergence > q[1].divergence);
+    CHECK(ptst_quantization_error(c, STORIES, PTST_I8, ids.data, 1, q) == PTST_ERR_ARGUMENT);
+    ptst_ids_free(c, &ids);
+    ptst_tokenizer_free(c, t);
     ptst_close(c);
 }
 
@@ -1233,6 +1356,8 @@ static void suite_model(void) {
     RUN(session_refuses);
     RUN(pass_refuses);
     RUN(dtypes_convert);
+    RUN(dtypes_blocks);
+    RUN(quantization);
     RUN(saves_and_loads);
     RUN(new_model);
     RUN(new_model_refuses);

@@ -580,7 +580,7 @@ static const option bench_gemm_options[] = {
     {"--m", "N", "512", "rows of the activations"},
     {"--n", "N", "1536", "rows of the weights (outputs)"},
     {"--k", "N", "576", "columns of both"},
-    {"--weights", "TYPE", "f32", "f32, bf16 or f16"},
+    {"--weights", "TYPE", "f32", "f32, bf16, f16, int8 or int4"},
     {"--transposed", NULL, NULL, "Y = X W (as the backward pass needs) instead of Y = X W^T"},
     {"--runs", "N", "15", "timed runs; the median is printed"},
     OPTIONS_COMMON,
@@ -608,7 +608,9 @@ typedef struct gemm_case {
 
 /* Random operands: values do not matter for the speed as long as none is a denormal. */
 static bool gemm_case_open(args *a, gemm_case *g, ptst_dtype dtype, bool transposed) {
-    size_t i, count = g->n * g->k, x_count = g->m * (transposed ? g->n : g->k);
+    size_t blocks = (g->k + PTST__BLOCK - 1) / PTST__BLOCK * PTST__BLOCK;
+    size_t ld = ptst__is_block(dtype) ? blocks : g->k;
+    size_t i, count = g->n * ld, x_count = g->m * (transposed ? g->n : g->k);
     ptst_rng r = {1, 0, 0};
     float *w = (float *)ptst__alloc(a->c, count, sizeof *w);
     g->x = (float *)ptst__alloc(a->c, x_count, sizeof *g->x);
@@ -619,7 +621,7 @@ static bool gemm_case_open(args *a, gemm_case *g, ptst_dtype dtype, bool transpo
         return false;
     }
     for (i = 0; i < count; i++) {
-        w[i] = ptst_rng_uniform(&r) - 0.5f;
+        w[i] = i % ld < g->k ? ptst_rng_uniform(&r) - 0.5f : 0;
     }
     for (i = 0; i < x_count; i++) {
         g->x[i] = ptst_rng_uniform(&r) - 0.5f;
@@ -627,7 +629,7 @@ static bool gemm_case_open(args *a, gemm_case *g, ptst_dtype dtype, bool transpo
     ptst__convert_from_f32(a->c, g->weights, w, dtype, count);
     ptst__free(a->c, w);
     g->w.data = g->weights;
-    g->w.ld = g->k;
+    g->w.ld = ld;
     g->w.dtype = dtype;
     g->w.transposed = !transposed;
     return true;
@@ -648,9 +650,9 @@ static void gemm_case_run(args *a, gemm_case *g) {
 }
 
 static int command_bench_gemm(args *a) {
-    static const char *const names[] = {"", "f32", "f16", "bf16"};
+    static const char *const names[] = {"", "f32", "f16", "bf16", "int8", "int4"};
     int64_t m, n, k, runs, i;
-    double times[RUNS_MAX], start, gflops, peak;
+    double times[RUNS_MAX], start, gflops, peak, seconds;
     int dtype = 1, inner = 1;
     gemm_case g;
     memset(&g, 0, sizeof g);
@@ -658,11 +660,11 @@ static int command_bench_gemm(args *a) {
         !get_integer(a, "--k", 1, 1e6, &k) || !get_integer(a, "--runs", 1, RUNS_MAX, &runs)) {
         return EXIT_CALL;
     }
-    while (dtype < 4 && strcmp(get(a, "--weights"), names[dtype]) != 0) {
+    while (dtype < 6 && strcmp(get(a, "--weights"), names[dtype]) != 0) {
         dtype++;
     }
-    if (dtype == 4) {
-        return bad_call("bench gemm: --weights %s: f32, f16 or bf16 was expected",
+    if (dtype == 6) {
+        return bad_call("bench gemm: --weights %s: f32, f16, bf16, int8 or int4 was expected",
                         get(a, "--weights"));
     }
     g.m = (size_t)m, g.n = (size_t)n, g.k = (size_t)k;
@@ -685,11 +687,16 @@ static int command_bench_gemm(args *a) {
         times[i] = (ptst__seconds() - start) / inner;
     }
     gemm_case_close(a, &g);
-    gflops = 2e-9 * (double)m * (double)n * (double)k / median(times, (int)i);
-    printf("{\"gflops\": %.2f, \"peak_gflops\": %.2f, \"ratio\": %.4f, \"m\": %lld, \"n\": %lld, "
+    seconds = median(times, (int)i);
+    gflops = 2e-9 * (double)m * (double)n * (double)k / seconds;
+    printf("{\"gflops\": %.2f, \"peak_gflops\": %.2f, \"ratio\": %.4f, \"weights_gb_per_second\": "
+           "%.2f, "
+           "\"m\": %lld, \"n\": %lld, "
            "\"k\": %lld, \"weights\": \"%s\", \"threads\": %d, \"simd\": \"%s\"}\n",
-           gflops, peak, gflops / peak, (long long)m, (long long)n, (long long)k, names[dtype],
-           ptst_thread_count(a->c), ptst_simd_name(a->c));
+           gflops, peak, gflops / peak,
+           1e-9 * (double)n * (double)ptst__dtype_bytes((ptst_dtype)dtype, g.w.ld) / seconds,
+           (long long)m, (long long)n, (long long)k, names[dtype], ptst_thread_count(a->c),
+           ptst_simd_name(a->c));
     return 0;
 }
 
@@ -784,6 +791,8 @@ static const option merge_options[] = {
 
 static const option info_options[] = {
     {"--json", NULL, NULL, "one JSON object instead of a table"},
+    {"--quantization-error", NULL, NULL, "what int8 and int4 weights of a model cost"},
+    {"--text", "FILE", NULL, "text to measure that on (default: a built-in paragraph)"},
     OPTIONS_COMMON,
     OPTION_END,
 };
@@ -1320,6 +1329,80 @@ static int info_tensors(args *a, const char *path) {
     return 0;
 }
 
+/* Plain prose of our own for info --quantization-error. */
+static const char sample_text[] =
+    "The lighthouse at the end of the pier had been dark for eleven years when the town decided to "
+    "light it again. Nobody remembered how the old lamp worked, so they asked Mara, who repaired "
+    "clocks. She climbed the narrow stairs every morning for a week, took the brass gears apart, "
+    "cleaned each tooth with a brush, and wrote down where every piece belonged. On the last "
+    "evening she turned the handle. The lamp coughed, flickered twice, and then threw a long white "
+    "beam over the water. People on the beach began to clap. \"It needs oil once a month,\" she "
+    "said, \"and somebody who is not afraid of stairs.\" The children all raised their hands. In "
+    "winter, when storms came from the north, fishing boats that were late could see the light "
+    "from twenty kilometres away, and they found their way home without a map. A scientist from "
+    "the university measured the beam: it was brighter than the records of 1931 said it should be. "
+    "The reason was simple. Mara had polished the lenses on both sides, which, according to the "
+    "handbook, was forbidden.\n";
+
+static ptst_code quantization_line(args *a, const char *path, const ptst_ids *ids, bool first,
+                                   ptst_dtype dtype) {
+    static const char *const names[] = {"file", "f32", "f16", "bf16", "int8", "int4"};
+    ptst_quantization q;
+    ptst_code code = ptst_quantization_error(a->c, path, dtype, ids->data, ids->count, &q);
+    if (code != PTST_OK) {
+        return code;
+    }
+    if (given(a, "--json")) {
+        printf("%s\"%s\": {\"tokens\": %llu, \"reference_perplexity\": %.6g, \"perplexity\": %.6g, "
+               "\"max_error\": %.4g, \"rms_error\": %.4g, \"divergence\": %.4g, \"same_top\": "
+               "%.4f}%s",
+               first ? "{" : ", ", names[dtype], (unsigned long long)q.tokens,
+               q.reference_perplexity, q.perplexity, q.max_error, q.rms_error, q.divergence,
+               q.same_top, first ? "" : "}\n");
+        return PTST_OK;
+    }
+    if (first) {
+        printf(
+            "%llu tokens, perplexity with the weights of the file %.4f\n\n"
+            "weights  perplexity   change  max error  rms error  KL divergence  same top token\n",
+            (unsigned long long)q.tokens, q.reference_perplexity);
+    }
+    printf("%-7s %11.4f %+7.2f%% %10.2e %10.2e %14.2e %14.1f%%\n", names[dtype], q.perplexity,
+           100 * (q.perplexity / q.reference_perplexity - 1), q.max_error, q.rms_error,
+           q.divergence, 100 * q.same_top);
+    return PTST_OK;
+}
+
+/* What int8 and int4 cost: errors of logits relative to the largest (or to all) of them, and
+   perplexity. */
+static int info_quantization(args *a, const char *path) {
+    const char *file = get(a, "--text");
+    ptst_text text = {NULL, 0, 0};
+    ptst_ids ids = {NULL, 0, 0};
+    ptst_tokenizer *t = NULL;
+    ptst_code code;
+    if (file != NULL && !exists(a, file)) {
+        return EXIT_CALL;
+    }
+    code = file == NULL ? ptst_text_append(a->c, &text, sample_text, sizeof sample_text - 1)
+                        : ptst__read_file(a->c, file, &text);
+    if (code == PTST_OK) {
+        t = ptst_tokenizer_load(a->c, path);
+        code = t == NULL ? ptst_error_code(a->c)
+                         : ptst_encode(a->c, t, text.data, text.size, PTST_ADD_SPECIAL, &ids);
+    }
+    code = code == PTST_OK ? quantization_line(a, path, &ids, true, PTST_I8) : code;
+    code = code == PTST_OK ? quantization_line(a, path, &ids, false, PTST_I4) : code;
+    ptst_ids_free(a->c, &ids);
+    ptst_tokenizer_free(a->c, t);
+    ptst_text_free(a->c, &text);
+    if (code != PTST_OK) {
+        failed(a);
+        return EXIT_WORK;
+    }
+    return 0;
+}
+
 static int info_model(args *a, const char *path) {
     ptst_model *m = ptst_model_load(a->c, path, PTST_DTYPE_FILE);
     const ptst_config *k;
@@ -1395,7 +1478,8 @@ static int command_info(args *a) {
         return EXIT_CALL;
     }
     switch (kind_of(a, path)) {
-    case KIND_MODEL: return info_model(a, path);
+    case KIND_MODEL:
+        return given(a, "--quantization-error") ? info_quantization(a, path) : info_model(a, path);
     case KIND_ADAPTER: return info_adapter(a, path);
     case KIND_TENSORS: return info_tensors(a, path);
     default:
