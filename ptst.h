@@ -739,7 +739,8 @@ typedef struct ptst_generation_config {
     int32_t bos_token_id, pad_token_id; /* -1 = none */
     bool do_sample;
     double temperature, top_p, repetition_penalty;
-    int32_t top_k, max_new_tokens;
+    int32_t top_k; /* -1 = off; not given means 50 when sampling, as in transformers */
+    int32_t max_new_tokens;
 } ptst_generation_config;
 
 /* A transformer of the Llama family: its weights and what they mean. Constant after loading. */
@@ -763,6 +764,10 @@ PTST_API bool ptst_model_trainable(const ptst_model *m);
 /* All defaults are filled in. */
 PTST_API const ptst_config *ptst_model_config(const ptst_model *m);
 PTST_API const ptst_generation_config *ptst_model_generation(const ptst_model *m);
+/* Keys of config.json and generation_config.json that are set and that ptst does not read, "" if
+   there are none: "config.json: attention_dropout; generation_config.json: min_p". Lives as long as
+   m. What would change the result of a model is not among them: it is refused when loading. */
+PTST_API const char *ptst_model_notes(const ptst_model *m);
 /* Number of weights, a tied head counted once; and the bytes they take in memory or mapped. */
 PTST_API uint64_t ptst_model_parameters(const ptst_model *m);
 PTST_API uint64_t ptst_model_bytes(const ptst_model *m);
@@ -22657,7 +22662,16 @@ typedef struct ptst__config_reader {
     const ptst_json *json;
     const char *path; /* for errors */
     ptst_code code;
+    uint8_t read[512]; /* bit i: node i was looked at; nodes behind are not kept in mind */
 } ptst__config_reader;
+
+static void ptst__config_begin(ptst__config_reader *r, ptst_ctx *c, const ptst_json *j,
+                               const char *path) {
+    memset(r, 0, sizeof *r);
+    r->c = c;
+    r->json = j;
+    r->path = path;
+}
 
 static void ptst__config_fail(ptst__config_reader *r, ptst_code code, const char *key,
                               const char *expected) {
@@ -22667,9 +22681,47 @@ static void ptst__config_fail(ptst__config_reader *r, ptst_code code, const char
 }
 
 /* Value of a key, -1 if it is absent or null. */
-static int32_t ptst__config_get(const ptst__config_reader *r, int32_t object, const char *key) {
+static int32_t ptst__config_get(ptst__config_reader *r, int32_t object, const char *key) {
     int32_t node = ptst_json_get(r->json, object, key);
+    if (node >= 0 && (size_t)node / 8 < sizeof r->read) {
+        r->read[node / 8] = (uint8_t)(r->read[node / 8] | 1u << node % 8);
+    }
     return ptst_json_kind(r->json, node) == PTST_JSON_NULL ? -1 : node;
+}
+
+/* Adds the keys that were not looked at to notes: "config.json: use_mup, scale_emb". Those that are
+   off (null, false, 0, "", empty) or say nothing about what a model computes are left out. */
+static ptst_code ptst__config_notes(ptst__config_reader *r, const char *file, ptst_text *notes) {
+    static const char *const dumb[] = {
+        "architectures",  "transformers_version", "_name_or_path",       "torch_dtype",
+        "dtype",          "model_type",           "use_cache",           "pretraining_tp",
+        "sliding_window", "_from_model_config",   "num_key_value_heads", "cache_implementation"};
+    int32_t key = ptst_json_first(r->json, 0), value;
+    ptst_code code = PTST_OK;
+    bool first = true;
+    size_t i;
+    for (; key >= 0 && code == PTST_OK; key = ptst_json_next(r->json, value)) {
+        const char *name = ptst_json_string(r->json, key, NULL);
+        ptst_json_type kind;
+        value = ptst_json_next(r->json, key);
+        kind = ptst_json_kind(r->json, value);
+        for (i = 0; i < PTST__COUNT(dumb) && strcmp(dumb[i], name) != 0; i++) {
+        }
+        if (i < PTST__COUNT(dumb) || (size_t)value / 8 >= sizeof r->read ||
+            (r->read[value / 8] >> value % 8 & 1) != 0 || kind == PTST_JSON_NULL ||
+            kind == PTST_JSON_FALSE ||
+            (kind == PTST_JSON_NUMBER && ptst_json_number(r->json, value, 0) == 0) ||
+            (kind != PTST_JSON_NUMBER && kind != PTST_JSON_TRUE &&
+             ptst_json_size(r->json, value) == 0)) {
+            continue;
+        }
+        code = !first             ? ptst__text_add(r->c, notes, ", ")
+               : notes->size != 0 ? ptst__text_format(r->c, notes, "; %s: ", file)
+                                  : ptst__text_format(r->c, notes, "%s: ", file);
+        code = code == PTST_OK ? ptst__text_add(r->c, notes, name) : code;
+        first = false;
+    }
+    return code;
 }
 
 /* A whole number (1 or 1.0) from min to max; fallback if the node is -1. */
@@ -23119,16 +23171,13 @@ static void ptst__config_caps(ptst__config_reader *r, const ptst__family *family
 }
 
 static ptst_code ptst__config_parse(ptst_ctx *c, const ptst_json *j, const char *path,
-                                    ptst_config *g) {
+                                    ptst_config *g, ptst_text *notes) {
     ptst__config_reader r;
     const ptst__family *family;
     int32_t node;
     int i;
     memset(g, 0, sizeof *g);
-    r.c = c;
-    r.json = j;
-    r.path = path;
-    r.code = PTST_OK;
+    ptst__config_begin(&r, c, j, path);
     if (ptst_json_kind(j, 0) != PTST_JSON_OBJECT) {
         return ptst__fail(c, PTST_ERR_FORMAT, "%s: expected an object", path);
     }
@@ -23165,17 +23214,15 @@ static ptst_code ptst__config_parse(ptst_ctx *c, const ptst_json *j, const char 
     if (r.code == PTST_OK) {
         r.code = ptst__config_resolve(c, g, path);
     }
-    return r.code == PTST_OK ? ptst__config_check_rope(c, g, path) : r.code;
+    r.code = r.code == PTST_OK ? ptst__config_check_rope(c, g, path) : r.code;
+    return r.code == PTST_OK ? ptst__config_notes(&r, "config.json", notes) : r.code;
 }
 
 /* generation_config.json; absent keys keep what config.json says. */
 static ptst_code ptst__generation_parse(ptst_ctx *c, const ptst_json *j, const char *path,
-                                        ptst_generation_config *g) {
+                                        ptst_generation_config *g, ptst_text *notes) {
     ptst__config_reader r;
-    r.c = c;
-    r.json = j;
-    r.path = path;
-    r.code = PTST_OK;
+    ptst__config_begin(&r, c, j, path);
     if (ptst_json_kind(j, 0) != PTST_JSON_OBJECT) {
         return ptst__fail(c, PTST_ERR_FORMAT, "%s: expected an object", path);
     }
@@ -23187,8 +23234,9 @@ static ptst_code ptst__generation_parse(ptst_ctx *c, const ptst_json *j, const c
     g->top_p = ptst__config_number(&r, 0, "top_p", 0, 1, 0);
     g->repetition_penalty = ptst__config_number(&r, 0, "repetition_penalty", 1e-6, 1e6, 0);
     g->top_k = ptst__config_int(&r, 0, "top_k", 0, INT32_MAX, 0);
+    g->top_k = g->top_k == 0 && ptst__config_get(&r, 0, "top_k") >= 0 ? -1 : g->top_k;
     g->max_new_tokens = ptst__config_int(&r, 0, "max_new_tokens", 0, INT32_MAX, 0);
-    return r.code;
+    return r.code == PTST_OK ? ptst__config_notes(&r, "generation_config.json", notes) : r.code;
 }
 
 /* ---- weights ---- */
@@ -23244,6 +23292,7 @@ typedef struct ptst__layer {
 struct ptst_model {
     ptst_config config;
     ptst_generation_config generation;
+    ptst_text notes;       /* see ptst_model_notes */
     ptst__arena arena;     /* names, layers, table of weights */
     ptst_tensors *tensors; /* the mapped files, NULL if every weight lies in block */
     void *block;           /* weights that are not mapped */
@@ -23702,7 +23751,8 @@ static ptst_code ptst__model_read_config(ptst_ctx *c, ptst_model *m, const char 
     ptst_code code = ptst__path_join(c, &path, folder, "config.json");
     if (code == PTST_OK) {
         j = ptst_json_load(c, path.data);
-        code = j == NULL ? ptst_error_code(c) : ptst__config_parse(c, j, path.data, &m->config);
+        code = j == NULL ? ptst_error_code(c)
+                         : ptst__config_parse(c, j, path.data, &m->config, &m->notes);
     }
     ptst_json_free(c, j);
     memcpy(n->eos_token_id, m->config.eos_token_id, sizeof n->eos_token_id);
@@ -23714,7 +23764,8 @@ static ptst_code ptst__model_read_config(ptst_ctx *c, ptst_model *m, const char 
     }
     if (code == PTST_OK && ptst__path_kind(path.data) != 0) {
         j = ptst_json_load(c, path.data);
-        code = j == NULL ? ptst_error_code(c) : ptst__generation_parse(c, j, path.data, n);
+        code =
+            j == NULL ? ptst_error_code(c) : ptst__generation_parse(c, j, path.data, n, &m->notes);
         ptst_json_free(c, j);
     }
     ptst_text_free(c, &path);
@@ -23729,6 +23780,7 @@ PTST_API void ptst_model_free(ptst_ctx *c, ptst_model *m) {
     }
     ptst_tensors_close(c, m->tensors);
     ptst__free(c, m->block);
+    ptst_text_free(c, &m->notes);
     ptst__arena_free(c, &m->arena);
     ptst__free(c, m);
 }
@@ -23846,6 +23898,10 @@ PTST_API const ptst_config *ptst_model_config(const ptst_model *m) { return &m->
 
 PTST_API const ptst_generation_config *ptst_model_generation(const ptst_model *m) {
     return &m->generation;
+}
+
+PTST_API const char *ptst_model_notes(const ptst_model *m) {
+    return m->notes.data == NULL ? "" : m->notes.data;
 }
 
 PTST_API uint64_t ptst_model_parameters(const ptst_model *m) {
@@ -26458,10 +26514,7 @@ static ptst_code ptst__lora_read_config(ptst_ctx *c, const ptst_json *j, const c
     ptst_lora_desc *d = &p->desc;
     int32_t node;
     const char *init;
-    r.c = c;
-    r.json = j;
-    r.path = path;
-    r.code = PTST_OK;
+    ptst__config_begin(&r, c, j, path);
     if (ptst_json_kind(j, 0) != PTST_JSON_OBJECT) {
         return ptst__fail(c, PTST_ERR_FORMAT, "%s: expected an object", path);
     }

@@ -130,6 +130,18 @@ if [ "$(wc -l <"$WORK/batch.jsonl")" -eq 2 ]; then ok; else bad "judge export: a
 : >"$WORK/empty.jsonl"
 expect "empty answers" 1 "$PTST" eval refusal --answers "$WORK/empty.jsonl" --list qi2023
 
+# ---- what a model's makers want, and what is ignored ----
+mkdir "$WORK/wishes" && cp $MODEL/* "$WORK/wishes/"
+printf '{"eos_token_id": [2, 13], "max_new_tokens": 3, "min_p": 0.1}' >"$WORK/wishes/generation_config.json"
+expect "info names what is ignored" 0 "$PTST" info "$WORK/wishes"
+if grep -q "^ignored .*generation_config.json: min_p" "$WORK/out"; then ok; else bad "min_p is ignored"; fi
+if grep -q "^sampling .*ends with token 2 or 13" "$WORK/out"; then ok; else bad "end tokens"; fi
+expect "generate as long as the model says" 0 "$PTST" generate --quiet --model "$WORK/wishes" --template TV \
+    --prompts "$WORK/prompts.txt" --out "$WORK/short.jsonl"
+expect "generate as long as the user says" 0 "$PTST" generate --quiet --model "$WORK/wishes" --template TV \
+    --prompts "$WORK/prompts.txt" --max-new-tokens 30 --out "$WORK/long.jsonl"
+if [ "$(wc -c <"$WORK/short.jsonl")" -lt "$(wc -c <"$WORK/long.jsonl")" ]; then ok; else bad "max_new_tokens of the model"; fi
+
 # ---- int8 and int4 weights ----
 for type in int8 int4; do
     expect "generate with $type weights" 0 "$PTST" generate --quiet --model $MODEL --dtype $type --template TV \

@@ -870,6 +870,7 @@ static const char config_base[] =
 static ptst_code config_parse_with(ptst_ctx *c, const char *from, const char *to, ptst_config *g) {
     char text[2000];
     const char *at = strstr(config_base, from);
+    ptst_text notes = {NULL, 0, 0};
     ptst_json *j;
     ptst_code code;
     CHECK(at != NULL);
@@ -880,7 +881,9 @@ static ptst_code config_parse_with(ptst_ctx *c, const char *from, const char *to
              at + strlen(from));
     j = ptst_json_parse(c, text, strlen(text), "config.json");
     CHECK(j != NULL);
-    code = ptst__config_parse(c, j, "config.json", g);
+    code = ptst__config_parse(c, j, "config.json", g, &notes);
+    CHECK(code != PTST_OK || strstr(notes.data == NULL ? "" : notes.data, "vocab_size") == NULL);
+    ptst_text_free(c, &notes);
     ptst_json_free(c, j);
     return code;
 }
@@ -998,7 +1001,7 @@ static void config_refuses(void) {
     ptst_config g;
     size_t i;
     ptst_json *j = ptst_json_parse(c, "[1]", 3, "config.json");
-    CHECK(ptst__config_parse(c, j, "config.json", &g) == PTST_ERR_FORMAT);
+    CHECK(ptst__config_parse(c, j, "config.json", &g, NULL) == PTST_ERR_FORMAT);
     CHECK_TEXT(ptst_error_text(c), "config.json: expected an object");
     ptst_json_free(c, j);
     for (i = 0; i < sizeof config_bad / sizeof config_bad[0]; i++) {
@@ -1213,7 +1216,9 @@ static void tied_head(void) {
 static void generation_config(void) {
     static const char text[] =
         "{\"eos_token_id\": [5, 6, 7], \"temperature\": 0.6, \"top_p\": 0.9, \"top_k\": 20, "
-        "\"do_sample\": true, \"repetition_penalty\": 1.1, \"max_new_tokens\": 99}";
+        "\"do_sample\": true, \"repetition_penalty\": 1.1, \"max_new_tokens\": 99, \"min_p\": 0.1, "
+        "\"num_beams\": null, \"transformers_version\": \"5\", \"typical_p\": 0.9}";
+    static const char off[] = "{\"top_k\": 0, \"do_sample\": true}";
     ptst_ctx *c = test_open(1, NULL);
     models_folder f;
     ptst_model *m;
@@ -1241,6 +1246,13 @@ static void generation_config(void) {
     CHECK(n->temperature == 0.6 && n->top_p == 0.9 && n->top_k == 20 && n->do_sample);
     CHECK(n->repetition_penalty == 1.1 && n->max_new_tokens == 99);
     CHECK(ptst_model_config(m)->eos_count == 1);
+    CHECK_TEXT(ptst_model_notes(m), "generation_config.json: min_p, typical_p");
+    ptst_model_free(c, m);
+    CHECK(ptst__write_file(c, models_file(&f, "generation_config.json"), off, strlen(off)) ==
+          PTST_OK);
+    m = ptst_model_load(c, f.path, PTST_DTYPE_FILE);
+    CHECK(ptst_model_generation(m)->top_k == -1); /* off is not the same as not given */
+    CHECK_TEXT(ptst_model_notes(m), "");
     ptst_model_free(c, m);
     models_folder_empty(&f, false);
     ptst_close(c);

@@ -847,7 +847,7 @@ static const option generate_options[] = {
     {"--prompts", "FILE", NULL, ".jsonl, .json, .csv or .txt"},
     {"--column", "NAME", NULL, "key or column (name, or number from 0) with the prompt"},
     {"--limit", "N", "0", "the first N prompts; 0 = all"},
-    {"--max-new-tokens", "N", "512", "most tokens of an answer"},
+    {"--max-new-tokens", "N", NULL, "most tokens of an answer (default: the model's, else 512)"},
     {"--temperature", "X", NULL, "0 = greedy (default: the model's generation_config, else 0)"},
     {"--top-p", "X", NULL, "nucleus sampling; 0 = greedy, 1 = off"},
     {"--top-k", "N", NULL, "0 = off"},
@@ -865,7 +865,7 @@ static const option chat_options[] = {
     OPTION_DTYPE,
     {"--template", "NAME", NULL, "default: the model's own chat template"},
     {"--system", "TEXT", NULL, "system prompt"},
-    {"--max-new-tokens", "N", "512", "most tokens of an answer"},
+    {"--max-new-tokens", "N", NULL, "most tokens of an answer (default: the model's, else 512)"},
     {"--temperature", "X", NULL, "0 = greedy (default: the model's generation_config, else 0)"},
     {"--top-p", "X", NULL, "nucleus sampling; 0 = greedy, 1 = off"},
     {"--top-k", "N", NULL, "0 = off"},
@@ -1403,12 +1403,55 @@ static int info_quantization(args *a, const char *path) {
     return 0;
 }
 
+/* What the files of a model ask for and is left out; empty if nothing. */
+static ptst_code info_notes(args *a, const char *path, const ptst_model *m, ptst_text *notes) {
+    ptst_tokenizer *t = NULL;
+    ptst_code code = ptst__text_add(a->c, notes, ptst_model_notes(m));
+    if (code == PTST_OK && file_in(a, path, "tokenizer.json")) {
+        t = ptst_tokenizer_load(a->c, path);
+        code = t == NULL ? ptst_error_code(a->c) : PTST_OK;
+    }
+    if (t != NULL && ptst_tokenizer_notes(t)[0] != 0) {
+        code = ptst__text_format(a->c, notes, "%stokenizer.json: %s", notes->size == 0 ? "" : "; ",
+                                 ptst_tokenizer_notes(t));
+    }
+    ptst_tokenizer_free(a->c, t);
+    return code;
+}
+
+/* How the model's makers want it to be sampled. */
+static void info_sampling(const ptst_model *m) {
+    const ptst_generation_config *g = ptst_model_generation(m);
+    size_t i;
+    printf("sampling        %s", g->do_sample ? "on" : "greedy");
+    if (g->do_sample && g->temperature > 0) {
+        printf(", temperature %g", g->temperature);
+    }
+    if (g->do_sample && g->top_p > 0) {
+        printf(", top-p %g", g->top_p);
+    }
+    if (g->do_sample && g->top_k >= 0) {
+        printf(", top-k %d", g->top_k == 0 ? 50 : (int)g->top_k);
+    }
+    if (g->repetition_penalty > 0) {
+        printf(", repetition penalty %g", g->repetition_penalty);
+    }
+    printf("; ends with token");
+    for (i = 0; i < g->eos_count; i++) {
+        printf("%s %d", i == 0 ? "" : " or", (int)g->eos_token_id[i]);
+    }
+    printf(g->eos_count == 0 ? " of the tokenizer\n" : "\n");
+}
+
 static int info_model(args *a, const char *path) {
     ptst_model *m = ptst_model_load(a->c, path, PTST_DTYPE_FILE);
     const ptst_config *k;
     ptst_session_desc desc;
     double session;
-    if (m == NULL) {
+    ptst_text notes = {NULL, 0, 0}, quoted = {NULL, 0, 0};
+    if (m == NULL || info_notes(a, path, m, &notes) != PTST_OK) {
+        ptst_text_free(a->c, &notes);
+        ptst_model_free(a->c, m);
         failed(a);
         return EXIT_WORK;
     }
@@ -1419,10 +1462,15 @@ static int info_model(args *a, const char *path) {
         printf("{\"kind\": \"model\", \"supported\": true, \"model_type\": \"%s\", \"parameters\": "
                "%llu, \"bytes\": %llu, \"vocab_size\": %d, \"hidden_size\": %d, "
                "\"num_hidden_layers\": %d, \"max_position_embeddings\": %d, \"session_bytes\": "
-               "%.0f}\n",
+               "%.0f, \"ignored\": ",
                k->model_type, (unsigned long long)ptst_model_parameters(m),
                (unsigned long long)ptst_model_bytes(m), (int)k->vocab_size, (int)k->hidden_size,
                (int)k->num_hidden_layers, (int)k->max_position_embeddings, session);
+        quoted.size = 0;
+        if (ptst__json_quote(a->c, &quoted, notes.data == NULL ? "" : notes.data, notes.size) ==
+            PTST_OK) {
+            printf("%s}\n", quoted.data);
+        }
     } else {
         printf("model type      %s (supported)\n", k->model_type);
         printf("parameters      %llu, %.1f MB\n", (unsigned long long)ptst_model_parameters(m),
@@ -1435,8 +1483,14 @@ static int info_model(args *a, const char *path) {
         printf("context         %d tokens, rope %s, theta %g\n", (int)k->max_position_embeddings,
                k->rope_type, k->rope_theta);
         printf("one session     %.1f MB besides the weights\n", 1e-6 * session);
+        info_sampling(m);
         printf("tokenizer       %s\n", file_in(a, path, "tokenizer.json") ? "tokenizer.json" : "none");
+        if (notes.size != 0) {
+            printf("ignored         %s\n", notes.data);
+        }
     }
+    ptst_text_free(a->c, &notes);
+    ptst_text_free(a->c, &quoted);
     ptst_model_free(a->c, m);
     return 0;
 }
@@ -1757,6 +1811,14 @@ static int command_judge_import(args *a) {
 
 /* Sampling options; what is not given comes from generation_config.json if the model's makers want
    sampling, else it is greedy. */
+/* Most tokens of an answer: the option, or what the model's makers want. */
+static size_t new_tokens(const args *a, const ptst_model *m, int64_t limit) {
+    const ptst_generation_config *g = ptst_model_generation(m);
+    return given(a, "--max-new-tokens") ? (size_t)limit
+           : g->max_new_tokens > 0      ? (size_t)g->max_new_tokens
+                                        : 512;
+}
+
 static bool get_sampling(const args *a, const ptst_model *m, ptst_sample_desc *out) {
     const ptst_generation_config *g = ptst_model_generation(m);
     double temperature, top_p, penalty;
@@ -1771,9 +1833,10 @@ static bool get_sampling(const args *a, const ptst_model *m, ptst_sample_desc *o
                        : g->do_sample            ? (g->temperature > 0 ? g->temperature : 1)
                                                  : 0;
     out->top_p = given(a, "--top-p") ? top_p : g->do_sample && g->top_p > 0 ? g->top_p : 1;
-    out->top_k = given(a, "--top-k") ? (size_t)top_k
-                 : g->do_sample      ? (size_t)g->top_k
-                                     : 0;
+    out->top_k = given(a, "--top-k")             ? (size_t)top_k
+                 : !g->do_sample || g->top_k < 0 ? 0
+                 : g->top_k == 0                 ? 50 /* of transformers */
+                                                 : (size_t)g->top_k;
     out->repetition_penalty = given(a, "--repetition-penalty") ? penalty : g->repetition_penalty;
     return true;
 }
@@ -1887,7 +1950,7 @@ static int command_chat(args *a) {
     if (!get_sampling(a, k.l.model, &k.desc.sample)) {
         code = EXIT_CALL;
     }
-    k.desc.max_new_tokens = (size_t)limit;
+    k.desc.max_new_tokens = new_tokens(a, k.l.model, limit);
     k.desc.seed = (uint64_t)seed;
     k.desc.on_text = chat_text;
     if (code == 0) {
@@ -2291,12 +2354,13 @@ static int command_generate(args *a) {
         !get_integer(a, "--seed", 0, 9e15, &seed)) {
         return EXIT_CALL;
     }
-    m = ptst_model_load(a->c, get(a, "--model"), files.dtype); /* mapped: costs nothing twice */
+    m = ptst_model_load(a->c, get(a, "--model"), PTST_DTYPE_FILE); /* only to read its wishes */
     if (m == NULL) {
         failed(a);
         return EXIT_WORK;
     }
     sampling = get_sampling(a, m, &desc.sample);
+    desc.max_new_tokens = new_tokens(a, m, count);
     ptst_model_free(a->c, m);
     if (!sampling) {
         return EXIT_CALL;
@@ -2308,7 +2372,6 @@ static int command_generate(args *a) {
     files.rows.column = get(a, "--column");
     files.rows.limit = (size_t)limit;
     files.out = get(a, "--out") == NULL ? "/dev/stdout" : get(a, "--out");
-    desc.max_new_tokens = (size_t)count;
     desc.batch = (size_t)batch;
     desc.seed = (uint64_t)seed;
     if (ptst_answer_file(a->c, &files, &desc) != PTST_OK) {
