@@ -852,6 +852,9 @@ typedef struct ptst_lora_desc {
                             "model.layers.0.self_attn.q_proj"; NULL = "q_proj,v_proj" */
     uint64_t seed;       /* of A; B starts at 0, so a new adapter changes nothing */
     bool rslora;
+    const char *modules_to_save; /* embed_tokens, lm_head or both by a comma: the adapter holds and
+                                    trains copies of these weights, which unties a tied model; NULL
+                                    = none */
 } ptst_lora_desc;
 
 typedef struct ptst_adapter ptst_adapter;
@@ -24279,9 +24282,24 @@ struct ptst_adapter {
     ptst_lora_desc desc;    /* with defaults filled in; targets lies in the arena */
     size_t L;               /* layers of its model */
     ptst__branch *branches; /* [L, PTST__LINEARS] */
-    float *values;          /* all A and B, one after the other */
+    ptst__weight saved[2];  /* PTST__SAVED_*: weights of its own; data NULL = none */
+    float *values;          /* all A and B, then these weights, one after the other */
     size_t values_count;
 };
+
+/* modules_to_save. */
+enum { PTST__SAVED_EMBEDDING, PTST__SAVED_HEAD };
+
+static const char *const ptst__saved_names[2] = {"embed_tokens", "lm_head"};
+
+/* The embedding or the head that counts: the adapter's own, or the model's. */
+static const ptst__weight *ptst__weight_used(const ptst_model *m, const ptst_adapter *a,
+                                             int which) {
+    if (a != NULL && a->saved[which].data != NULL) {
+        return &a->saved[which];
+    }
+    return which == PTST__SAVED_HEAD ? m->head : m->embedding;
+}
 
 static const ptst__branch *ptst__branch_of(const ptst_adapter *a, size_t layer, int kind) {
     const ptst__branch *b = a == NULL ? NULL : &a->branches[layer * PTST__LINEARS + (size_t)kind];
@@ -24304,6 +24322,16 @@ static ptst_code ptst__adapter_fits(ptst_ctx *c, const ptst_model *m, const ptst
         return ptst__fail(c, PTST_ERR_MISMATCH,
                           "the adapter was made for %llu layers, the model has %llu",
                           (unsigned long long)a->L, (unsigned long long)m->L);
+    }
+    for (k = 0; a != NULL && k < 2; k++) {
+        const ptst__weight *w = &a->saved[k];
+        if (w->data != NULL && (w->rows != m->V || w->cols != m->C)) {
+            return ptst__fail(c, PTST_ERR_MISMATCH,
+                              "the adapter's %s is [%llu, %llu], the model has [%llu, %llu]",
+                              ptst__saved_names[k], (unsigned long long)w->rows,
+                              (unsigned long long)w->cols, (unsigned long long)m->V,
+                              (unsigned long long)m->C);
+        }
     }
     for (l = 0; a != NULL && l < a->L; l++) {
         for (k = 0; k < PTST__LINEARS; k++) {
@@ -24950,7 +24978,8 @@ static void ptst__layer_mlp(ptst_ctx *c, ptst__flow *f, size_t l, size_t M, cons
 static void ptst__flow_forward(ptst_ctx *c, ptst__flow *f) {
     const ptst_model *m = f->m;
     size_t l;
-    ptst__embed(c, m->embedding, f->rows, f->tokens, f->saved[0].x);
+    ptst__embed(c, ptst__weight_used(m, f->a, PTST__SAVED_EMBEDDING), f->rows, f->tokens,
+                f->saved[0].x);
     if (m->gemma) {
         ptst__rows_apply(c, f->rows, m->C, (float)sqrt((double)m->C), NULL, f->saved[0].x);
     }
@@ -25022,7 +25051,8 @@ static void ptst__flow_head(ptst_ctx *c, const ptst__flow *f, size_t first, size
                             float *logits, float *slopes) {
     const ptst_model *m = f->m;
     ptst__gemm(c, rows, m->V, m->C, 1, f->normed + first * m->C, m->C, false,
-               ptst__weight_matrix(m->head, true), 0, logits, m->V);
+               ptst__weight_matrix(ptst__weight_used(m, f->a, PTST__SAVED_HEAD), true), 0, logits,
+               m->V);
     ptst__logits_cap(c, m, rows, logits, slopes, false);
 }
 
@@ -25470,10 +25500,12 @@ typedef struct ptst__pass {
     size_t segments_max;
     size_t lowest; /* layer below which nothing learns; L if nothing learns at all */
     bool full;     /* the weights of the model learn */
+    bool bottom;   /* the embedding learns */
     float *grads;  /* all gradients, one after the other */
     size_t grads_count;
     float **weight_grads;            /* [weights_count], NULL unless full */
     ptst__branch_grad *branch_grads; /* [L, PTST__LINEARS], NULL if full */
+    float *saved_grads[2];           /* of the adapter's own embedding and head, or NULL */
     ptst__param *params;
     char *names; /* of adapter tensors */
     size_t params_count;
@@ -25501,6 +25533,14 @@ enum { PTST__NAME = 112 }; /* bytes for the name of an adapter tensor */
 /* Gradient of a weight of the model, NULL if it is frozen. */
 static float *ptst__pass_grad(const ptst__pass *p, const ptst__weight *w) {
     return p->full && w != NULL ? p->weight_grads[w - p->flow.m->weights] : NULL;
+}
+
+/* Gradient of the embedding or the head that counts. */
+static float *ptst__pass_saved(const ptst__pass *p, int which) {
+    const ptst_model *m = p->flow.m;
+    return p->saved_grads[which] != NULL
+               ? p->saved_grads[which]
+               : ptst__pass_grad(p, which == PTST__SAVED_HEAD ? m->head : m->embedding);
 }
 
 /* Does anything learn in the linear layers first .. last, or in what stands for them if they are
@@ -25684,7 +25724,7 @@ static void ptst__pass_backward(ptst_ctx *c, ptst__pass *p) {
     ptst_rmsnorm_backward(c, picks, m->C, f->out, (const float *)m->norm->data, f->out_rstd,
                           p->dnormed, p->dpicked, ptst__pass_grad(p, m->norm));
     for (l = m->L; l-- > p->lowest;) {
-        bool last = l + 1 == m->L, below = l > p->lowest || p->full;
+        bool last = l + 1 == m->L, below = l > p->lowest || p->bottom;
         bool inner = below || ptst__pass_learns(p, l, PTST__Q, PTST__V);
         float *dx = last ? p->dpicked : p->dx, *da = last ? p->dpicked_a : p->da;
         ptst__mlp_backward(c, p, l, ptst__flow_rows_after(f, l), last ? f->picked : f->saved[l].a,
@@ -25698,11 +25738,12 @@ static void ptst__pass_backward(ptst_ctx *c, ptst__pass *p) {
         }
         ptst__attention_layer_backward(c, p, l, below);
     }
-    if (p->full && m->gemma) {
+    if (p->bottom && m->gemma) {
         ptst__rows_apply(c, f->rows, m->C, (float)sqrt((double)m->C), NULL, p->dx);
     }
-    if (p->full) {
-        ptst__add_rows(c, f->rows, m->C, p->dx, f->tokens, ptst__pass_grad(p, m->embedding));
+    if (p->bottom) {
+        ptst__add_rows(c, f->rows, m->C, p->dx, f->tokens,
+                       ptst__pass_saved(p, PTST__SAVED_EMBEDDING));
     }
 }
 
@@ -25711,7 +25752,8 @@ static void ptst__pass_backward(ptst_ctx *c, ptst__pass *p) {
 static double ptst__pass_head(ptst_ctx *c, ptst__pass *p, bool backward) {
     ptst__flow *f = &p->flow;
     const ptst_model *m = f->m;
-    float *dhead = ptst__pass_grad(p, m->head);
+    float *dhead = ptst__pass_saved(p, PTST__SAVED_HEAD);
+    ptst__matrix head = ptst__weight_matrix(ptst__weight_used(m, f->a, PTST__SAVED_HEAD), false);
     size_t first, i;
     double sum = 0;
     for (first = 0; first < f->picks_count; first += p->head_rows) {
@@ -25727,8 +25769,8 @@ static double ptst__pass_head(ptst_ctx *c, ptst__pass *p, bool backward) {
             continue;
         }
         ptst__logits_cap(c, m, rows, p->logits, p->slopes, true);
-        ptst__gemm(c, rows, m->C, m->V, 1, p->logits, m->V, false,
-                   ptst__weight_matrix(m->head, false), 0, p->dnormed + first * m->C, m->C);
+        ptst__gemm(c, rows, m->C, m->V, 1, p->logits, m->V, false, head, 0,
+                   p->dnormed + first * m->C, m->C);
         if (dhead != NULL) {
             ptst__gemm(c, m->V, m->C, rows, 1, p->logits, m->V, true,
                        ptst__matrix_f32(x, m->C, false), 1, dhead, m->C);
@@ -25743,7 +25785,7 @@ static double ptst__pass_head(ptst_ctx *c, ptst__pass *p, bool backward) {
 static void ptst__pass_params_plan(ptst__pass *p, ptst__memory *plan) {
     const ptst_model *m = p->flow.m;
     const ptst_adapter *a = p->flow.a;
-    size_t i, n = p->full ? m->weights_count : a == NULL ? 0 : 2 * m->L * PTST__LINEARS;
+    size_t i, n = p->full ? m->weights_count : a == NULL ? 0 : 2 * m->L * PTST__LINEARS + 2;
     p->params = (ptst__param *)ptst__memory_take(plan, n, 1, sizeof *p->params);
     p->names = (char *)ptst__memory_take(plan, p->full ? 0 : n, PTST__NAME, 1);
     p->weight_grads = (float **)ptst__memory_take(plan, p->full ? m->weights_count : 0, 1,
@@ -25777,6 +25819,12 @@ static void ptst__branch_name(char *buffer, size_t layer, int kind, char which) 
              (unsigned long)layer, ptst__linear_names[kind], which);
 }
 
+/* Name of an embedding or a head of an adapter, as PEFT writes it. */
+static void ptst__saved_name(char *buffer, int which) {
+    snprintf(buffer, PTST__NAME, "base_model.model.%s%s.weight",
+             which == PTST__SAVED_EMBEDDING ? "model." : "", ptst__saved_names[which]);
+}
+
 /* Fills the list of what learns. The gradient of a value lies where the value lies in the
    adapter. */
 static void ptst__pass_params_fill(ptst__pass *p) {
@@ -25806,6 +25854,16 @@ static void ptst__pass_params_fill(ptst__pass *p) {
                               half == 0 ? 'A' : 'B');
             ptst__pass_param(p, name, half == 0 ? b->A : b->B, half == 0 ? g->A : g->B,
                              half == 0 ? b->rank : b->out, half == 0 ? b->in : b->rank, true);
+        }
+    }
+    for (i = 0; a != NULL && i < 2; i++) {
+        const ptst__weight *w = &a->saved[i];
+        char *name = p->names + p->params_count * PTST__NAME;
+        if (w->data != NULL) {
+            p->saved_grads[i] = p->grads + ((const float *)w->data - a->values);
+            ptst__saved_name(name, (int)i);
+            ptst__pass_param(p, name, (float *)(uintptr_t)w->data, p->saved_grads[i], w->rows,
+                             w->cols, true);
         }
     }
 }
@@ -25860,10 +25918,12 @@ static void ptst__pass_setup(ptst__pass *p, const ptst_model *m, const ptst_adap
     p->flow.picks_max = ptst__min(max_tokens, max_labels);
     p->flow.spans_max = max_segments;
     p->full = a == NULL && m->trainable;
+    p->bottom = p->full || (a != NULL && a->saved[PTST__SAVED_EMBEDDING].data != NULL);
     p->lowest = p->full ? 0 : m->L;
     for (l = m->L; l-- > 0 && a != NULL;) {
         p->lowest = ptst__pass_learns(p, l, PTST__Q, PTST__DOWN) ? l : p->lowest;
     }
+    p->lowest = p->bottom ? 0 : p->lowest;
 }
 
 /* Bytes of a pass, 0 if that does not fit into memory at all. */
@@ -26062,6 +26122,7 @@ typedef struct ptst__lora_plan {
     int32_t rank[PTST_LAYERS_MAX * PTST__LINEARS]; /* 0 = that of desc */
     double alpha[PTST_LAYERS_MAX * PTST__LINEARS]; /* where has_alpha, else that of desc */
     bool has_alpha[PTST_LAYERS_MAX * PTST__LINEARS];
+    bool saved[2]; /* modules_to_save */
 } ptst__lora_plan;
 
 enum { PTST__RANK_MAX = 1 << 16 };
@@ -26188,6 +26249,33 @@ static ptst_code ptst__lora_parse(ptst_ctx *c, ptst__lora_plan *p, const ptst_mo
     return PTST_OK;
 }
 
+/* Marks a module of modules_to_save; false if it is none of ours. */
+static bool ptst__lora_save(ptst__lora_plan *p, const char *name, size_t size) {
+    bool model = size > 6 && memcmp(name, "model.", 6) == 0;
+    int i;
+    name += model ? 6 : 0;
+    size -= model ? 6 : 0;
+    for (i = 0; i < 2; i++) {
+        if (size == strlen(ptst__saved_names[i]) && memcmp(name, ptst__saved_names[i], size) == 0) {
+            return p->saved[i] = true;
+        }
+    }
+    return false;
+}
+
+static ptst_code ptst__lora_parse_saved(ptst_ctx *c, ptst__lora_plan *p, const char *names) {
+    size_t n;
+    for (; names != NULL && *names != 0; names += n + (names[n] == ',')) {
+        n = strcspn(names, ",");
+        if (!ptst__lora_save(p, names, n)) {
+            return ptst__fail(c, PTST_ERR_ARGUMENT,
+                              "modules_to_save \"%.*s\": expected embed_tokens or lm_head",
+                              (int)ptst__min(n, 100), names);
+        }
+    }
+    return PTST_OK;
+}
+
 /* The targets as text: short names if each is adapted in all layers or in none, otherwise paths. */
 static ptst_code ptst__lora_targets(ptst_ctx *c, const ptst_adapter *a, ptst_text *out) {
     size_t l;
@@ -26222,6 +26310,11 @@ static ptst_code ptst__adapter_values(ptst_ctx *c, ptst_adapter *a) {
             return ptst__fail_memory(c, SIZE_MAX);
         }
     }
+    for (i = 0; i < 2; i++) {
+        if (!ptst__mul(a->saved[i].rows, a->saved[i].cols, &size) || !ptst__add(n, size, &n)) {
+            return ptst__fail_memory(c, SIZE_MAX);
+        }
+    }
     a->values = (float *)ptst__calloc(c, n, sizeof *a->values);
     if (a->values == NULL) {
         return PTST_ERR_MEMORY;
@@ -26234,6 +26327,10 @@ static ptst_code ptst__adapter_values(ptst_ctx *c, ptst_adapter *a) {
             b->B = b->A + b->rank * b->in;
             n += b->rank * (b->in + b->out);
         }
+    }
+    for (i = 0; i < 2; i++) {
+        a->saved[i].data = a->saved[i].rows == 0 ? NULL : a->values + n;
+        n += a->saved[i].rows * a->saved[i].cols;
     }
     return PTST_OK;
 }
@@ -26261,6 +26358,15 @@ static ptst_code ptst__adapter_make(ptst_ctx *c, ptst_adapter *a, const ptst_mod
             ptst__linear_shape(m, (int)(i % PTST__LINEARS), &b->in, &b->out);
         }
     }
+    for (i = 0; i < 2; i++) {
+        a->saved[i].rows = p->saved[i] ? m->V : 0;
+        a->saved[i].cols = a->saved[i].ld = m->C;
+        a->saved[i].dtype = a->saved[i].file_dtype = PTST_F32;
+    }
+    a->desc.modules_to_save = p->saved[0] && p->saved[1] ? "embed_tokens,lm_head"
+                              : p->saved[0]              ? ptst__saved_names[0]
+                              : p->saved[1]              ? ptst__saved_names[1]
+                                                         : NULL;
     code = ptst__lora_targets(c, a, &targets);
     if (code == PTST_OK) {
         a->desc.targets = ptst__arena_copy(c, &a->arena, targets.data, targets.size);
@@ -26272,7 +26378,7 @@ static ptst_code ptst__adapter_make(ptst_ctx *c, ptst_adapter *a, const ptst_mod
 
 /* PEFT's kaiming_uniform_(a = sqrt 5): uniform within +-1 / sqrt(in). Branch i draws from
    stream i. */
-static void ptst__adapter_init(ptst_adapter *a) {
+static void ptst__adapter_init(ptst_ctx *c, ptst_adapter *a, const ptst_model *m) {
     size_t i, k;
     for (i = 0; i < a->L * PTST__LINEARS; i++) {
         ptst__branch *b = &a->branches[i];
@@ -26283,6 +26389,16 @@ static void ptst__adapter_init(ptst_adapter *a) {
         r.counter = 0;
         for (k = 0; k < b->rank * b->in; k++) {
             b->A[k] = bound * (2 * ptst_rng_uniform(&r) - 1);
+        }
+    }
+    for (i = 0; i < 2; i++) { /* copies of the file's values, even if the model holds int8 */
+        ptst__weight *w = &a->saved[i];
+        const ptst__weight *from = i == PTST__SAVED_HEAD ? m->head : m->embedding;
+        const ptst_tensor *t =
+            m->tensors == NULL ? NULL : ptst_tensors_find(m->tensors, from->name);
+        if (w->data != NULL) {
+            ptst__weight_convert(c, w, t == NULL ? from->data : t->data,
+                                 t == NULL ? from->dtype : t->dtype);
         }
     }
 }
@@ -26312,6 +26428,7 @@ static const char *const ptst__lora_known[] = {"peft_type",
                                                "rank_pattern",
                                                "alpha_pattern",
                                                "runtime_config",
+                                               "modules_to_save",
                                                "ensure_weight_tying"};
 
 /* null, false, "", [], {} and 0 switch a feature off. */
@@ -26464,6 +26581,29 @@ static void ptst__lora_read_exclude(ptst__config_reader *r, ptst__lora_plan *p,
     }
 }
 
+/* modules_to_save: a list of names. */
+static void ptst__lora_read_saved(ptst__config_reader *r, ptst__lora_plan *p) {
+    int32_t node = ptst__config_get(r, 0, "modules_to_save"), k;
+    size_t size;
+    if (node < 0) {
+        return;
+    }
+    if (ptst_json_kind(r->json, node) != PTST_JSON_ARRAY) {
+        ptst__config_fail(r, PTST_ERR_FORMAT, "modules_to_save", "expected a list of names");
+    }
+    for (k = ptst_json_first(r->json, node); k >= 0; k = ptst_json_next(r->json, k)) {
+        const char *name = ptst_json_string(r->json, k, &size);
+        if (name == NULL || !ptst__lora_save(p, name, size)) {
+            ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "modules_to_save",
+                              "only embed_tokens and lm_head are supported");
+        }
+    }
+    if ((p->saved[0] || p->saved[1]) && ptst__config_flag(r, 0, "ensure_weight_tying", false)) {
+        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "ensure_weight_tying",
+                          "is switched on and not supported together with modules_to_save");
+    }
+}
+
 /* target_modules: "all-linear", a regular expression over whole paths, or a list of ends of
    paths. */
 static void ptst__lora_read_targets(ptst__config_reader *r, ptst__lora_plan *p,
@@ -26537,6 +26677,7 @@ static ptst_code ptst__lora_read_config(ptst_ctx *c, const ptst_json *j, const c
     }
     ptst__lora_read_targets(&r, p, m);
     ptst__lora_read_patterns(&r, p, m);
+    ptst__lora_read_saved(&r, p);
     return r.code;
 }
 
@@ -26560,7 +26701,7 @@ static ptst_code ptst__branch_read(ptst_ctx *c, const ptst_tensors *t, const cha
     return PTST_OK;
 }
 
-/* Does a tensor belong to a branch of the adapter? */
+/* Does a tensor belong to the adapter? */
 static bool ptst__adapter_has(const ptst_adapter *a, const char *name) {
     char expected[PTST__NAME];
     size_t i;
@@ -26573,20 +26714,33 @@ static bool ptst__adapter_has(const ptst_adapter *a, const char *name) {
             }
         }
     }
+    for (i = 0; i < 2; i++) {
+        ptst__saved_name(expected, (int)i);
+        if (a->saved[i].data != NULL && strcmp(expected, name) == 0) {
+            return true;
+        }
+    }
     return false;
 }
 
-/* Names the tensors that the branches want and the file lacks. */
+/* Names the tensors that the adapter wants and the file lacks. */
 static ptst_code ptst__adapter_missing(ptst_ctx *c, const ptst_adapter *a, const ptst_tensors *t,
                                        const char *folder) {
     ptst_text names = {NULL, 0, 0};
-    size_t i, missing = 0;
+    size_t i, n = 2 * a->L * PTST__LINEARS, missing = 0;
     ptst_code code = PTST_OK;
-    for (i = 0; i < 2 * a->L * PTST__LINEARS && code == PTST_OK; i++) {
+    for (i = 0; i < n + 2 && code == PTST_OK; i++) {
         char name[PTST__NAME];
-        ptst__branch_name(name, i / 2 / PTST__LINEARS, (int)(i / 2 % PTST__LINEARS),
-                          i % 2 == 0 ? 'A' : 'B');
-        if (a->branches[i / 2].rank == 0 || ptst_tensors_find(t, name) != NULL) {
+        bool there;
+        if (i < n) {
+            ptst__branch_name(name, i / 2 / PTST__LINEARS, (int)(i / 2 % PTST__LINEARS),
+                              i % 2 == 0 ? 'A' : 'B');
+            there = a->branches[i / 2].rank != 0;
+        } else {
+            ptst__saved_name(name, (int)(i - n));
+            there = a->saved[i - n].data != NULL;
+        }
+        if (!there || ptst_tensors_find(t, name) != NULL) {
             continue;
         }
         if (++missing <= 8) {
@@ -26622,6 +26776,16 @@ static ptst_code ptst__adapter_read(ptst_ctx *c, ptst_adapter *a, const ptst_ten
         code =
             code != PTST_OK ? code : ptst__branch_read(c, t, folder, name, b->B, b->out, b->rank);
         used += 2;
+    }
+    for (i = 0; i < 2 && code == PTST_OK; i++) {
+        const ptst__weight *w = &a->saved[i];
+        char name[PTST__NAME];
+        if (w->data != NULL) {
+            ptst__saved_name(name, (int)i);
+            code = ptst__branch_read(c, t, folder, name, (float *)(uintptr_t)w->data, w->rows,
+                                     w->cols);
+            used++;
+        }
     }
     if (code != PTST_OK || used == ptst_tensors_count(t)) {
         return code;
@@ -26722,6 +26886,11 @@ static ptst_code ptst__lora_write_config(ptst_ctx *c, const ptst_adapter *a, con
         s += n + (s[n] == ',');
     }
     code = code != PTST_OK ? code : ptst__text_add(c, t, "\n  ],\n");
+    if (code == PTST_OK && a->desc.modules_to_save != NULL) {
+        bool both = a->saved[0].data != NULL && a->saved[1].data != NULL;
+        code = ptst__text_format(c, t, "  \"modules_to_save\": [\"%s\"],\n",
+                                 both ? "embed_tokens\", \"lm_head" : a->desc.modules_to_save);
+    }
     code = code != PTST_OK ? code : ptst__lora_write_pattern(c, a, true, t);
     code = code != PTST_OK ? code : ptst__lora_write_pattern(c, a, false, t);
     return code != PTST_OK ? code
@@ -26731,11 +26900,11 @@ static ptst_code ptst__lora_write_config(ptst_ctx *c, const ptst_adapter *a, con
 
 static ptst_code ptst__adapter_write(ptst_ctx *c, const ptst_adapter *a, const char *path) {
     static const char *const metadata[] = {"format", "pt", NULL};
-    size_t i, n = 0, most = 2 * a->L * PTST__LINEARS;
+    size_t i, n = 0, most = 2 * a->L * PTST__LINEARS + 2;
     ptst_tensor *list = (ptst_tensor *)ptst__calloc(c, most, sizeof *list);
     char *names = list == NULL ? NULL : (char *)ptst__alloc(c, most, PTST__NAME);
     ptst_code code = names == NULL ? PTST_ERR_MEMORY : PTST_OK;
-    for (i = 0; i < most && code == PTST_OK; i++) {
+    for (i = 0; i + 2 < most && code == PTST_OK; i++) {
         const ptst__branch *b = &a->branches[i / 2];
         bool A = i % 2 == 0;
         if (b->rank == 0) {
@@ -26749,6 +26918,17 @@ static ptst_code ptst__adapter_write(ptst_ctx *c, const ptst_adapter *a, const c
         list[n].shape[0] = A ? b->rank : b->out;
         list[n].shape[1] = A ? b->in : b->rank;
         list[n++].data = A ? b->A : b->B;
+    }
+    for (i = 0; i < 2 && code == PTST_OK; i++) {
+        if (a->saved[i].data != NULL) {
+            ptst__saved_name(names + n * PTST__NAME, (int)i);
+            list[n].name = names + n * PTST__NAME;
+            list[n].dtype = PTST_F32;
+            list[n].rank = 2;
+            list[n].shape[0] = a->saved[i].rows;
+            list[n].shape[1] = a->saved[i].cols;
+            list[n++].data = a->saved[i].data;
+        }
     }
     if (code == PTST_OK) {
         code = ptst_tensors_write(c, path, list, n, metadata);
@@ -26798,6 +26978,19 @@ static ptst_code ptst__merge_put(ptst_ctx *c, ptst__tensors_writer *w, const pts
     return code;
 }
 
+/* The adapter's own weight that takes the place of a tensor of the model file, or NULL. */
+static const ptst__weight *ptst__merge_saved(const ptst_model *m, const ptst_adapter *a,
+                                             const char *name) {
+    int i;
+    for (i = 0; i < 2; i++) {
+        const ptst__weight *w = i == PTST__SAVED_HEAD ? m->head : m->embedding;
+        if (a->saved[i].data != NULL && strcmp(w->name, name) == 0) {
+            return &a->saved[i];
+        }
+    }
+    return NULL;
+}
+
 /* Writes one weight file of the model again, with the adapter folded in. */
 static ptst_code ptst__merge_file(ptst_ctx *c, const ptst_model *m, const ptst_adapter *a,
                                   uint32_t file, const char *path) {
@@ -26819,8 +27012,10 @@ static ptst_code ptst__merge_file(ptst_ctx *c, const ptst_model *m, const ptst_a
     if (code == PTST_OK) {
         while (code == PTST_OK && (i = ptst__tensors_next(&w)) < n) {
             const ptst__branch *b = ptst__merge_branch(m, a, list[i].name);
-            code = b == NULL ? ptst__tensors_put(c, &w, list[i].data, list[i].bytes)
-                             : ptst__merge_put(c, &w, &list[i], b);
+            const ptst__weight *own = ptst__merge_saved(m, a, list[i].name);
+            code = own != NULL ? ptst__weight_put(c, &w, own, list[i].dtype)
+                   : b == NULL ? ptst__tensors_put(c, &w, list[i].data, list[i].bytes)
+                               : ptst__merge_put(c, &w, &list[i], b);
         }
         if (code == PTST_OK) {
             code = ptst__tensors_commit(c, &w);
@@ -26840,6 +27035,12 @@ static ptst_code ptst__merge_files(ptst_ctx *c, const ptst_model *m, const ptst_
     if (code == PTST_OK && ptst__same_path(folder, out)) {
         code = ptst__fail(c, PTST_ERR_ARGUMENT,
                           "%s: is the folder of the model, the merged one needs another", out);
+    }
+    if (code == PTST_OK && a->desc.modules_to_save != NULL && m->head == m->embedding) {
+        code = ptst__fail(c, PTST_ERR_UNSUPPORTED,
+                          "the adapter has a copy of %s of its own, and head and embedding of the "
+                          "model are tied: that cannot be merged",
+                          a->desc.modules_to_save);
     }
     for (i = 0; i < m->tensors->files_count && code == PTST_OK; i++) {
         code = ptst__path_join(c, &path, out, m->tensors->files[i].name);
@@ -26878,7 +27079,8 @@ PTST_API ptst_adapter *ptst_adapter_new(ptst_ctx *c, const ptst_model *m,
                    "less than 1, and a target");
         return NULL;
     }
-    if (ptst__lora_parse(c, &p, m, d->targets) != PTST_OK) {
+    if (ptst__lora_parse(c, &p, m, d->targets) != PTST_OK ||
+        ptst__lora_parse_saved(c, &p, d->modules_to_save) != PTST_OK) {
         return NULL;
     }
     a = (ptst_adapter *)ptst__calloc(c, 1, sizeof *a);
@@ -26887,7 +27089,7 @@ PTST_API ptst_adapter *ptst_adapter_new(ptst_ctx *c, const ptst_model *m,
         return NULL;
     }
     if (a != NULL) {
-        ptst__adapter_init(a);
+        ptst__adapter_init(c, a, m);
     }
     return a;
 }
@@ -26916,6 +27118,7 @@ PTST_API ptst_adapter *ptst_adapter_copy(ptst_ctx *c, const ptst_adapter *a) {
         return NULL;
     }
     memcpy(b->branches, a->branches, n * sizeof *b->branches);
+    memcpy(b->saved, a->saved, sizeof b->saved);
     if (ptst__adapter_values(c, b) != PTST_OK) {
         ptst_adapter_free(c, b);
         return NULL;
@@ -27894,6 +28097,9 @@ static ptst_code ptst__finetune_options(ptst_ctx *c, ptst__finetune *f) {
         ptst__member_count(&m, "rank", (uint64_t)lora.rank);
         ptst__member(&m, "alpha", lora.alpha);
         ptst__member_text(&m, "targets", lora.targets);
+        if (lora.modules_to_save != NULL) {
+            ptst__member_text(&m, "modules_to_save", lora.modules_to_save);
+        }
     }
     if (m.code == PTST_OK && d->model_dir != NULL) {
         m.code = ptst__model_mark(c, d->model_dir, hash);

@@ -234,8 +234,13 @@ static const lora_case lora_configs[] = {
     {"bias", "\"all\"", PTST_ERR_UNSUPPORTED, "bias: only \"none\" is supported"},
     {"bias", "\"lora_only\"", PTST_ERR_UNSUPPORTED, "bias: only \"none\" is supported"},
     {"use_dora", "true", PTST_ERR_UNSUPPORTED, "use_dora: is switched on and not supported"},
-    {"modules_to_save", "[\"lm_head\"]", PTST_ERR_UNSUPPORTED,
-     "modules_to_save: is switched on and not supported"},
+    {"modules_to_save", "[\"score\"]", PTST_ERR_UNSUPPORTED,
+     "modules_to_save: only embed_tokens and lm_head are supported"},
+    {"modules_to_save", "\"lm_head\"", PTST_ERR_FORMAT,
+     "modules_to_save: expected a list of names"},
+    {"modules_to_save", "[\"lm_head\"], \"ensure_weight_tying\": true", PTST_ERR_UNSUPPORTED,
+     "ensure_weight_tying: is switched on and not supported together with modules_to_save"},
+    {"modules_to_save", "[\"model.embed_tokens\", \"lm_head\"]", PTST_ERR_MISMATCH, NULL},
     {"fan_in_fan_out", "true", PTST_ERR_UNSUPPORTED,
      "fan_in_fan_out: is switched on and not supported"},
     {"rank_pattern", "{\"q_proj\": 4}", PTST_ERR_MISMATCH, NULL},
@@ -280,7 +285,8 @@ static const lora_case lora_configs[] = {
     {"layers_to_transform", "[]", PTST_OK, NULL},
     {"exclude_modules", "\"k_proj\"", PTST_OK, NULL},
     {"exclude_modules", "[\"k_proj\"]", PTST_OK, NULL},
-    {"target_modules", "\"^model\\\\.layers\\\\.[0-9]+\\\\.self_attn\\\\.(q|v)_proj$\"", PTST_OK, NULL},
+    {"target_modules", "\"^model\\\\.layers\\\\.[0-9]+\\\\.self_attn\\\\.(q|v)_proj$\"", PTST_OK,
+     NULL},
     {"some_new_feature", "null", PTST_OK, NULL},
     {"another_one", "[]", PTST_OK, NULL},
     {"megatron_core", "\"megatron.core\"", PTST_OK, NULL},
@@ -561,6 +567,89 @@ static void merged_shards(void) {
     ptst_close(c);
 }
 
+/* Logits [n] of the first sequence of a case with an adapter. */
+static void lora_logits_of(ptst_ctx *c, const models_case *k, const ptst_adapter *a, float *out,
+                           size_t n) {
+    ptst_session_desc d;
+    ptst_session *s;
+    ptst_chunk chunk;
+    memset(&d, 0, sizeof d);
+    d.logit_rows = d.capacity = MODELS_TOKENS;
+    s = ptst_session_new(c, k->m, a, &d);
+    chunk.slot = 0;
+    chunk.tokens = k->tokens;
+    chunk.count = (size_t)k->lengths[0];
+    chunk.logits = PTST_LOGITS_ALL;
+    CHECK(s != NULL && ptst_eval(c, s, &chunk, 1) == PTST_OK);
+    if (s != NULL) {
+        memcpy(out, ptst_logits(s, 0), n * sizeof *out);
+    }
+    ptst_session_free(c, s);
+}
+
+/* modules_to_save: copies of the model's weights at first, then saved, loaded, copied and merged
+   with the same logits. */
+static void modules_to_save(void) {
+    ptst_ctx *c = test_open(2, NULL);
+    ptst_lora_desc d;
+    models_folder f, g;
+    int i;
+    memset(&d, 0, sizeof d);
+    CHECK(models_folder_make(&f) && models_folder_make(&g));
+    for (i = 0; i < 2; i++) {
+        models_case k;
+        ptst_adapter *a, *b;
+        size_t n, at;
+        float *x, *y;
+        CHECK(models_open(c, &k, i == 0 ? "phi3_plain" : "gemma_plain", false));
+        n = (size_t)k.lengths[0] * k.m->V;
+        x = (float *)malloc(n * sizeof *x);
+        y = (float *)malloc(n * sizeof *y);
+        d.targets = "all-linear";
+        d.modules_to_save = "lm_head,nothing";
+        CHECK(ptst_adapter_new(c, k.m, &d) == NULL);
+        CHECK_TEXT(ptst_error_text(c),
+                   "modules_to_save \"nothing\": expected embed_tokens or lm_head");
+        d.modules_to_save = "lm_head,model.embed_tokens";
+        a = ptst_adapter_new(c, k.m, &d);
+        CHECK(a != NULL && k.a == NULL);
+        CHECK_TEXT(ptst_adapter_about(a).modules_to_save, "embed_tokens,lm_head");
+        lora_logits_of(c, &k, NULL, x, n);
+        lora_logits_of(c, &k, a, y, n);
+        CHECK(memcmp(x, y, n * sizeof *x) == 0); /* copies, and B is 0 */
+        for (at = 0; at < a->values_count; at++) {
+            a->values[at] += 0.02f * (float)((int)(at * 7 % 11) - 5);
+        }
+        lora_logits_of(c, &k, a, x, n);
+        CHECK(models_max_error(x, y, n) > 1e-3);
+        CHECK(ptst_adapter_save(c, a, f.path, "base") == PTST_OK);
+        b = ptst_adapter_load(c, k.m, f.path);
+        CHECK_TEXT(b == NULL ? ptst_error_text(c) : "", "");
+        CHECK(b != NULL && memcmp(a->values, b->values, a->values_count * sizeof(float)) == 0);
+        ptst_adapter_free(c, b);
+        b = ptst_adapter_copy(c, a);
+        ptst_adapter_free(c, a);
+        lora_logits_of(c, &k, b, y, n);
+        CHECK(memcmp(x, y, n * sizeof *x) == 0);
+        if (k.m->head == k.m->embedding) {
+            CHECK(ptst_merge(c, k.folder, f.path, g.path) == PTST_ERR_UNSUPPORTED);
+        } else {
+            CHECK(ptst_merge(c, k.folder, f.path, g.path) == PTST_OK);
+            ptst_model_free(c, k.m);
+            k.m = ptst_model_load(c, g.path, PTST_DTYPE_FILE);
+            lora_logits_of(c, &k, NULL, y, n);
+            CHECK(models_max_error(x, y, n) < (k.m->head->dtype == PTST_F32 ? 1e-5 : 0.1));
+        }
+        ptst_adapter_free(c, b);
+        free(x);
+        free(y);
+        models_close(c, &k);
+    }
+    models_folder_empty(&f, false);
+    models_folder_empty(&g, false);
+    ptst_close(c);
+}
+
 /* ---- no memory ---- */
 
 static ptst_code sweep_adapter(ptst_ctx *c, void *arg) {
@@ -572,6 +661,7 @@ static ptst_code sweep_adapter(ptst_ctx *c, void *arg) {
     ptst_code code = m == NULL ? ptst_error_code(c) : PTST_OK;
     memset(&d, 0, sizeof d);
     d.targets = "all-linear";
+    d.modules_to_save = "embed_tokens,lm_head";
     if (code == PTST_OK) {
         a = ptst_adapter_new(c, m, &d);
         code = a == NULL ? ptst_error_code(c) : ptst_adapter_save(c, a, folder, "base");
@@ -615,6 +705,7 @@ static void suite_lora(void) {
     RUN(dropout_in_pass);
     RUN(merged);
     RUN(merged_shards);
+    RUN(modules_to_save);
     RUN(memory_adapters);
 }
 

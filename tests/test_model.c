@@ -119,8 +119,8 @@ static void model_trial_close(ptst_ctx *c, model_trial *t) {
     ptst_model_free(c, t->m);
 }
 
-static bool model_trial_open(ptst_ctx *c, model_trial *t, const ptst_config *g,
-                             const char *targets) {
+static bool model_trial_open_with(ptst_ctx *c, model_trial *t, const ptst_config *g,
+                                  const char *targets, const char *modules_to_save) {
     static const ptst_segment segments[4] = {{0, 7, -1}, {7, 5, -1}, {12, 4, 1}, {16, 8, 1}};
     ptst_lora_desc d;
     size_t i;
@@ -129,6 +129,7 @@ static bool model_trial_open(ptst_ctx *c, model_trial *t, const ptst_config *g,
     d.rank = 3;
     d.alpha = 2; /* small, so that the loss is smooth enough for finite differences */
     d.targets = targets;
+    d.modules_to_save = modules_to_save;
     t->m = ptst_model_new(c, g, 5);
     t->a = t->m == NULL || targets == NULL ? NULL : ptst_adapter_new(c, t->m, &d);
     for (i = 0; t->a != NULL && i < t->a->values_count; i++) {
@@ -147,6 +148,11 @@ static bool model_trial_open(ptst_ctx *c, model_trial *t, const ptst_config *g,
     t->p = t->m == NULL ? NULL : ptst__pass_new(c, t->m, t->a, 24, 24, 4);
     CHECK(t->p != NULL && (targets == NULL || t->a != NULL));
     return t->p != NULL;
+}
+
+static bool model_trial_open(ptst_ctx *c, model_trial *t, const ptst_config *g,
+                             const char *targets) {
+    return model_trial_open_with(c, t, g, targets, NULL);
 }
 
 static double model_trial_loss(ptst_ctx *c, model_trial *t, bool backward) {
@@ -228,6 +234,29 @@ static void differences_adapter(void) {
     for (i = 0; i < 8; i++) {
         if (model_trial_open(c, &t, &g, targets[i / 2])) {
             t.dropout = i % 2 == 0 ? 0 : 0.3;
+            model_trial_slopes(c, &t);
+        }
+        model_trial_close(c, &t);
+    }
+    ptst_close(c);
+}
+
+/* The same with an embedding and a head of the adapter's own, also where the model ties them. */
+static void differences_saved(void) {
+    static const char *const saved[] = {"lm_head", "embed_tokens", "embed_tokens,lm_head"};
+    ptst_ctx *c = test_open(1, "scalar");
+    model_trial t;
+    int i;
+    for (i = 0; i < 6; i++) {
+        ptst_config g = models_config(i < 3 ? "llama" : "qwen2");
+        g.tie_word_embeddings = i < 3;
+        if (model_trial_open_with(c, &t, &g, "model.layers.1.mlp.down_proj", saved[i % 3])) {
+            const ptst__param *list = NULL;
+            CHECK(ptst__pass_params(t.p, &list) == (i % 3 == 2 ? 4 : 3));
+            CHECK_TEXT(list[2].name, i % 3 == 0 ? "base_model.model.lm_head.weight"
+                                                : "base_model.model.model.embed_tokens.weight");
+            CHECK(ptst_adapter_parameters(t.a) ==
+                  3u * (10 + 12) + (i % 3 == 2 ? 2 : 1) * 23u * 12u);
             model_trial_slopes(c, &t);
         }
         model_trial_close(c, &t);
@@ -1360,6 +1389,7 @@ static void suite_model(void) {
     RUN(golden_gradients);
     RUN(differences_full);
     RUN(differences_adapter);
+    RUN(differences_saved);
     RUN(packed_is_separate);
     RUN(prefix_is_repetition);
     RUN(threads_same_bits);

@@ -813,6 +813,7 @@ static const option finetune_options[] = {
     {"--alpha", "X", "32", "LoRA alpha"},
     {"--dropout", "P", "0.05", "dropout on the input of LoRA"},
     {"--targets", "LIST", "q_proj,v_proj", "linear layers with LoRA, or all-linear"},
+    {"--modules-to-save", "LIST", NULL, "trains copies of embed_tokens, lm_head or both as well"},
     {"--lr", "X", "1e-4", "learning rate"},
     {"--schedule", "NAME", "constant", "constant, linear, cosine or step:GAMMA (each epoch)"},
     {"--warmup", "N", "0", "steps of linear warm-up"},
@@ -2267,6 +2268,7 @@ static bool get_lora_options(const args *a, ptst_lora_desc *lora) {
     }
     lora->rank = (int32_t)rank;
     lora->targets = get(a, "--targets");
+    lora->modules_to_save = get(a, "--modules-to-save");
     lora->seed = (uint64_t)seed;
     return true;
 }
