@@ -1295,10 +1295,12 @@ typedef struct ptst_answer_files {
     const char *template_is; /* as in ptst_template_load */
     const char *prompts;     /* data file */
     ptst_rows_desc rows;     /* how it is read */
-    const char *out;         /* .jsonl, one {"prompt": ..., "answer": ...} a row of prompts */
+    const char *out;         /* .jsonl, one {"prompt": ..., "answer": ...} a row of prompts; "-" =
+                                standard output */
 } ptst_answer_files;
 
-/* Answers a file of prompts. Finished answers are kept in OUT.part if the call is stopped; with
+/* Answers a file of prompts. Finished answers are kept in OUT.part if the call is stopped (not for
+   standard output, devices and pipes); with
    greedy decoding the next call goes on from there. options may be NULL; its on_answer is used. */
 PTST_API ptst_code ptst_answer_file(ptst_ctx *c, const ptst_answer_files *files,
                                     const ptst_generate_desc *options);
@@ -2248,8 +2250,15 @@ static ptst_code ptst__read_file(ptst_ctx *c, const char *path, ptst_text *out) 
     return code == PTST_OK ? ptst_text_append(c, out, "", 0) : code;
 }
 
+/* Is it written as it is: "-", a device, a pipe? */
+static bool ptst__path_is_stream(const char *path) {
+    return strcmp(path, "-") == 0 || strncmp(path, "/dev/std", 8) == 0 ||
+           strncmp(path, "/dev/fd/", 8) == 0 || ptst__path_is_device(path);
+}
+
 /* A file that appears whole or not at all: written under a temporary name in the same folder,
-   flushed, renamed. A device or pipe (/dev/stdout) is written as it is: renaming would replace it.
+   flushed, renamed. A device or pipe, /dev/stdout and "-" (standard output, also if that is a file)
+   are written as they are: renaming would replace them.
    After any failure call ptst__out_abort; after ptst__out_commit nothing. */
 typedef struct ptst__out {
     FILE *file;
@@ -2258,7 +2267,7 @@ typedef struct ptst__out {
 } ptst__out;
 
 static void ptst__out_abort(ptst_ctx *c, ptst__out *o) {
-    if (o->file != NULL) {
+    if (o->file != NULL && o->file != stdout) {
         fclose(o->file);
         if (!o->device) {
             unlink(o->temporary.data);
@@ -2273,7 +2282,7 @@ static ptst_code ptst__out_open(ptst_ctx *c, ptst__out *o, const char *path) {
     ptst_code code;
     memset(o, 0, sizeof *o);
     code = ptst__text_add(c, &o->path, path);
-    o->device = ptst__path_is_device(path);
+    o->device = ptst__path_is_stream(path);
     if (code == PTST_OK) {
         code = ptst__text_add(c, &o->temporary, path);
     }
@@ -2281,7 +2290,7 @@ static ptst_code ptst__out_open(ptst_ctx *c, ptst__out *o, const char *path) {
         code = ptst__text_format(c, &o->temporary, ".tmp.%ld", (long)getpid());
     }
     if (code == PTST_OK) {
-        o->file = fopen(o->temporary.data, "wb");
+        o->file = strcmp(path, "-") == 0 ? stdout : fopen(o->temporary.data, "wb");
         if (o->file == NULL) {
             code = ptst__fail_errno(c, path, "write", errno);
         }
@@ -2306,7 +2315,7 @@ static ptst_code ptst__out_commit(ptst_ctx *c, ptst__out *o) {
     if (fflush(o->file) != 0 || (!o->device && fsync(fileno(o->file)) != 0)) {
         error = errno;
     }
-    if (fclose(o->file) != 0 && error == 0) {
+    if (o->file != stdout && fclose(o->file) != 0 && error == 0) {
         error = errno;
     }
     o->file = NULL;
@@ -32199,7 +32208,7 @@ PTST_API ptst_code ptst_finetune_file(ptst_ctx *c, const ptst_finetune_files *fi
 typedef struct ptst__answering {
     ptst_ctx *c;
     const ptst_rows *rows;
-    ptst_text part;  /* path */
+    ptst_text part;  /* path; empty if OUT is no file */
     ptst_text *done; /* [rows]: answers from OUT.part; data NULL = none */
     size_t *index;   /* [todo]: row of a prompt */
     size_t todo;
@@ -32226,7 +32235,7 @@ static void ptst__answering_keep(void *user, size_t index, const ptst_answer *an
                                                answer->text.data == NULL ? "" : answer->text.data,
                                                answer->text.size)
                            : code;
-    if (code == PTST_OK) {
+    if (code == PTST_OK && a->part.size != 0) {
         (void)ptst__append_file(a->c, a->part.data, line.data, line.size, false);
     }
     ptst_text_free(a->c, &line);
@@ -32295,7 +32304,7 @@ static ptst_code ptst__answering_write(ptst__answering *a, const ptst_answer *an
         return code;
     }
     code = ptst__out_commit(a->c, &o);
-    return code == PTST_OK ? ptst__remove_file(a->c, a->part.data) : code;
+    return code == PTST_OK && a->part.size != 0 ? ptst__remove_file(a->c, a->part.data) : code;
 }
 
 /* Generates the rows that are not done and writes all. prompts: of all rows, to be reordered. */
@@ -32353,9 +32362,10 @@ static ptst_code ptst__answer_rows(ptst_ctx *c, const ptst_model *model,
     a.done = (ptst_text *)ptst__calloc(c, count, sizeof *a.done);
     a.index = (size_t *)ptst__calloc(c, count, sizeof *a.index);
     code = a.done == NULL || a.index == NULL ? PTST_ERR_MEMORY : PTST_OK;
-    code = code == PTST_OK ? ptst__text_add(c, &a.part, path) : code;
-    code = code == PTST_OK ? ptst__text_add(c, &a.part, ".part") : code;
-    if (code == PTST_OK && ptst__path_kind(a.part.data) == 1) {
+    if (code == PTST_OK && !ptst__path_is_stream(path)) {
+        code = ptst__text_format(c, &a.part, "%s.part", path);
+    }
+    if (code == PTST_OK && a.part.size != 0 && ptst__path_kind(a.part.data) == 1) {
         code = s->temperature <= 0 || s->top_p <= 0 ? ptst__answering_resume(&a)
                                                     : ptst__remove_file(c, a.part.data);
     }

@@ -130,6 +130,13 @@ if [ "$(wc -l <"$WORK/batch.jsonl")" -eq 2 ]; then ok; else bad "judge export: a
 : >"$WORK/empty.jsonl"
 expect "empty answers" 1 "$PTST" eval refusal --answers "$WORK/empty.jsonl" --list qi2023
 
+"$PTST" generate --quiet --model $MODEL --template text --prompts "$WORK/prompts.txt" --max-new-tokens 8 \
+    >"$WORK/redirected.jsonl" 2>/dev/null
+if cmp -s "$WORK/redirected.jsonl" "$WORK/answers.jsonl"; then ok; else bad "answers on standard output, which is a file"; fi
+"$PTST" generate --quiet --model $MODEL --template text --prompts "$WORK/prompts.txt" --max-new-tokens 8 2>/dev/null |
+    cat >"$WORK/piped.jsonl"
+if cmp -s "$WORK/piped.jsonl" "$WORK/answers.jsonl"; then ok; else bad "answers on standard output, which is a pipe"; fi
+
 # ---- what a model's makers want, and what is ignored ----
 mkdir "$WORK/wishes" && cp $MODEL/* "$WORK/wishes/"
 printf '{"eos_token_id": [2, 13], "max_new_tokens": 3, "min_p": 0.1}' >"$WORK/wishes/generation_config.json"

@@ -2373,7 +2373,7 @@ static int command_generate(args *a) {
     files.prompts = get(a, "--prompts");
     files.rows.column = get(a, "--column");
     files.rows.limit = (size_t)limit;
-    files.out = get(a, "--out") == NULL ? "/dev/stdout" : get(a, "--out");
+    files.out = get(a, "--out") == NULL ? "-" : get(a, "--out");
     desc.batch = (size_t)batch;
     desc.seed = (uint64_t)seed;
     if (ptst_answer_file(a->c, &files, &desc) != PTST_OK) {
