@@ -160,7 +160,8 @@
                    same allocator.
        Memory      All of it comes from ptst_desc.allocator, and three lifetimes are all there are:
                    mapped weights; one block per session or trainer, of which forward, backward and
-                   step allocate nothing more; growable texts and ids. A context is some kilobytes.
+                   step allocate nothing more; growable texts and ids. A context is some kilobytes,
+                   and a table of words of 1 MB once it has encoded text.
        Randomness  is counter-based (Philox): a number is a function of seed, stream and position,
                    so nothing depends on who draws first.
 
@@ -1672,6 +1673,7 @@ struct ptst_ctx {
     const struct ptst__kernels *kernels; /* chosen in ptst_open, see >>kernels */
     void *scratch;                       /* packing buffers of the kernels, see >>kernels */
     size_t scratch_size;
+    void *words; /* tokens of words that came before, see >>tokenizer; NULL at first */
 };
 
 /* The largest number of threads of a context. */
@@ -1935,6 +1937,19 @@ static uint64_t ptst__hash(const char *key, size_t size) {
     h ^= h >> 32;
     h *= 0x9E3779B97F4A7C15u;
     return h ^ (h >> 29);
+}
+
+/* Hash of a long text, 8 bytes at a time; never 0. */
+static uint64_t ptst__hash_text(const char *text, size_t size) {
+    uint64_t h = 0x9E3779B97F4A7C15u ^ size, word;
+    size_t i;
+    for (i = 0; i + 8 <= size; i += 8) {
+        memcpy(&word, text + i, sizeof word);
+        h = (h ^ word) * 0xD6E8FEB86659FD93u;
+        h ^= h >> 32;
+    }
+    h ^= ptst__hash(text + i, size - i);
+    return h == 0 ? 1 : h;
 }
 
 static ptst__map_slot *ptst__map_probe(const ptst__map *m, const char *key, size_t size) {
@@ -3014,7 +3029,10 @@ static ptst_code ptst__json_read_string(ptst__json_reader *r) {
     ptst_code code;
     uint32_t point;
     for (r->at = start; r->at < r->end && s[r->at] != '"';) {
-        if (s[r->at] == '\\') {
+        unsigned char ch = (unsigned char)s[r->at];
+        if (ch >= 0x20 && ch < 0x80 && ch != '\\') {
+            s[to++] = s[r->at++];
+        } else if (ch == '\\') {
             code = ptst__json_escape(r, &to);
             if (code != PTST_OK) {
                 return code;
@@ -3143,6 +3161,23 @@ static ptst_code ptst__json_key(ptst__json_reader *r) {
     return code;
 }
 
+/* Room for the nodes of a large document at once: there is one behind each comma, colon, bracket
+   and brace at most. */
+static ptst_code ptst__json_room(ptst__json_reader *r) {
+    const char *s = r->j->text;
+    void *nodes = NULL;
+    size_t i, n = 1;
+    ptst_code code = PTST_OK;
+    if (r->end > 65536) {
+        for (i = 0; i < r->end; i++) {
+            n += (size_t)(s[i] == ',' || s[i] == ':' || s[i] == '[' || s[i] == '{');
+        }
+        code = ptst__grow(r->c, &nodes, &r->j->capacity, n, sizeof *r->j->nodes);
+        r->j->nodes = (ptst__json_node *)nodes;
+    }
+    return code;
+}
+
 static ptst_code ptst__json_document(ptst__json_reader *r) {
     bool more = true;
     while (more) {
@@ -3205,7 +3240,7 @@ PTST_API ptst_json *ptst_json_parse(ptst_ctx *c, const char *text, size_t size, 
     r.name = name;
     r.end = size;
     r.line = 1;
-    if (ptst__json_document(&r) != PTST_OK) {
+    if (ptst__json_room(&r) != PTST_OK || ptst__json_document(&r) != PTST_OK) {
         ptst_json_free(c, j);
         return NULL;
     }
@@ -6389,6 +6424,8 @@ struct ptst_tokenizer {
     int32_t fallback_id[256]; /* token <0xNN> of a byte, -1 = none */
     bool byte_level, byte_fallback, fuse_unk, ignore_merges;
     bool strips_left; /* the normalizer takes white space from the front */
+    bool apart[256];  /* no token goes on from a character that ends with this byte into U+2581 */
+    uint64_t mark;    /* hash of the whole file */
     int32_t unk;
     const char *prefix, *suffix; /* of subwords that do not begin a word, that end it; or NULL */
     size_t prefix_size, suffix_size;
@@ -6609,23 +6646,43 @@ static uint64_t ptst__pair(int32_t left, int32_t right) {
     return ((uint64_t)(uint32_t)left << 32 | (uint32_t)right) + 1;
 }
 
-/* The pair a, b becomes the token "ab", where b loses the prefix of subwords that begin no word. */
+/* Is this the text of token id? */
+static bool ptst__tok_is(const ptst_tokenizer *t, int32_t id, const char *a, size_t a_size,
+                         const char *b, size_t b_size) {
+    const ptst__token *k = &t->tokens[id < 0 || id >= t->count ? 0 : id];
+    return k->there && !k->added && k->size == a_size + b_size && memcmp(k->text, a, a_size) == 0 &&
+           memcmp(k->text + a_size, b, b_size) == 0;
+}
+
+/* The pair a, b becomes the token "ab", where b loses the prefix of subwords that begin no word.
+   *last: token of the merge before; the next one is often the same or the next token. */
 static ptst_code ptst__tok_merge(ptst__tokenizer_reader *r, const char *a, size_t a_size,
-                                 const char *b, size_t b_size, int32_t rank, ptst_text *joined) {
+                                 const char *b, size_t b_size, int32_t rank, int32_t *last,
+                                 ptst_text *joined) {
     int32_t left = ptst__map_get(&r->t->by_text, a, a_size, -1);
-    int32_t right = ptst__map_get(&r->t->by_text, b, b_size, -1), id;
+    int32_t right = ptst__map_get(&r->t->by_text, b, b_size, -1), id = -1, k;
     size_t skip = r->t->prefix_size < b_size ? r->t->prefix_size : b_size;
     ptst__merge *m;
-    joined->size = 0;
-    if (ptst_text_append(r->c, joined, a, a_size) != PTST_OK ||
-        ptst_text_append(r->c, joined, b + skip, b_size - skip) != PTST_OK) {
-        return PTST_ERR_MEMORY;
+    for (k = 0; k < 2 && id < 0; k++) {
+        id = ptst__tok_is(r->t, *last + k, a, a_size, b + skip, b_size - skip) ? *last + k : -1;
     }
-    id = ptst__map_get(&r->t->by_text, joined->data, joined->size, -1);
+    if (id < 0) {
+        joined->size = 0;
+        if (ptst_text_append(r->c, joined, a, a_size) != PTST_OK ||
+            ptst_text_append(r->c, joined, b + skip, b_size - skip) != PTST_OK) {
+            return PTST_ERR_MEMORY;
+        }
+        id = ptst__map_get(&r->t->by_text, joined->data, joined->size, -1);
+    }
     if (left < 0 || right < 0 || id < 0) {
-        return ptst__tok_fail(r, PTST_ERR_FORMAT, "model.merges: a part or the result is no token",
-                              joined->data);
+        joined->size = 0;
+        return ptst_text_append(r->c, joined, a, a_size) != PTST_OK ||
+                       ptst_text_append(r->c, joined, b + skip, b_size - skip) != PTST_OK
+                   ? PTST_ERR_MEMORY
+                   : ptst__tok_fail(r, PTST_ERR_FORMAT,
+                                    "model.merges: a part or the result is no token", joined->data);
     }
+    *last = id;
     m = ptst__merge_slot(r->t, ptst__pair(left, right));
     m->pair = ptst__pair(left, right);
     m->rank = rank;
@@ -6638,8 +6695,8 @@ static ptst_code ptst__tok_merges(ptst__tokenizer_reader *r, int32_t merges) {
     ptst_text joined = {NULL, 0, 0};
     ptst_code code = PTST_OK;
     size_t capacity = 16, n = ptst_json_size(r->j, merges), a_size = 0, b_size = 0;
-    int32_t k, rank = 0;
-    while (capacity < 2 * n + 2) {
+    int32_t k, rank = 0, last = 0;
+    while (capacity < n + n / 2 + 2) {
         capacity *= 2;
     }
     r->t->merges = (ptst__merge *)ptst__calloc(r->c, capacity, sizeof *r->t->merges);
@@ -6661,10 +6718,38 @@ static ptst_code ptst__tok_merges(ptst__tokenizer_reader *r, int32_t merges) {
         }
         code = a == NULL || b == NULL
                    ? ptst__tok_fail(r, PTST_ERR_FORMAT, "model.merges: a pair was expected", "")
-                   : ptst__tok_merge(r, a, a_size, b, b_size, rank, &joined);
+                   : ptst__tok_merge(r, a, a_size, b, b_size, rank, &last, &joined);
     }
     ptst_text_free(r->c, &joined);
     return code;
+}
+
+/* Finds where texts may be cut before U+2581 (the space of SentencePiece): behind characters whose
+   last byte stands before it in no token that merges make. Never if words have marked ends, or are
+   looked up whole, or if it has no token, or if bytes without a character of their own are
+   merged. */
+static void ptst__tok_apart(ptst_tokenizer *t) {
+    bool never = t->ignore_merges || t->prefix_size != 0 || t->suffix_size != 0 ||
+                 ptst__map_get(&t->by_text, "\xE2\x96\x81", 3, -1) < 0;
+    size_t i, k;
+    memset(t->apart, never ? 0 : 1, sizeof t->apart);
+    t->apart[0x81] = false; /* U+2581 itself: runs stay together */
+    for (i = 0; !never && i < t->merges_capacity; i++) {
+        const ptst__token *token;
+        if (t->merges[i].pair == 0) {
+            continue;
+        }
+        token = &t->tokens[t->merges[i].id];
+        for (k = 0; k + 3 <= token->size; k++) {
+            if (k != 0 && memcmp(token->text + k, "\xE2\x96\x81", 3) == 0) {
+                t->apart[(unsigned char)token->text[k - 1]] = false;
+            }
+            never = never || (token->size > 6 && memcmp(token->text + k, "<0x", 3) == 0);
+        }
+    }
+    if (never) {
+        memset(t->apart, 0, sizeof t->apart);
+    }
 }
 
 /* The tokens of each byte: of the byte-level alphabet, and <0x00> .. <0xFF>. */
@@ -6728,6 +6813,7 @@ static ptst_code ptst__tok_model(ptst__tokenizer_reader *r) {
     t->unk = s == NULL ? -1 : ptst__map_get(&t->by_text, s, size, -1);
     if (code == PTST_OK) {
         ptst__tok_bytes(t);
+        ptst__tok_apart(t);
         code = ptst__tok_added(r, added);
     }
     return code;
@@ -7211,6 +7297,55 @@ static ptst_code ptst__heap_add(ptst__encoder *e, int32_t left) {
     return ptst__heap_push(e, k);
 }
 
+enum { PTST__MERGE_FEW = 48 };
+
+/* The same for few symbols: the ranks of all pairs side by side are faster than a heap. Appends the
+   tokens. */
+static ptst_code ptst__merge_few(ptst__encoder *e, size_t n) {
+    int32_t id[PTST__MERGE_FEW], rank[PTST__MERGE_FEW], joined[PTST__MERGE_FEW];
+    size_t i, k, best = 0;
+    ptst_code code = PTST_OK;
+    for (i = 0; i < n; i++) {
+        id[i] = e->symbols[i].id;
+    }
+#define PTST__LOOK(i)                                                                              \
+    do {                                                                                           \
+        const ptst__merge *m = id[i] < 0 || id[(i) + 1] < 0                                        \
+                                   ? NULL                                                          \
+                                   : ptst__merge_slot(e->t, ptst__pair(id[i], id[(i) + 1]));       \
+        rank[i] = m == NULL || m->pair == 0 ? INT32_MAX : m->rank;                                 \
+        joined[i] = m == NULL ? -1 : m->id;                                                        \
+    } while (0)
+    for (i = 0; i + 1 < n; i++) {
+        PTST__LOOK(i);
+    }
+    while (n > 1) {
+        for (i = 1, best = 0; i + 1 < n; i++) {
+            best = rank[i] < rank[best] ? i : best;
+        }
+        if (rank[best] == INT32_MAX) {
+            break;
+        }
+        id[best] = joined[best];
+        for (k = best + 1, n--; k < n; k++) {
+            id[k] = id[k + 1];
+            rank[k] = rank[k + 1];
+            joined[k] = joined[k + 1];
+        }
+        if (best + 1 < n) {
+            PTST__LOOK(best);
+        }
+        if (best > 0) {
+            PTST__LOOK(best - 1);
+        }
+    }
+#undef PTST__LOOK
+    for (i = 0; i < n && code == PTST_OK; i++) {
+        code = ptst_ids_append(e->c, e->out, id[i]);
+    }
+    return code;
+}
+
 static ptst_code ptst__merge_all(ptst__encoder *e, size_t count) {
     ptst_code code = PTST_OK;
     size_t i;
@@ -7344,7 +7479,7 @@ static int32_t ptst__whole_word(ptst__encoder *e, const char *s, size_t size) {
     return size > 256 ? -1 : ptst__map_get(&e->t->by_text, e->word.data, e->word.size, -1);
 }
 
-static ptst_code ptst__encode_word(ptst__encoder *e, const char *s, size_t size) {
+static ptst_code ptst__encode_new_word(ptst__encoder *e, const char *s, size_t size) {
     size_t count = 0;
     int32_t i, whole;
     ptst_code code;
@@ -7355,13 +7490,88 @@ static ptst_code ptst__encode_word(ptst__encoder *e, const char *s, size_t size)
         }
     }
     code = ptst__word_symbols(e, s, size, &count);
+    if (code == PTST_OK && count <= PTST__MERGE_FEW) {
+        return count == 0 ? PTST_OK : ptst__merge_few(e, count);
+    }
     if (code == PTST_OK) {
         code = ptst__merge_all(e, count);
     }
-    for (i = 0; code == PTST_OK && i >= 0 && count > 0; i = e->symbols[i].next) {
+    for (i = 0; code == PTST_OK && i >= 0; i = e->symbols[i].next) {
         code = ptst_ids_append(e->c, e->out, e->symbols[i].id);
     }
     return code;
+}
+
+/* A word that came before, with its tokens: one cache line. */
+typedef struct ptst__known_word {
+    uint64_t mark;       /* of the tokenizer; 0 = free */
+    uint8_t size, count; /* of the word in bytes, of its tokens */
+    char text[22];
+    int32_t ids[8];
+} ptst__known_word;
+
+enum { PTST__KNOWN_WORDS = 16384 };
+
+/* Where a word may lie in the context's table, which is made when it is first needed: it knows
+   tokenizers by what is in their files, so it outlives them. NULL if memory ran out. */
+static ptst__known_word *ptst__known_slot(ptst__encoder *e, const char *s, size_t size) {
+    if (e->c->words == NULL) {
+        e->c->words = ptst__calloc(e->c, PTST__KNOWN_WORDS, sizeof(ptst__known_word));
+        if (e->c->words == NULL) {
+            return NULL;
+        }
+    }
+    return (ptst__known_word *)e->c->words + ptst__hash(s, size) % PTST__KNOWN_WORDS;
+}
+
+static ptst_code ptst__encode_word(ptst__encoder *e, const char *s, size_t size) {
+    ptst__known_word *w;
+    size_t i, before = e->out->count;
+    ptst_code code = PTST_OK;
+    if (size == 0 || size > sizeof w->text) {
+        return ptst__encode_new_word(e, s, size);
+    }
+    w = ptst__known_slot(e, s, size);
+    if (w == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    if (w->mark == e->t->mark && w->size == size && memcmp(w->text, s, size) == 0) {
+        for (i = 0; i < w->count && code == PTST_OK; i++) {
+            code = ptst_ids_append(e->c, e->out, w->ids[i]);
+        }
+        return code;
+    }
+    code = ptst__encode_new_word(e, s, size);
+    if (code == PTST_OK && e->out->count - before <= sizeof w->ids / sizeof *w->ids) {
+        w->mark = e->t->mark;
+        w->size = (uint8_t)size;
+        w->count = (uint8_t)(e->out->count - before);
+        memcpy(w->text, s, size);
+        if (w->count != 0) {
+            memcpy(w->ids, e->out->data + before, w->count * sizeof *w->ids);
+        }
+    }
+    return code;
+}
+
+/* A piece of the pre-tokenizer. Without one (SentencePiece's way) it is a whole text: it is cut
+   before each U+2581 that no merge can join to what is before it, which changes nothing but makes
+   words that have been seen before. */
+static ptst_code ptst__encode_piece_words(ptst__encoder *e, const char *s, size_t size) {
+    size_t at = 1, from = 0;
+    const char *space;
+    ptst_code code = PTST_OK;
+    while (code == PTST_OK && at < size && !e->t->byte_level &&
+           (space = (const char *)memchr(s + at, '\xE2', size - at)) != NULL) {
+        at = (size_t)(space - s);
+        if (size - at >= 3 && memcmp(space, "\xE2\x96\x81", 3) == 0 &&
+            e->t->apart[(unsigned char)s[at - 1]]) {
+            code = ptst__encode_word(e, s + from, at - from);
+            from = at;
+        }
+        at++;
+    }
+    return code == PTST_OK ? ptst__encode_word(e, s + from, size - from) : code;
 }
 
 /* ---- normalizer ---- */
@@ -7372,11 +7582,20 @@ static ptst_code ptst__replace(ptst_ctx *c, const ptst__step *s, const char *tex
     size_t at = 0, from = 0, last = SIZE_MAX, end;
     ptst_code code = PTST_OK;
     if (s->regex == NULL) {
-        for (; at < size && code == PTST_OK;) {
-            bool hit = size - at >= s->from_size && memcmp(text + at, s->from, s->from_size) == 0;
-            code = hit ? ptst_text_append(c, to, s->to, s->to_size)
-                       : ptst_text_append(c, to, text + at, 1);
-            at += hit ? s->from_size : 1;
+        while (code == PTST_OK) {
+            const char *next =
+                s->from_size == 0 || size - at < s->from_size
+                    ? NULL
+                    : (const char *)memchr(text + at, s->from[0], size - at - s->from_size + 1);
+            if (next == NULL) {
+                return ptst_text_append(c, to, text + from, size - from);
+            }
+            at = (size_t)(next - text) + 1;
+            if (memcmp(next, s->from, s->from_size) == 0) {
+                code = ptst_text_append(c, to, text + from, at - 1 - from);
+                code = code == PTST_OK ? ptst_text_append(c, to, s->to, s->to_size) : code;
+                at = from = at - 1 + s->from_size;
+            }
         }
         return code;
     }
@@ -7653,7 +7872,7 @@ static ptst_code ptst__encode_piece(ptst__encoder *e, size_t step, const char *s
         return PTST_OK;
     }
     if (step == e->t->cuts_count) {
-        return ptst__encode_word(e, s, size);
+        return ptst__encode_piece_words(e, s, size);
     }
     if (cut->kind == PTST__CUT_SPLIT && !cut->mapped) {
         return ptst__encode_cut(e, step, s, s, size, first);
@@ -8123,6 +8342,7 @@ PTST_API ptst_tokenizer *ptst_tokenizer_parse(ptst_ctx *c, const char *text, siz
         return NULL;
     }
     r.t->bos = r.t->eos = r.t->unk = -1;
+    r.t->mark = ptst__hash_text(text, size);
     ptst__tok_notes(&r);
     code = ptst__tok_read(&r);
     ptst_json_free(c, r.j);
@@ -22539,6 +22759,7 @@ PTST_API void ptst_close(ptst_ctx *c) {
         ptst_allocator allocator = c->allocator;
         ptst__pool_close(c);
         ptst__free(c, c->scratch);
+        ptst__free(c, c->words);
         ptst__free_with(&allocator, c);
     }
 }
