@@ -191,6 +191,8 @@ expect "one thread" 0 tune --out "$WORK/t1" --threads 1
 expect "three threads" 0 tune --out "$WORK/t3" --threads 3
 if cmp -s "$WORK/t1/adapter_model.safetensors" "$WORK/t3/adapter_model.safetensors" &&
     cmp -s "$WORK/t1/adapter_model.safetensors" "$WORK/a/adapter_model.safetensors"; then ok; else bad "bit-identical for any number of threads"; fi
+expect "gradient checkpointing" 0 tune --out "$WORK/gc" --gradient-checkpointing
+if cmp -s "$WORK/gc/adapter_model.safetensors" "$WORK/a/adapter_model.safetensors"; then ok; else bad "bit-identical with gradient checkpointing"; fi
 expect "merge" 0 "$PTST" merge --model $MODEL --adapter "$WORK/a" --out "$WORK/merged"
 expect "check the merged model" 0 "$PTST" check "$WORK/merged"
 printf '{"text": "Once upon a time"}\n{"text": "The end"}\n' >"$WORK/plain.jsonl"

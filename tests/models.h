@@ -132,8 +132,8 @@ PTST__UNUSED static double models_gradient_error(ptst_ctx *c, models_case *k, co
     size_t i, n, labels;
     double sum = 0, worst = 0;
     float expected = *(const float *)ptst_tensors_find(k->expected, loss)->data;
-    ptst__pass *p =
-        ptst__pass_new(c, k->m, k->a, k->batch.count, k->batch.count, k->batch.segments_count);
+    ptst__pass *p = ptst__pass_new(c, k->m, k->a, k->batch.count, k->batch.count,
+                                   k->batch.segments_count, false);
     if (p == NULL || ptst__pass_run(c, p, &k->batch, true, 0, 0, 0, &sum, &labels) != PTST_OK) {
         ptst__pass_free(c, p);
         return HUGE_VAL;

@@ -202,7 +202,8 @@ static void new_adapter_refuses(void) {
     g.num_hidden_layers = 3;
     g.hidden_size = 16;
     other = ptst_model_new(c, &g, 1);
-    CHECK(ptst__pass_new(c, other, a, 4, 4, 1) == NULL && ptst_error_code(c) == PTST_ERR_MISMATCH);
+    CHECK(ptst__pass_new(c, other, a, 4, 4, 1, false) == NULL &&
+          ptst_error_code(c) == PTST_ERR_MISMATCH);
     CHECK_TEXT(ptst_error_text(c),
                "the adapter's self_attn.q_proj is for [16, 12], the model has [16, 16]");
     ptst_model_free(c, other);
@@ -458,7 +459,7 @@ static void dropout_in_pass(void) {
     double plain, a, b, again, none;
     ptst_adapter *zero;
     CHECK(models_open(c, &k, "llama_bias", true));
-    p = ptst__pass_new(c, k.m, k.a, MODELS_TOKENS, MODELS_TOKENS, 3);
+    p = ptst__pass_new(c, k.m, k.a, MODELS_TOKENS, MODELS_TOKENS, 3, false);
     CHECK(ptst__pass_run(c, p, &k.batch, false, 0, 0, 0, &plain, NULL) == PTST_OK);
     CHECK(ptst__pass_run(c, p, &k.batch, true, 0.2, 1, 1, &a, NULL) == PTST_OK);
     CHECK(ptst__pass_run(c, p, &k.batch, false, 0.2, 1, 2, &b, NULL) == PTST_OK);
@@ -466,7 +467,7 @@ static void dropout_in_pass(void) {
     CHECK(a != plain && b != plain && a != b && a == again);
     ptst__pass_free(c, p);
     zero = ptst_adapter_new(c, k.m, NULL);
-    p = ptst__pass_new(c, k.m, zero, MODELS_TOKENS, MODELS_TOKENS, 3);
+    p = ptst__pass_new(c, k.m, zero, MODELS_TOKENS, MODELS_TOKENS, 3, false);
     CHECK(ptst__pass_run(c, p, &k.batch, false, 0, 0, 0, &none, NULL) == PTST_OK);
     CHECK(ptst__pass_run(c, p, &k.batch, false, 0.2, 0, 0, &a, NULL) == PTST_OK);
     CHECK(a == none);

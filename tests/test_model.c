@@ -145,7 +145,7 @@ static bool model_trial_open_with(ptst_ctx *c, model_trial *t, const ptst_config
     t->batch.count = 24;
     t->batch.segments = t->segments;
     t->batch.segments_count = 4;
-    t->p = t->m == NULL ? NULL : ptst__pass_new(c, t->m, t->a, 24, 24, 4);
+    t->p = t->m == NULL ? NULL : ptst__pass_new(c, t->m, t->a, 24, 24, 4, false);
     CHECK(t->p != NULL && (targets == NULL || t->a != NULL));
     return t->p != NULL;
 }
@@ -300,7 +300,7 @@ static void packed_is_separate(void) {
         float *grads;
         double packed;
         CHECK(models_open(c, &k, models_names[i], true));
-        p = ptst__pass_new(c, k.m, k.a, MODELS_TOKENS, MODELS_TOKENS, 3);
+        p = ptst__pass_new(c, k.m, k.a, MODELS_TOKENS, MODELS_TOKENS, 3, false);
         grads = (float *)malloc(p->grads_count * sizeof *grads);
         for (s = 0; s < 3; s++) {
             one[s].begin = 0;
@@ -356,7 +356,7 @@ static void prefix_is_repetition(void) {
         one.count = HEAD + A + B;
         one.segments = shared;
         one.segments_count = 3;
-        p = ptst__pass_new(c, k.m, k.a, MODELS_TOKENS, A + B, 3);
+        p = ptst__pass_new(c, k.m, k.a, MODELS_TOKENS, A + B, 3, false);
         grads = (float *)malloc(p->grads_count * sizeof *grads);
         expected = model_run_each(c, p, &two, 1);
         model_copy_grads(p, grads);
@@ -370,6 +370,43 @@ static void prefix_is_repetition(void) {
 
 /* A model large enough for several tasks in every operation; the bits of loss, gradients, logits
    and new weights on 1, 2 and 3 threads. */
+/* Gradient checkpointing: less memory, the same bits; adapters, also with dropout, and all weights. */
+static void again_same_bits(void) {
+    ptst_ctx *c = test_open(2, NULL);
+    int i, k, full;
+    for (i = 0; i < MODELS; i++) {
+        for (full = 0; full < 2; full++) {
+            models_case m;
+            float *grads = NULL;
+            double sum[2];
+            CHECK(models_open(c, &m, models_names[i], !full));
+            CHECK(!full || ptst_model_unfreeze(c, m.m) == PTST_OK);
+            for (k = 0; k < 2; k++) {
+                ptst__pass *p = ptst__pass_new(c, m.m, m.a, m.batch.count, m.batch.count,
+                                               m.batch.segments_count, k == 1);
+                CHECK(p != NULL);
+                if (p == NULL) {
+                    continue;
+                }
+                grads = grads == NULL ? (float *)malloc(p->grads_count * sizeof *grads) : grads;
+                CHECK(ptst__pass_run(c, p, &m.batch, true, full ? 0 : 0.25, 3, 4, &sum[k], NULL) ==
+                      PTST_OK);
+                if (k == 0) {
+                    memcpy(grads, p->grads, p->grads_count * sizeof *grads);
+                }
+                CHECK(memcmp(grads, p->grads, p->grads_count * sizeof *grads) == 0);
+                ptst__pass_free(c, p);
+            }
+            CHECK(memcmp(&sum[0], &sum[1], sizeof *sum) == 0);
+            CHECK(m.m->L < 3 || ptst__pass_bytes(m.m, m.a, 4096, 4096, 1, true) <
+                                    ptst__pass_bytes(m.m, m.a, 4096, 4096, 1, false));
+            free(grads);
+            models_close(c, &m);
+        }
+    }
+    ptst_close(c);
+}
+
 static void threads_same_bits(void) {
     enum { N = 150 };
     static const ptst_segment segments[4] = {{0, 40, -1}, {40, 60, 0}, {100, 30, 0}, {130, 20, -1}};
@@ -408,7 +445,7 @@ static void threads_same_bits(void) {
             memset(&sd, 0, sizeof sd);
             d.targets = "all-linear";
             a = full ? NULL : ptst_adapter_new(c, m, &d);
-            p = ptst__pass_new(c, m, a, N, N, 4);
+            p = ptst__pass_new(c, m, a, N, N, 4, false);
             s = ptst_session_new(c, m, a, &sd);
             chunk.slot = 0;
             chunk.tokens = tokens;
@@ -641,19 +678,19 @@ static void pass_refuses(void) {
     ptst__pass_zero(t.p);
     CHECK(ptst__pass_run(c, t.p, &t.batch, true, 0, 0, 0, &sum, &labels) == PTST_OK);
     CHECK(sum == 0 && labels == 0 && models_norm(t.p->grads, t.p->grads_count) == 0);
-    p = ptst__pass_new(c, t.m, NULL, 24, 2, 4);
+    p = ptst__pass_new(c, t.m, NULL, 24, 2, 4, false);
     memset(t.labels, 0, 3 * sizeof t.labels[0]);
     CHECK(ptst__pass_run(c, p, &t.batch, true, 0, 0, 0, &sum, &labels) == PTST_ERR_ARGUMENT);
     CHECK_TEXT(ptst_error_text(c), "the batch has more than 2 labels");
     ptst__pass_free(c, p);
     t.m->trainable = false;
-    p = ptst__pass_new(c, t.m, NULL, 24, 24, 4);
+    p = ptst__pass_new(c, t.m, NULL, 24, 24, 4, false);
     CHECK(ptst__pass_run(c, p, &t.batch, false, 0, 0, 0, &sum, &labels) == PTST_OK && sum > 0);
     CHECK(ptst__pass_run(c, p, &t.batch, true, 0, 0, 0, &sum, &labels) == PTST_ERR_ARGUMENT);
     ptst__pass_free(c, p);
     t.m->trainable = true;
-    CHECK(ptst__pass_bytes(t.m, NULL, SIZE_MAX / 8, 1, 1) == 0);
-    CHECK(ptst__pass_new(c, t.m, NULL, SIZE_MAX / 8, 1, 1) == NULL);
+    CHECK(ptst__pass_bytes(t.m, NULL, SIZE_MAX / 8, 1, 1, false) == 0);
+    CHECK(ptst__pass_new(c, t.m, NULL, SIZE_MAX / 8, 1, 1, false) == NULL);
     model_trial_close(c, &t);
     ptst_close(c);
 }
@@ -717,7 +754,7 @@ static float *models_adapter_gradients(ptst_ctx *c, models_case *k, ptst_model *
     for (i = 0; a != NULL && i < a->values_count; i++) {
         a->values[i] += 0.05f * (float)((int)(i * 7 % 11) - 5);
     }
-    p = ptst__pass_new(c, m, a, k->batch.count, k->batch.count, k->batch.segments_count);
+    p = ptst__pass_new(c, m, a, k->batch.count, k->batch.count, k->batch.segments_count, false);
     if (p != NULL && ptst__pass_run(c, p, &k->batch, true, 0, 0, 0, NULL, NULL) == PTST_OK) {
         *count = p->grads_count;
         out = (float *)malloc(*count * sizeof *out);
@@ -1319,7 +1356,7 @@ static ptst_code sweep_load(ptst_ctx *c, void *arg) {
     ptst_code code = m == NULL ? ptst_error_code(c) : ptst_model_unfreeze(c, m);
     (void)arg;
     if (code == PTST_OK) {
-        p = ptst__pass_new(c, m, NULL, 5, 5, 1);
+        p = ptst__pass_new(c, m, NULL, 5, 5, 1, false);
         code = p == NULL ? ptst_error_code(c) : ptst__pass_run(c, p, &b, true, 0, 0, 0, NULL, NULL);
     }
     if (code == PTST_OK) {
@@ -1366,7 +1403,7 @@ static void runs_without_allocating(void) {
     desc.allocator.user = &counts;
     CHECK(ptst_open(&desc, &c) == PTST_OK);
     CHECK(models_open(c, &k, "llama_bias", true));
-    p = ptst__pass_new(c, k.m, k.a, MODELS_TOKENS, MODELS_TOKENS, 3);
+    p = ptst__pass_new(c, k.m, k.a, MODELS_TOKENS, MODELS_TOKENS, 3, false);
     s = ptst_session_new(c, k.m, k.a, NULL);
     h.slot = 0;
     h.tokens = k.tokens;
@@ -1392,6 +1429,7 @@ static void suite_model(void) {
     RUN(differences_saved);
     RUN(packed_is_separate);
     RUN(prefix_is_repetition);
+    RUN(again_same_bits);
     RUN(threads_same_bits);
     RUN(cached_is_full);
     RUN(session_rewinds);

@@ -827,6 +827,8 @@ static const option finetune_options[] = {
     {"--long-rows", "HOW", "cut", "rows longer than the context: cut, drop or error"},
     {"--weight-decay", "X", "0", "AdamW weight decay"},
     {"--clip", "X", "0", "clips the gradient's norm; 0 = off"},
+    {"--gradient-checkpointing", NULL, NULL,
+     "less memory for about 40 % more time, the same results"},
     {"--no-shuffle", NULL, NULL, "keeps the order of the file"},
     {"--limit", "N", "0", "uses the first N rows; 0 = all"},
     {"--mix", "FILE", NULL, "safety rows to mix in"},
@@ -945,6 +947,7 @@ static const option bench_train_options[] = {
     {"--prefix", "P", "0", "first tokens that all rows share"},
     {"--rank", "N", "8", "LoRA rank"},
     {"--targets", "LIST", "q_proj,v_proj", "linear layers with LoRA, or all-linear"},
+    {"--gradient-checkpointing", NULL, NULL, "computes the layers again for the backward pass"},
     {"--full", NULL, NULL, "trains all weights"},
     {"--steps", "N", "3", "timed steps; the median is printed"},
     OPTIONS_COMMON,
@@ -2092,6 +2095,7 @@ static int command_bench_train(args *a) {
     train.batch = (size_t)batch;
     train.epochs = (uint64_t)steps + 1;
     train.no_shuffle = true;
+    train.gradient_checkpointing = given(a, "--gradient-checkpointing");
     if (code == 0) {
         data = bench_rows(a, ptst_model_config(l.model), (size_t)batch, (size_t)seq, (size_t)prefix);
         t = data == NULL ? NULL : ptst_trainer_new(a->c, l.model, l.adapter, data, &train);
@@ -2231,6 +2235,7 @@ static bool get_train_options(const args *a, ptst_train_desc *t) {
     t->seed = (uint64_t)seed;
     t->batching = packing ? PTST_BATCHING_PACKING : PTST_BATCHING_EXAMPLES;
     t->no_shuffle = given(a, "--no-shuffle");
+    t->gradient_checkpointing = given(a, "--gradient-checkpointing");
     return true;
 }
 
