@@ -17893,11 +17893,12 @@ PTST_API ptst_code ptst_tensors_write(ptst_ctx *c, const char *path, const ptst_
    Tested by tests/test_kernels.c and tests/test_ops.c. */
 
 /* One call of a micro-kernel, rows x cols of Y:
-   y[i * ldy + j] = beta y[i * ldy + j] + alpha sum_k a[k * a_width + i] b[k * b_step + j]
-   beta = 0 does not read y. */
+   y[i * ldy + j] = beta y[i * ldy + j] + alpha sum_k A(i, k) b[k * b_step + j]
+   beta = 0 does not read y. A(i, k) = a[k * a_width + i] if a_ld = 0 (a packed panel), else
+   a[i * a_ld + k] (only if the kernels say so, and for rows = tile_rows). */
 typedef struct ptst__tile {
     const float *a, *b;
-    size_t b_step, rows, cols;
+    size_t a_ld, b_step, rows, cols;
     float alpha, beta;
     float *y;
     size_t ldy;
@@ -17920,6 +17921,7 @@ struct ptst__kernels {
        a_width >= tile_rows floats, those of B tile_cols. It reads all of them (tile_cols floats of
        each row of B), also if it makes less. */
     size_t tile_rows, a_width, tile_cols;
+    bool unpacked; /* can take rows of A as they lie in memory */
     /* Upper bounds of a block that a core works on: tile_cols x block_k floats of B and
        block_rows x block_k of A are to stay in the second cache. */
     size_t block_k, block_rows;
@@ -18514,7 +18516,9 @@ enum {
     PTST__BLOCK_M = 1024,
     PTST__PANEL = 64,       /* no panel is wider */
     PTST__AHEAD = 8192,     /* bytes of weights that `dots` asks for ahead of time */
+    PTST__TURN_AHEAD = 128, /* elements of a row that packing asks for ahead of time */
     PTST__PACK_ROWS = 32,   /* of B, in one task */
+    PTST__UNPACKED = 1536,  /* up to so many columns of Y are made without packing A */
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
     PTST__SHORT = 96,       /* and up to so many by tasks that pack for themselves */
     PTST__ALONE = 64 * 1024 /* multiplications that are done before another thread wakes up */
@@ -18573,12 +18577,12 @@ static void ptst__pack_cols__scalar(float *dst, size_t width, const void *src, p
 /* 4 x 4, sums in double. */
 static void ptst__tile__scalar(size_t K, const ptst__tile *t) {
     float sums[16];
-    size_t i, j, k;
+    size_t i, j, k, ld = t->a_ld == 0 ? 1 : t->a_ld, step = t->a_ld == 0 ? 4 : 1;
     for (i = 0; i < t->rows; i++) {
         for (j = 0; j < t->cols; j++) {
             double sum = 0;
             for (k = 0; k < K; k++) {
-                sum += (double)t->a[4 * k + i] * (double)t->b[k * t->b_step + j];
+                sum += (double)t->a[i * ld + k * step] * (double)t->b[k * t->b_step + j];
             }
             sums[4 * i + j] = (float)sum;
         }
@@ -18647,8 +18651,8 @@ PTST__AVX2 static void ptst__pack_rows__avx2(float *dst, size_t width, const voi
     size_t k, j;
     for (k = 0; k < K; k++) {
         const void *row = ptst__element(src, dtype, k * ld);
-        _mm_prefetch((const char *)ptst__element(src, dtype, ptst__min(k + 16, K - 1) * ld),
-                     _MM_HINT_T0);
+        uintptr_t later = (uintptr_t)src + ptst__dtype_bytes(dtype, (k + 16) * ld);
+        _mm_prefetch((const char *)later, _MM_HINT_T0);
         for (j = 0; j < width; j += 8) {
             __m256 x = _mm256_setzero_ps();
             if (j + 8 <= cols) {
@@ -18728,12 +18732,15 @@ PTST__AVX2 PTST__INLINE void ptst__put8__avx2(float *y, __m256 sum, float alpha,
     _mm256_storeu_ps(y, sum);
 }
 
-/* As __scalar, up to 6 x 16 sums in 12 registers, FMA; `count` is a constant. */
-PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t, size_t count) {
+/* As __scalar, up to 6 x 16 sums in 12 registers, FMA; `count` and `packed` are constants. Of rows
+   of A that lie in memory every third has a pointer. */
+PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t, size_t count,
+                                                   bool packed) {
     float edge[6 * 16];
     bool whole = t->rows == count && t->cols == 16;
     float *y = whole ? t->y : edge;
-    const float *a = t->a, *b = t->b;
+    const float *a = t->a, *b = t->b, *a3 = packed ? a : a + 3 * t->a_ld;
+    size_t ld = t->a_ld, step = packed ? 8 : 1;
     size_t ldy = whole ? t->ldy : 16, b_step = t->b_step, distance;
     float alpha = whole ? t->alpha : 1, beta = whole ? t->beta : 0;
     distance = (size_t)((uintptr_t)t->ahead - (uintptr_t)b); /* saves a third pointer in the loop */
@@ -18745,11 +18752,11 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     }
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
-    for (; K > 0; K--, a += 8, b += b_step) {
+    for (; K > 0; K--, a += step, a3 += step, b += b_step) {
         __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8), ai;
 #define PTST__X(i)                                                                                 \
     if (i < count) {                                                                               \
-        ai = _mm256_broadcast_ss(a + i);                                                           \
+        ai = _mm256_broadcast_ss(packed ? a + i : (i < 3 ? a : a3) + i % 3 * ld);                  \
         p##i = _mm256_fmadd_ps(ai, b0, p##i);                                                      \
         q##i = _mm256_fmadd_ps(ai, b1, q##i);                                                      \
     }
@@ -18770,7 +18777,11 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
 }
 
 PTST__AVX2 static void ptst__tile__avx2(size_t K, const ptst__tile *t) {
-    t->rows > 4 ? ptst__tile_rows__avx2(K, t, 6) : ptst__tile_rows__avx2(K, t, 4);
+    if (t->a_ld != 0) {
+        ptst__tile_rows__avx2(K, t, 6, false);
+    } else {
+        t->rows > 4 ? ptst__tile_rows__avx2(K, t, 6, true) : ptst__tile_rows__avx2(K, t, 4, true);
+    }
 }
 
 /* The sums of the lanes of four vectors. */
@@ -18987,9 +18998,9 @@ PTST__AVX512 static void ptst__pack_rows__avx512(float *dst, size_t width, const
                                                  size_t K) {
     size_t k, j;
     for (k = 0; k < K; k++) {
-        const char *later = (const char *)ptst__element(src, dtype, ptst__min(k + 16, K - 1) * ld);
-        _mm_prefetch(later, _MM_HINT_T0);
-        _mm_prefetch(later + 64, _MM_HINT_T0);
+        uintptr_t later = (uintptr_t)src + ptst__dtype_bytes(dtype, (k + 16) * ld);
+        _mm_prefetch((const char *)later, _MM_HINT_T0);
+        _mm_prefetch((const char *)(later + 64), _MM_HINT_T0);
         for (j = 0; j < width; j += 16) {
             __mmask16 mask = cols > j ? ptst__mask16__avx512(cols - j) : (__mmask16)0;
             __m512 x = ptst__load16__avx512(src, dtype, k * ld + j, mask);
@@ -19017,6 +19028,17 @@ PTST__AVX512 PTST__INLINE __m512 ptst__lanes__avx512(const void *const column[16
                              : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
 
+/* Asks for what lies PTST__TURN_AHEAD elements behind element k of 16 columns, or behind their end
+   in the 16 columns after them. */
+PTST__INLINE void ptst__turn_ahead(const void *const column[16], ptst_dtype dtype, size_t ld,
+                                   size_t k, size_t K) {
+    size_t i, at = k + PTST__TURN_AHEAD;
+    at = at < K ? at : 16 * ld + at - K;
+    for (i = 0; i < 16; i++) {
+        _mm_prefetch((const char *)ptst__element(column[i], dtype, at), _MM_HINT_T0);
+    }
+}
+
 /* As __scalar, 16 columns and 4 k at a time: squares of 4 x 4 are turned within the lanes. */
 PTST__AVX512 PTST__INLINE void ptst__turn__avx512(float *dst, size_t width, const void *src,
                                                   ptst_dtype dtype, size_t ld, size_t cols,
@@ -19028,6 +19050,9 @@ PTST__AVX512 PTST__INLINE void ptst__turn__avx512(float *dst, size_t width, cons
             column[i] = ptst__element(src, dtype, (j + i < cols ? j + i : cols - 1) * ld);
         }
         for (k = 0; K - k >= 4; k += 4) {
+            if (k % 16 == 0) {
+                ptst__turn_ahead(column, dtype, ld, k, K);
+            }
             __m512 x0 = ptst__lanes__avx512(column, dtype, 0, k);
             __m512 x1 = ptst__lanes__avx512(column, dtype, 1, k);
             __m512 x2 = ptst__lanes__avx512(column, dtype, 2, k);
@@ -19073,13 +19098,14 @@ PTST__AVX512 PTST__INLINE void ptst__put16__avx512(float *y, __m512 sum, __mmask
 }
 
 /* As __scalar, up to 14 x 32 sums in 28 registers, columns beyond the edge masked; `count` is a
-   constant. */
-PTST__AVX512 PTST__INLINE void ptst__tile_rows__avx512(size_t K, const ptst__tile *t,
-                                                       size_t count) {
+   constant, and so is `packed`. Of rows of A that lie in memory every third has a pointer. */
+PTST__AVX512 PTST__INLINE void ptst__tile_rows__avx512(size_t K, const ptst__tile *t, size_t count,
+                                                       bool packed) {
     __mmask16 m0 = ptst__mask16__avx512(t->cols);
     __mmask16 m1 = t->cols > 16 ? ptst__mask16__avx512(t->cols - 16) : (__mmask16)0;
     const float *a = t->a, *b = t->b, *ahead = t->ahead;
-    size_t rows = t->rows, ldy = t->ldy, b_step = t->b_step;
+    size_t rows = t->rows, ldy = t->ldy, b_step = t->b_step, ld = t->a_ld, step = packed ? 16 : 1;
+    const float *a3 = a + 3 * ld, *a6 = a + 6 * ld, *a9 = a + 9 * ld, *a12 = a + 12 * ld;
     float *y = t->y;
 #define PTST__X(i)                                                                                 \
     __m512 p##i = _mm512_setzero_ps(), q##i = _mm512_setzero_ps();                                 \
@@ -19089,16 +19115,18 @@ PTST__AVX512 PTST__INLINE void ptst__tile_rows__avx512(size_t K, const ptst__til
     }
     PTST__ROWS_14(PTST__X)
 #undef PTST__X
-    for (; K > 0; K--, a += 16, b += b_step, ahead += b_step) {
+    for (; K > 0; K--, a += step, b += b_step, ahead += b_step) {
         __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16), ai;
 #define PTST__X(i)                                                                                 \
     if (i < count) {                                                                               \
-        ai = _mm512_set1_ps(a[i]);                                                                 \
+        const float *row = i < 3 ? a : i < 6 ? a3 : i < 9 ? a6 : i < 12 ? a9 : a12;                \
+        ai = _mm512_set1_ps(packed ? a[i] : row[i % 3 * ld]);                                      \
         p##i = _mm512_fmadd_ps(ai, b0, p##i);                                                      \
         q##i = _mm512_fmadd_ps(ai, b1, q##i);                                                      \
     }
         PTST__ROWS_14(PTST__X)
 #undef PTST__X
+        a3++, a6++, a9++, a12++;
         _mm_prefetch((const char *)ahead, _MM_HINT_T1);
     }
 #define PTST__X(i)                                                                                 \
@@ -19111,12 +19139,14 @@ PTST__AVX512 PTST__INLINE void ptst__tile_rows__avx512(size_t K, const ptst__til
 }
 
 PTST__AVX512 static void ptst__tile__avx512(size_t K, const ptst__tile *t) {
-    if (t->rows > 8) {
-        ptst__tile_rows__avx512(K, t, 14);
+    if (t->a_ld != 0) {
+        ptst__tile_rows__avx512(K, t, 14, false);
+    } else if (t->rows > 8) {
+        ptst__tile_rows__avx512(K, t, 14, true);
     } else if (t->rows > 4) {
-        ptst__tile_rows__avx512(K, t, 8);
+        ptst__tile_rows__avx512(K, t, 8, true);
     } else {
-        ptst__tile_rows__avx512(K, t, 4);
+        ptst__tile_rows__avx512(K, t, 4, true);
     }
 }
 
@@ -19456,7 +19486,7 @@ typedef struct ptst__product {
        [n0, n0 + nc), and `own`, tile_cols x PTST__BLOCK_K for each thread. */
     float *packed_a, *packed_b, *own;
     size_t m0, mc, n0, nc, k0, kc, k_step;
-    size_t b_tasks;                         /* to pack B: 0 if it is still the same block */
+    size_t b_tasks, a_tasks;                /* to pack B: 0 if it is still the same block; A */
     size_t task_rows, task_cols, col_tasks; /* what one task computes of Y; tasks in a row of Y */
 } ptst__product;
 
@@ -19535,6 +19565,26 @@ static void ptst__pack_b_rows(const ptst__product *p, size_t task) {
     }
 }
 
+/* The micro-kernel takes rows of A as they lie in memory. It is some per cent slower then (each row
+   is a stream of its own), so packing pays where it is read by many panels of B. */
+static bool ptst__a_unpacked(const ptst__product *p) {
+    return p->kernels->unpacked && p->A.transposed && p->A.dtype == PTST_F32 &&
+           p->N <= PTST__UNPACKED;
+}
+
+/* Panels of A that must be packed, of `panels` in all: a last one that is not whole, or all. */
+static size_t ptst__a_packed(const ptst__product *p, size_t rows, size_t panels) {
+    return !ptst__a_unpacked(p) ? panels : rows % p->kernels->tile_rows != 0;
+}
+
+/* Where the tile finds its rows [m, m + rows) of A, k >= k0: in memory, or at `packed`. */
+static void ptst__tile_a(const ptst__product *p, ptst__tile *t, size_t m, size_t k0,
+                         const float *packed) {
+    bool unpacked = ptst__a_unpacked(p) && t->rows == p->kernels->tile_rows;
+    t->a_ld = unpacked ? p->A.ld : 0;
+    t->a = unpacked ? (const float *)p->A.data + m * p->A.ld + k0 : packed;
+}
+
 /* Task: packs one panel, first those of B, then those of A. */
 static void ptst__pack_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
@@ -19549,7 +19599,7 @@ static void ptst__pack_task(void *arg, size_t task, int thread) {
         ptst__pack_panel(kernels, p->packed_b + at * p->kc, width, p->B, p->n0 + at,
                          ptst__min(width, p->nc - at), p->k0, p->kc);
     } else {
-        task -= p->b_tasks;
+        task += ptst__ceil_div(p->mc, kernels->tile_rows) - p->b_tasks - p->a_tasks;
         width = kernels->a_width;
         at = task * kernels->tile_rows;
         ptst__pack_panel(kernels, p->packed_a + task * width * p->kc, width, p->A, p->m0 + at,
@@ -19579,10 +19629,11 @@ static void ptst__tiles_task(void *arg, size_t task, int thread) {
         t.b = p->packed_b + n * p->kc;
         t.cols = ptst__min(cols, n_end - n);
         for (m = m_first; m < m_end; m += rows) {
-            t.a = p->packed_a + m / rows * kernels->a_width * p->kc;
             t.rows = ptst__min(rows, m_end - m);
+            ptst__tile_a(p, &t, p->m0 + m, p->k0,
+                         p->packed_a + m / rows * kernels->a_width * p->kc);
             t.y = p->Y + (p->m0 + m) * p->ldy + p->n0 + n;
-            t.ahead = next < end ? next : t.a;
+            t.ahead = next < end ? next : t.b;
             next += 16;
             kernels->tile(p->kc, &t);
         }
@@ -19612,13 +19663,13 @@ static void ptst__gemm_large(ptst_ctx *c, ptst__product *p) {
         for (p->k0 = 0; p->k0 < p->K; p->k0 += p->kc) {
             p->kc = ptst__min(p->K - p->k0, p->k_step);
             for (p->m0 = 0; p->m0 < p->M; p->m0 += p->mc) {
-                size_t a_panels;
                 p->mc = ptst__min(p->M - p->m0, rows);
                 p->b_tasks = p->m0 != 0         ? 0
                              : p->B.transposed ? ptst__ceil_div(p->nc, kernels->tile_cols)
                                                : ptst__ceil_div(p->kc, PTST__PACK_ROWS);
-                a_panels = ptst__ceil_div(p->mc, kernels->tile_rows);
-                ptst__product_for(c, p->b_tasks + a_panels, ptst__pack_task, p);
+                p->a_tasks =
+                    ptst__a_packed(p, p->mc, ptst__ceil_div(p->mc, kernels->tile_rows));
+                ptst__product_for(c, p->b_tasks + p->a_tasks, ptst__pack_task, p);
                 ptst__product_for(c, ptst__cut_tasks(c, p), ptst__tiles_task, p);
             }
         }
@@ -19632,9 +19683,9 @@ static void ptst__short_pack_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
     const struct ptst__kernels *kernels = p->kernels;
     size_t rows = kernels->tile_rows, panels = ptst__ceil_div(p->M, rows);
-    size_t at = task % panels * rows, k = task / panels * p->k_step;
-    size_t kc = ptst__min(p->k_step, p->kc - k);
-    float *dst = p->packed_a + (panels * k + task % panels * kc) * kernels->a_width;
+    size_t panel = panels - p->a_tasks + task % p->a_tasks, at = panel * rows;
+    size_t k = task / p->a_tasks * p->k_step, kc = ptst__min(p->k_step, p->kc - k);
+    float *dst = p->packed_a + (panels * k + panel * kc) * kernels->a_width;
     (void)thread;
     ptst__pack_panel(kernels, dst, kernels->a_width, p->A, at, ptst__min(rows, p->M - at),
                      p->k0 + k, kc);
@@ -19645,6 +19696,7 @@ static void ptst__short_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
     const struct ptst__kernels *kernels = p->kernels;
     size_t cols = kernels->tile_cols, rows = kernels->tile_rows, n = task * cols, k, kc, m;
+    const float *packed;
     float *own = p->own + (size_t)thread * cols * PTST__BLOCK_K;
     bool direct;
     ptst__tile t;
@@ -19663,9 +19715,10 @@ static void ptst__short_task(void *arg, size_t task, int thread) {
         }
         t.ahead = direct && p->k0 + k + kc + 8 <= p->K ? t.b + 8 * t.b_step : t.b;
         t.beta = p->k0 + k == 0 ? p->beta : 1;
-        t.a = p->packed_a + ptst__ceil_div(p->M, rows) * k * kernels->a_width;
-        for (m = 0; m < p->M; m += rows, t.a += kc * kernels->a_width) {
+        packed = p->packed_a + ptst__ceil_div(p->M, rows) * k * kernels->a_width;
+        for (m = 0; m < p->M; m += rows, packed += kc * kernels->a_width) {
             t.rows = ptst__min(rows, p->M - m);
+            ptst__tile_a(p, &t, m, p->k0 + k, packed);
             t.y = p->Y + m * p->ldy + n;
             kernels->tile(kc, &t);
         }
@@ -19678,7 +19731,9 @@ static void ptst__gemm_short(ptst_ctx *c, ptst__product *p) {
     size_t room = (size_t)(p->own - p->packed_a) / (panels * p->kernels->a_width * p->k_step);
     for (p->k0 = 0; p->k0 < p->K; p->k0 += p->kc) {
         p->kc = ptst__min(p->K - p->k0, room * p->k_step);
-        ptst__product_for(c, panels * ptst__ceil_div(p->kc, p->k_step), ptst__short_pack_task, p);
+        p->a_tasks = ptst__a_packed(p, p->M, panels);
+        ptst__product_for(c, p->a_tasks * ptst__ceil_div(p->kc, p->k_step), ptst__short_pack_task,
+                          p);
         ptst__product_for(c, ptst__ceil_div(p->N, p->kernels->tile_cols), ptst__short_task, p);
     }
 }
@@ -19868,26 +19923,32 @@ static void ptst__peak_task(void *arg, size_t task, int thread) {
     j->kernels->peak(j->rounds, 0.999f, &j->sinks[task % 64]);
 }
 
-/* The most that the threads of this context could do: GFLOP/s of multiply-adds on registers only,
-   the best of several readings within about `seconds`. */
+/* What the threads of this context can do at most: GFLOP/s of multiply-adds on registers only, the
+   best of several readings of 10 ms each within about `seconds`. A processor starts faster than it
+   can go on (the clock falls within a millisecond or two of wide multiply-adds), and no product is
+   that short: hence the length of a reading, and the first one is not counted. */
 PTST__UNUSED static double ptst__peak_gflops(ptst_ctx *c, double seconds) {
     float sinks[64];
     ptst__peak_job j;
-    double begin = ptst__seconds(), last = begin, now, best = 0, one;
-    size_t tasks = 4 * (size_t)c->threads;
+    double begin = ptst__seconds(), start, now, best = 0, one, operations;
+    size_t tasks = 4 * (size_t)c->threads, readings = 0;
     memset(sinks, 0, sizeof sinks);
     j.kernels = c->kernels;
     j.rounds = 20000;
     j.sinks = sinks;
     one = c->kernels->peak(j.rounds, 0.999f, &sinks[0]);
     do {
-        last = ptst__seconds();
-        ptst__parallel_for(c, tasks, ptst__peak_task, &j);
-        now = ptst__seconds();
-        if (now > last && one * (double)tasks / (now - last) > best) {
-            best = one * (double)tasks / (now - last);
+        start = ptst__seconds();
+        operations = 0;
+        do {
+            ptst__parallel_for(c, tasks, ptst__peak_task, &j);
+            operations += one * (double)tasks;
+            now = ptst__seconds();
+        } while (now - start < 0.01);
+        if (readings++ != 0 && operations / (now - start) > best) {
+            best = operations / (now - start);
         }
-    } while (now - begin < seconds);
+    } while (readings < 3 || now - begin < seconds);
     return best * 1e-9;
 }
 
@@ -22586,9 +22647,10 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     "scalar",
     ptst__to_f32__scalar,
     ptst__from_f32__scalar,
-    4, /* tile_rows, a_width, tile_cols; block_k, block_rows */
+    4, /* tile_rows, a_width, tile_cols; unpacked; block_k, block_rows */
     4,
     4,
+    true,
     256,
     64,
     ptst__pack_rows__scalar,
@@ -22621,6 +22683,7 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     6,
     8,
     16,
+    true,
     320,
     120,
     ptst__pack_rows__avx2,
@@ -22652,6 +22715,7 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     14,
     16,
     32,
+    true,
     640,
     168,
     ptst__pack_rows__avx512,
@@ -22684,6 +22748,7 @@ static const struct ptst__kernels ptst__kernels_neon = {
     8,
     8,
     12,
+    false,
     320,
     120,
     ptst__pack_rows__neon,
