@@ -17903,6 +17903,7 @@ typedef struct ptst__tile {
     float *y;
     size_t ldy;
     const float *ahead; /* a hint: ahead[k * b_step], k < K, is needed soon */
+    bool stream;        /* a hint, only with beta = 0: y is too large to be kept near */
 } ptst__tile;
 
 struct ptst__adamw_factors;
@@ -18516,6 +18517,7 @@ enum {
     PTST__BLOCK_M = 1024,
     PTST__PANEL = 64,       /* no panel is wider */
     PTST__AHEAD = 8192,     /* bytes of weights that `dots` asks for ahead of time */
+    PTST__STREAM = 1 << 20, /* elements of Y that no cache near a core keeps */
     PTST__TURN_AHEAD = 128, /* elements of a row that packing asks for ahead of time */
     PTST__PACK_ROWS = 32,   /* of B, in one task */
     PTST__UNPACKED = 1536,  /* up to so many columns of Y are made without packing A */
@@ -18723,13 +18725,19 @@ PTST__AVX2 static void ptst__pack_cols__avx2(float *dst, size_t width, const voi
     }
 }
 
-/* y = beta y + alpha sum, 8 numbers. */
-PTST__AVX2 PTST__INLINE void ptst__put8__avx2(float *y, __m256 sum, float alpha, float beta) {
+/* y = beta y + alpha sum, 8 numbers; both halves of a cache line of a stream go to memory without
+   being read first. */
+PTST__AVX2 PTST__INLINE void ptst__put8__avx2(float *y, __m256 sum, float alpha, float beta,
+                                              bool stream) {
     sum = _mm256_mul_ps(sum, _mm256_set1_ps(alpha));
     if (beta != 0) {
         sum = _mm256_fmadd_ps(_mm256_set1_ps(beta), _mm256_loadu_ps(y), sum);
     }
-    _mm256_storeu_ps(y, sum);
+    if (stream) {
+        _mm256_stream_ps(y, sum);
+    } else {
+        _mm256_storeu_ps(y, sum);
+    }
 }
 
 /* As __scalar, up to 6 x 16 sums in 12 registers, FMA; `count` and `packed` are constants. Of rows
@@ -18743,10 +18751,11 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     size_t ld = t->a_ld, step = packed ? 8 : 1;
     size_t ldy = whole ? t->ldy : 16, b_step = t->b_step, distance;
     float alpha = whole ? t->alpha : 1, beta = whole ? t->beta : 0;
+    bool stream = t->stream && whole && ((uintptr_t)y | ldy * sizeof *y) % 64 == 0;
     distance = (size_t)((uintptr_t)t->ahead - (uintptr_t)b); /* saves a third pointer in the loop */
 #define PTST__X(i)                                                                                 \
     __m256 p##i = _mm256_setzero_ps(), q##i = _mm256_setzero_ps();                                 \
-    if (whole && i < count) {                                                                      \
+    if (whole && i < count && !stream) {                                                           \
         _mm_prefetch((const char *)(y + i * ldy), _MM_HINT_T0);                                    \
         _mm_prefetch((const char *)(y + i * ldy + 15), _MM_HINT_T0);                               \
     }
@@ -18766,8 +18775,8 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     }
 #define PTST__X(i)                                                                                 \
     if (i < count) {                                                                               \
-        ptst__put8__avx2(y + i * ldy, p##i, alpha, beta);                                          \
-        ptst__put8__avx2(y + i * ldy + 8, q##i, alpha, beta);                                      \
+        ptst__put8__avx2(y + i * ldy, p##i, alpha, beta, stream);                                  \
+        ptst__put8__avx2(y + i * ldy + 8, q##i, alpha, beta, stream);                              \
     }
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
@@ -19087,14 +19096,19 @@ PTST__AVX512 static void ptst__pack_cols__avx512(float *dst, size_t width, const
     }
 }
 
-/* y = beta y + alpha sum, 16 numbers where mask is set. */
+/* y = beta y + alpha sum, 16 numbers where mask is set. A whole cache line of a stream goes to memory
+   without being read first. */
 PTST__AVX512 PTST__INLINE void ptst__put16__avx512(float *y, __m512 sum, __mmask16 mask,
                                                    const ptst__tile *t) {
     sum = _mm512_mul_ps(sum, _mm512_set1_ps(t->alpha));
     if (t->beta != 0) {
         sum = _mm512_fmadd_ps(_mm512_set1_ps(t->beta), _mm512_maskz_loadu_ps(mask, y), sum);
     }
-    _mm512_mask_storeu_ps(y, mask, sum);
+    if (t->stream && mask == 0xFFFF && (uintptr_t)y % 64 == 0) {
+        _mm512_stream_ps(y, sum);
+    } else {
+        _mm512_mask_storeu_ps(y, mask, sum);
+    }
 }
 
 /* As __scalar, up to 14 x 32 sums in 28 registers, columns beyond the edge masked; `count` is a
@@ -19109,7 +19123,7 @@ PTST__AVX512 PTST__INLINE void ptst__tile_rows__avx512(size_t K, const ptst__til
     float *y = t->y;
 #define PTST__X(i)                                                                                 \
     __m512 p##i = _mm512_setzero_ps(), q##i = _mm512_setzero_ps();                                 \
-    if (i < count && i < rows) {                                                                   \
+    if (i < count && i < rows && !t->stream) {                                                     \
         _mm_prefetch((const char *)(y + i * ldy), _MM_HINT_T0);                                    \
         _mm_prefetch((const char *)(y + i * ldy + 16), _MM_HINT_T0);                               \
     }
@@ -19550,6 +19564,13 @@ static void ptst__product_for(ptst_ctx *c, size_t tasks, ptst__task run, ptst__p
 
 /* ---- large products ---- */
 
+/* What was written past the caches is seen by other threads from here on. */
+static void ptst__streamed(void) {
+#if PTST__X86
+    _mm_sfence();
+#endif
+}
+
 /* Packs PTST__PACK_ROWS rows of all panels of B, which lies row by row: a panel at a time would
    jump from page to page. */
 static void ptst__pack_b_rows(const ptst__product *p, size_t task) {
@@ -19566,10 +19587,11 @@ static void ptst__pack_b_rows(const ptst__product *p, size_t task) {
 }
 
 /* The micro-kernel takes rows of A as they lie in memory. It is some per cent slower then (each row
-   is a stream of its own), so packing pays where it is read by many panels of B. */
+   is a stream of its own), so packing pays where it is read by many panels of B, and where rows are
+   a multiple of 8 KB apart: too many of them share the same few places of a cache. */
 static bool ptst__a_unpacked(const ptst__product *p) {
     return p->kernels->unpacked && p->A.transposed && p->A.dtype == PTST_F32 &&
-           p->N <= PTST__UNPACKED;
+           p->N <= PTST__UNPACKED && p->A.ld % 2048 != 0;
 }
 
 /* Panels of A that must be packed, of `panels` in all: a last one that is not whole, or all. */
@@ -19622,6 +19644,7 @@ static void ptst__tiles_task(void *arg, size_t task, int thread) {
     t.b_step = cols;
     t.alpha = p->alpha;
     t.beta = p->k0 == 0 ? p->beta : 1;
+    t.stream = t.beta == 0 && p->kc == p->K && p->M * p->N >= PTST__STREAM;
     t.ldy = p->ldy;
     for (n = n_first; n < n_end; n += cols) {
         const float *next = p->packed_b + (n + cols) * p->kc; /* 16 floats are a cache line */
@@ -19637,6 +19660,9 @@ static void ptst__tiles_task(void *arg, size_t task, int thread) {
             next += 16;
             kernels->tile(p->kc, &t);
         }
+    }
+    if (t.stream) {
+        ptst__streamed();
     }
 }
 
@@ -19702,6 +19728,7 @@ static void ptst__short_task(void *arg, size_t task, int thread) {
     ptst__tile t;
     t.cols = ptst__min(cols, p->N - n);
     t.alpha = p->alpha;
+    t.stream = false;
     t.ldy = p->ldy;
     direct = p->B.dtype == PTST_F32 && !p->B.transposed && t.cols == cols && p->M <= 2 * rows;
     t.b_step = direct ? p->B.ld : cols;
@@ -22440,7 +22467,7 @@ static double ptst__cross_entropy_row(const struct ptst__kernels *kernels, size_
 
 typedef struct ptst__cross_entropy_job {
     const struct ptst__kernels *kernels;
-    size_t V;
+    size_t V, ld;
     float *logits;
     const int32_t *labels;
     double *losses;
@@ -22449,7 +22476,7 @@ typedef struct ptst__cross_entropy_job {
 
 static void ptst__cross_entropy_task(void *arg, size_t r, int thread) {
     const ptst__cross_entropy_job *j = (const ptst__cross_entropy_job *)arg;
-    float *x = j->logits + r * j->V;
+    float *x = j->logits + r * j->ld;
     (void)thread;
     if (j->labels[r] >= 0 && (size_t)j->labels[r] < j->V) {
         j->losses[r] = ptst__cross_entropy_row(j->kernels, j->V, x, (size_t)j->labels[r], j->scale);
@@ -22461,16 +22488,23 @@ static void ptst__cross_entropy_task(void *arg, size_t r, int thread) {
     }
 }
 
-PTST_API void ptst_cross_entropy(ptst_ctx *c, size_t rows, size_t V, float *logits,
-                                 const int32_t *labels, double *losses, float scale) {
+/* As ptst_cross_entropy, with rows of logits that are ld apart. */
+static void ptst__cross_entropy(ptst_ctx *c, size_t rows, size_t V, size_t ld, float *logits,
+                                const int32_t *labels, double *losses, float scale) {
     ptst__cross_entropy_job j;
     j.kernels = c->kernels;
     j.V = V;
+    j.ld = ld;
     j.logits = logits;
     j.labels = labels;
     j.losses = losses;
     j.scale = scale;
     ptst__parallel_for(c, rows, ptst__cross_entropy_task, &j);
+}
+
+PTST_API void ptst_cross_entropy(ptst_ctx *c, size_t rows, size_t V, float *logits,
+                                 const int32_t *labels, double *losses, float scale) {
+    ptst__cross_entropy(c, rows, V, V, logits, labels, losses, scale);
 }
 
 /* ---- adamw -----------------------------------------------------------------------------------
@@ -25338,7 +25372,7 @@ static void ptst__flow_forward(ptst_ctx *c, ptst__flow *f) {
 
 typedef struct ptst__cap_job {
     const struct ptst__kernels *kernels;
-    size_t V;
+    size_t V, ld;
     float cap, *logits, *slopes;
     bool back;
 } ptst__cap_job;
@@ -25346,7 +25380,8 @@ typedef struct ptst__cap_job {
 /* Task: one row. tanh as in ptst__scores_cap. */
 static void ptst__cap_task(void *arg, size_t row, int thread) {
     const ptst__cap_job *j = (const ptst__cap_job *)arg;
-    float *x = j->logits + row * j->V, *slope = j->slopes == NULL ? NULL : j->slopes + row * j->V;
+    float *x = j->logits + row * j->ld;
+    float *slope = j->slopes == NULL ? NULL : j->slopes + row * j->ld;
     size_t i;
     (void)thread;
     for (i = 0; i < j->V && j->back; i++) {
@@ -25368,13 +25403,14 @@ static void ptst__cap_task(void *arg, size_t row, int thread) {
     }
 }
 
-/* logits [rows, V] become cap * tanh(logits / cap), with the slopes of that (or NULL); back: their
+/* logits [rows, V], ld apart, become cap * tanh(logits / cap), with the slopes of that (or NULL); back: their
    gradients become those of what they were before. */
 static void ptst__logits_cap(ptst_ctx *c, const ptst_model *m, size_t rows, float *logits,
-                             float *slopes, bool back) {
+                             size_t ld, float *slopes, bool back) {
     ptst__cap_job j;
     j.kernels = c->kernels;
     j.V = m->V;
+    j.ld = ld;
     j.cap = (float)m->config.final_logit_softcapping;
     j.logits = logits;
     j.slopes = slopes;
@@ -25384,14 +25420,14 @@ static void ptst__logits_cap(ptst_ctx *c, const ptst_model *m, size_t rows, floa
     }
 }
 
-/* logits [rows, V] of rows of f->normed from `first` on; slopes: see ptst__logits_cap. */
+/* logits [rows, V], ld apart, of rows of f->normed from `first` on; slopes: see ptst__logits_cap. */
 static void ptst__flow_head(ptst_ctx *c, const ptst__flow *f, size_t first, size_t rows,
-                            float *logits, float *slopes) {
+                            float *logits, size_t ld, float *slopes) {
     const ptst_model *m = f->m;
     ptst__gemm(c, rows, m->V, m->C, 1, f->normed + first * m->C, m->C, false,
                ptst__weight_matrix(ptst__weight_used(m, f->a, PTST__SAVED_HEAD), true), 0, logits,
-               m->V);
-    ptst__logits_cap(c, m, rows, logits, slopes, false);
+               ld);
+    ptst__logits_cap(c, m, rows, logits, ld, slopes, false);
 }
 
 /* ---- sessions ---- */
@@ -25654,7 +25690,7 @@ PTST_API ptst_code ptst_eval(ptst_ctx *c, ptst_session *s, const ptst_chunk *chu
         if (f->rows != 0) {
             ptst__flow_forward(c, f);
             ptst__flow_head(c, f, 0, f->picks_count, s->logits + s->logits_count * f->m->V,
-                            NULL);
+                            f->m->V, NULL);
             s->logits_count += f->picks_count;
         }
     }
@@ -25805,15 +25841,18 @@ typedef struct ptst__branch_grad {
     float *A, *B;
 } ptst__branch_grad;
 
-/* Labelled rows of which logits exist at a time: as many as 64 MB hold, but enough that packing the
-   head's weights is a small part of multiplying by them. */
-enum { PTST__HEAD_FLOATS = 16 * 1024 * 1024, PTST__HEAD_LEAST = 128, PTST__HEAD_MOST = 512 };
+/* Labelled rows of which logits exist at a time: as many as 100 MB hold, but enough that packing
+   the head's weights is a small part of multiplying by them; pieces of about the same size. */
+enum { PTST__HEAD_FLOATS = 25 * 1024 * 1024, PTST__HEAD_LEAST = 128, PTST__HEAD_MOST = 512 };
 
 static size_t ptst__head_rows(size_t picks, size_t vocab) {
     size_t rows = PTST__HEAD_FLOATS / vocab;
     rows = rows < PTST__HEAD_LEAST ? (size_t)PTST__HEAD_LEAST : ptst__min(rows, PTST__HEAD_MOST);
-    return ptst__min(rows, picks);
+    return picks == 0 ? 0 : ptst__ceil_div(picks, ptst__ceil_div(picks, rows));
 }
+
+/* Floats from row to row of these logits: not a multiple of 8 KB, see ptst__a_unpacked. */
+static size_t ptst__head_ld(size_t vocab) { return vocab % 2048 == 0 ? vocab + 16 : vocab; }
 
 /* A piece of a batch: tokens begin .. begin + count - 1 are one sequence, or continue the one of
    segment `prefix` (an earlier segment without a prefix, -1 = none), which several may share (with
@@ -25850,8 +25889,8 @@ typedef struct ptst__pass {
     int32_t *labels;  /* [picks] */
     size_t head_rows;
     double *losses;   /* [head_rows] */
-    float *logits;    /* [head_rows, V] */
-    float *slopes;    /* [head_rows, V] of the soft cap of the logits, NULL if there is none */
+    float *logits;    /* [head_rows, V], ptst__head_ld floats apart */
+    float *slopes;    /* [head_rows, V], too, of the soft cap of the logits, NULL if there is none */
     float *dnormed;   /* [picks, C] */
     float *dx;        /* [N, C] */
     float *dpicked;   /* [picks, C] dx of the rows that the last layer works on */
@@ -26095,25 +26134,25 @@ static double ptst__pass_head(ptst_ctx *c, ptst__pass *p, bool backward) {
     const ptst_model *m = f->m;
     float *dhead = ptst__pass_saved(p, PTST__SAVED_HEAD);
     ptst__matrix head = ptst__weight_matrix(ptst__weight_used(m, f->a, PTST__SAVED_HEAD), false);
-    size_t first, i;
+    size_t first, i, ld = ptst__head_ld(m->V);
     double sum = 0;
     for (first = 0; first < f->picks_count; first += p->head_rows) {
         size_t rows = ptst__min(p->head_rows, f->picks_count - first);
         const float *x = f->normed + first * m->C;
-        ptst__flow_head(c, f, first, rows, p->logits, p->slopes);
-        ptst_cross_entropy(c, rows, m->V, p->logits, p->labels + first, p->losses,
-                           backward ? 1.0f : 0.0f);
+        ptst__flow_head(c, f, first, rows, p->logits, ld, p->slopes);
+        ptst__cross_entropy(c, rows, m->V, ld, p->logits, p->labels + first, p->losses,
+                            backward ? 1.0f : 0.0f);
         for (i = 0; i < rows; i++) {
             sum += p->losses[i];
         }
         if (!backward) {
             continue;
         }
-        ptst__logits_cap(c, m, rows, p->logits, p->slopes, true);
-        ptst__gemm(c, rows, m->C, m->V, 1, p->logits, m->V, false, head, 0,
+        ptst__logits_cap(c, m, rows, p->logits, ld, p->slopes, true);
+        ptst__gemm(c, rows, m->C, m->V, 1, p->logits, ld, false, head, 0,
                    p->dnormed + first * m->C, m->C);
         if (dhead != NULL) {
-            ptst__gemm(c, m->V, m->C, rows, 1, p->logits, m->V, true,
+            ptst__gemm(c, m->V, m->C, rows, 1, p->logits, ld, true,
                        ptst__matrix_f32(x, m->C, false), 1, dhead, m->C);
         }
     }
@@ -26220,9 +26259,9 @@ static void ptst__pass_plan(ptst__pass *p, ptst__memory *plan) {
     ptst__pass_params_plan(p, plan);
     p->labels = (int32_t *)ptst__memory_take(plan, M, 1, sizeof *p->labels);
     p->losses = (double *)ptst__memory_take(plan, p->head_rows, 1, sizeof *p->losses);
-    p->logits = ptst__memory_floats(plan, p->head_rows, m->V);
+    p->logits = ptst__memory_floats(plan, p->head_rows, ptst__head_ld(m->V));
     p->slopes = m->config.final_logit_softcapping != 0
-                    ? ptst__memory_floats(plan, p->head_rows, m->V)
+                    ? ptst__memory_floats(plan, p->head_rows, ptst__head_ld(m->V))
                     : NULL;
     if (p->lowest == m->L) {
         return;
