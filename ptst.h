@@ -26507,6 +26507,7 @@ typedef struct ptst__lora_plan {
     double alpha[PTST_LAYERS_MAX * PTST__LINEARS]; /* where has_alpha, else that of desc */
     bool has_alpha[PTST_LAYERS_MAX * PTST__LINEARS];
     bool saved[2]; /* modules_to_save */
+    bool by_file;  /* hit says nothing: the tensors of the file do */
 } ptst__lora_plan;
 
 enum { PTST__RANK_MAX = 1 << 16 };
@@ -26535,12 +26536,25 @@ static bool ptst__lora_matches(size_t layer, int kind, const char *target, size_
            (size == n || path[n - size - 1] == '.');
 }
 
+/* "all-linear", in any case of letters as in PEFT. */
+static bool ptst__lora_is_all(const char *target, size_t size) {
+    static const char all[] = "all-linear";
+    size_t i;
+    for (i = 0; i < size && i < sizeof all - 1; i++) {
+        char letter = target[i] >= 'A' && target[i] <= 'Z' ? (char)(target[i] + 32) : target[i];
+        if (letter != all[i]) {
+            return false;
+        }
+    }
+    return size == sizeof all - 1;
+}
+
 /* Marks what a target means in a model; false if that is nothing. */
 static bool ptst__lora_mark(ptst__lora_plan *p, const ptst_model *m, const char *target,
                             size_t size) {
     size_t l;
     int k;
-    bool all = size == 10 && memcmp(target, "all-linear", 10) == 0, found = false;
+    bool all = ptst__lora_is_all(target, size), found = false;
     for (l = 0; l < m->L; l++) {
         for (k = 0; k < PTST__LINEARS; k++) {
             if (!ptst__linear_there(m, k)) {
@@ -26571,9 +26585,9 @@ static ptst_code ptst__lora_regex(ptst_ctx *c, ptst__lora_plan *p, const ptst_mo
     ptst_text text = {NULL, 0, 0};
     const ptst__regex *x = NULL;
     size_t i, n, dots;
-    ptst_code code = ptst__text_format(c, &text, use <= PTST__LORA_EXCLUDE ? "(?:%s)$"
-                                                                           : "(?:.*\\.)?(?:%s)$",
-                                       pattern);
+    ptst_code code = ptst__text_add(c, &text, use <= PTST__LORA_EXCLUDE ? "(?:" : "(?:.*\\.)?(?:");
+    code = code != PTST_OK ? code : ptst__text_add(c, &text, pattern);
+    code = code != PTST_OK ? code : ptst__text_add(c, &text, ")$");
     if (code == PTST_OK) {
         x = ptst__regex_make(c, &arena, what, text.data, text.size, PTST__REGEX_WHOLE);
         code = x == NULL ? c->code : PTST_OK;
@@ -26812,6 +26826,7 @@ static const char *const ptst__lora_known[] = {"peft_type",
                                                "rank_pattern",
                                                "alpha_pattern",
                                                "runtime_config",
+                                               "eva_config",
                                                "modules_to_save",
                                                "ensure_weight_tying"};
 
@@ -26860,15 +26875,23 @@ static void ptst__lora_expect(ptst__config_reader *r, const char *key, const cha
     }
 }
 
-/* A regular expression of a key; the first failure stays. */
+/* A regular expression of a key; the first failure stays. Python knows more of them than >>regex:
+   which modules are meant then stands in the names of the tensors. */
 static void ptst__lora_read_regex(ptst__config_reader *r, ptst__lora_plan *p, const ptst_model *m,
                                   const char *key, const char *pattern, ptst__lora_use use,
                                   double value) {
     char what[400];
     size_t count;
     snprintf(what, sizeof what, "%.300s: %s", r->path, key);
-    if (r->code == PTST_OK) {
-        r->code = ptst__lora_regex(r->c, p, m, what, pattern, use, value, &count);
+    if (r->code != PTST_OK) {
+        return;
+    }
+    r->code = ptst__lora_regex(r->c, p, m, what, pattern, use, value, &count);
+    if (r->code == PTST_ERR_UNSUPPORTED && use <= PTST__LORA_EXCLUDE) {
+        ptst__log(r->c, PTST_LOG_WARNING, "%s; the tensors say what is adapted",
+                  ptst_error_text(r->c));
+        r->code = PTST_OK;
+        p->by_file = true;
     }
 }
 
@@ -26900,36 +26923,52 @@ static void ptst__lora_read_patterns(ptst__config_reader *r, ptst__lora_plan *p,
     }
 }
 
-/* layers_to_transform: only these layers, a number or a list; a target that is a whole path stays,
-   as in PEFT. layers_pattern names the module that holds the layers, which here is "layers". */
+/* Does layers_pattern (a name or a list of names, absent = any) know the module that holds the
+   layers? */
+static bool ptst__lora_layers_known(const ptst__config_reader *r, int32_t pattern) {
+    bool list = ptst_json_kind(r->json, pattern) == PTST_JSON_ARRAY;
+    int32_t k = list ? ptst_json_first(r->json, pattern) : pattern;
+    bool known = pattern < 0 || ptst_json_size(r->json, pattern) == 0;
+    for (; k >= 0 && !known; k = list ? ptst_json_next(r->json, k) : -1) {
+        const char *name = ptst_json_string(r->json, k, NULL);
+        known = name != NULL && (strcmp(name, "layers") == 0 || strcmp(name, "model.layers") == 0);
+    }
+    return known;
+}
+
+/* layers_to_transform: only these layers, a number or a list; what the model has not counts for
+   nothing, and a target that is a whole path stays, as in PEFT. */
 static void ptst__lora_read_layers(ptst__config_reader *r, ptst__lora_plan *p,
                                    const ptst_model *m) {
-    int32_t node = ptst__config_get(r, 0, "layers_to_transform"), k;
-    int32_t pattern = ptst__config_get(r, 0, "layers_pattern");
-    const char *name = ptst_json_string(r->json, pattern, NULL);
+    int32_t node = ptst__config_get(r, 0, "layers_to_transform"), k, layer;
+    int32_t targets = ptst__config_get(r, 0, "target_modules");
     bool list = ptst_json_kind(r->json, node) == PTST_JSON_ARRAY, wanted[PTST_LAYERS_MAX];
     size_t l;
     memset(wanted, 0, sizeof wanted);
     if (node < 0 || (list && ptst_json_size(r->json, node) == 0)) {
         return;
     }
-    if (ptst_json_kind(r->json, pattern) == PTST_JSON_ARRAY) {
-        name = ptst_json_string(r->json, ptst_json_at(r->json, pattern, 0), NULL);
+    if (ptst_json_kind(r->json, targets) == PTST_JSON_STRING) {
+        ptst__config_fail(r, PTST_ERR_FORMAT, "layers_to_transform",
+                          "goes with target_modules as a list only");
     }
-    if (name != NULL && name[0] != 0 && strcmp(name, "layers") != 0) {
+    if (!ptst__lora_layers_known(r, ptst__config_get(r, 0, "layers_pattern"))) {
         ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "layers_pattern", "expected \"layers\"");
     }
     for (k = list ? ptst_json_first(r->json, node) : node; k >= 0;
          k = list ? ptst_json_next(r->json, k) : -1) {
-        wanted[ptst__config_whole_at(r, k, "layers_to_transform", 0, (int32_t)m->L - 1, 0)] = true;
+        layer = ptst__config_whole_at(r, k, "layers_to_transform", 0, 1 << 20, 0);
+        if (layer < (int32_t)m->L) {
+            wanted[layer] = true;
+        }
     }
     for (l = 0; l < m->L * PTST__LINEARS; l++) {
         char path[PTST__NAME];
         size_t n = ptst__lora_path(path, l / PTST__LINEARS, (int)(l % PTST__LINEARS)), size;
         bool keep = wanted[l / PTST__LINEARS];
-        k = ptst_json_first(r->json, ptst__config_get(r, 0, "target_modules"));
-        for (; k >= 0 && !keep; k = ptst_json_next(r->json, k)) {
-            name = ptst_json_string(r->json, k, &size);
+        for (k = ptst_json_first(r->json, targets); k >= 0 && !keep;
+             k = ptst_json_next(r->json, k)) {
+            const char *name = ptst_json_string(r->json, k, &size);
             keep = name != NULL && size == n && memcmp(name, path, n) == 0;
         }
         p->hit[l] = p->hit[l] && keep;
@@ -26999,7 +27038,7 @@ static void ptst__lora_read_targets(ptst__config_reader *r, ptst__lora_plan *p,
     if (text == NULL && !list) {
         ptst__config_fail(r, PTST_ERR_FORMAT, "target_modules", ptst__lora_expected);
     }
-    if (text != NULL && strcmp(text, "all-linear") != 0) {
+    if (text != NULL && !ptst__lora_is_all(text, size)) {
         ptst__lora_read_regex(r, p, m, "target_modules", text, PTST__LORA_TARGET, 0);
         found = true; /* what it matches decides below */
     } else if (text != NULL) {
@@ -27019,14 +27058,12 @@ static void ptst__lora_read_targets(ptst__config_reader *r, ptst__lora_plan *p,
     if (!found) {
         ptst__config_fail(r, PTST_ERR_MISMATCH, "target_modules", ptst__lora_expected);
     }
-    if (text == NULL || list) {
-        ptst__lora_read_layers(r, p, m);
-    }
+    ptst__lora_read_layers(r, p, m);
     ptst__lora_read_exclude(r, p, m);
     for (found = false, size = 0; size < m->L * PTST__LINEARS; size++) {
         found = found || p->hit[size];
     }
-    if (!found) {
+    if (!found && !p->by_file) {
         ptst__config_fail(r, PTST_ERR_MISMATCH, "target_modules",
                           "no linear layer is left to adapt");
     }
@@ -27141,6 +27178,18 @@ static ptst_code ptst__adapter_missing(ptst_ctx *c, const ptst_adapter *a, const
     return code;
 }
 
+/* Is an adapter as it is before training? */
+static bool ptst__adapter_is_idle(ptst_ctx *c, const ptst_adapter *a) {
+    size_t i;
+    for (i = 0; i < a->L * PTST__LINEARS; i++) {
+        const ptst__branch *b = &a->branches[i];
+        if (b->rank != 0 && !(ptst__sum_squares(c, b->out * b->rank, b->B) == 0)) {
+            return false;
+        }
+    }
+    return a->desc.modules_to_save == NULL;
+}
+
 /* Fills all branches from the file, and names the tensors that belong to none. */
 static ptst_code ptst__adapter_read(ptst_ctx *c, ptst_adapter *a, const ptst_tensors *t,
                                     const char *folder) {
@@ -27171,6 +27220,9 @@ static ptst_code ptst__adapter_read(ptst_ctx *c, ptst_adapter *a, const ptst_ten
             used++;
         }
     }
+    if (code == PTST_OK && ptst__adapter_is_idle(c, a)) {
+        ptst__log(c, PTST_LOG_WARNING, "%s: changes nothing, all of its lora_B are 0", folder);
+    }
     if (code != PTST_OK || used == ptst_tensors_count(t)) {
         return code;
     }
@@ -27185,6 +27237,39 @@ static ptst_code ptst__adapter_read(ptst_ctx *c, ptst_adapter *a, const ptst_ten
     }
     ptst_text_free(c, &names);
     return code;
+}
+
+/* Opens adapter_model.safetensors; old versions of PEFT wrote a pickle instead. */
+static ptst_tensors *ptst__adapter_open(ptst_ctx *c, const char *path) {
+    static const char ending[] = "safetensors";
+    ptst_text old = {NULL, 0, 0};
+    ptst_tensors *t = ptst_tensors_open(c, path);
+    if (t == NULL && c->code == PTST_ERR_NOT_FOUND && ptst__text_add(c, &old, path) == PTST_OK) {
+        old.size -= sizeof ending - 1;
+        if (ptst__text_add(c, &old, "bin") == PTST_OK && ptst__path_kind(old.data) == 1) {
+            ptst__fail(c, PTST_ERR_UNSUPPORTED,
+                       "%s: is a pickle, which can run code when it is read; PEFT writes "
+                       "adapter_model.safetensors with save_pretrained(..., "
+                       "safe_serialization=True)",
+                       old.data);
+        }
+    }
+    ptst_text_free(c, &old);
+    return t;
+}
+
+/* Marks the linear layers for which a file has a tensor. */
+static void ptst__lora_mark_by_file(ptst__lora_plan *p, const ptst_model *m,
+                                    const ptst_tensors *t) {
+    char name[PTST__NAME];
+    size_t i;
+    for (i = 0; i < 2 * m->L * PTST__LINEARS; i++) {
+        bool A = i % 2 == 0;
+        ptst__branch_name(name, i / 2 / PTST__LINEARS, (int)(i / 2 % PTST__LINEARS), A ? 'A' : 'B');
+        p->hit[i / 2] = (!A && p->hit[i / 2]) ||
+                        (ptst__linear_there(m, (int)(i / 2 % PTST__LINEARS)) &&
+                         ptst_tensors_find(t, name) != NULL);
+    }
 }
 
 static ptst_code ptst__adapter_load(ptst_ctx *c, ptst_adapter *a, const ptst_model *m,
@@ -27203,7 +27288,10 @@ static ptst_code ptst__adapter_load(ptst_ctx *c, ptst_adapter *a, const ptst_mod
         code = ptst__path_join(c, &path, folder, "adapter_model.safetensors");
     }
     if (code == PTST_OK) {
-        t = ptst_tensors_open(c, path.data);
+        t = ptst__adapter_open(c, path.data);
+        if (t != NULL && p.by_file) {
+            ptst__lora_mark_by_file(&p, m, t);
+        }
         code = t == NULL ? ptst_error_code(c) : ptst__adapter_make(c, a, m, &p);
     }
     if (code == PTST_OK) {
@@ -27362,17 +27450,26 @@ static ptst_code ptst__merge_put(ptst_ctx *c, ptst__tensors_writer *w, const pts
     return code;
 }
 
+static const char ptst__head_name[] = "lm_head.weight";
+
 /* The adapter's own weight that takes the place of a tensor of the model file, or NULL. */
 static const ptst__weight *ptst__merge_saved(const ptst_model *m, const ptst_adapter *a,
                                              const char *name) {
     int i;
     for (i = 0; i < 2; i++) {
-        const ptst__weight *w = i == PTST__SAVED_HEAD ? m->head : m->embedding;
-        if (a->saved[i].data != NULL && strcmp(w->name, name) == 0) {
+        const char *saved = i == PTST__SAVED_HEAD ? ptst__head_name : m->embedding->name;
+        if (a->saved[i].data != NULL && strcmp(saved, name) == 0) {
             return &a->saved[i];
         }
     }
     return NULL;
+}
+
+/* A tied model and an adapter with an embedding or a head of its own: merged, the model has a head
+   beside its embedding. True if the files have none yet; then it goes where the embedding is. */
+static bool ptst__merge_adds_head(const ptst_model *m, const ptst_adapter *a) {
+    return a->desc.modules_to_save != NULL && m->head == m->embedding &&
+           ptst_tensors_find(m->tensors, ptst__head_name) == NULL;
 }
 
 /* Writes one weight file of the model again, with the adapter folded in. */
@@ -27383,13 +27480,18 @@ static ptst_code ptst__merge_file(ptst_ctx *c, const ptst_model *m, const ptst_a
     ptst__tensors_writer w;
     size_t i, n = 0;
     ptst_code code;
-    ptst_tensor *list = (ptst_tensor *)ptst__alloc(c, t->count, sizeof *list);
+    ptst_tensor *list = (ptst_tensor *)ptst__alloc(c, t->count + 1, sizeof *list);
     if (list == NULL) {
         return PTST_ERR_MEMORY;
     }
     for (i = 0; i < t->count; i++) {
-        if (t->list[i].file == file) {
-            list[n++] = t->list[i].view;
+        if (t->list[i].file != file) {
+            continue;
+        }
+        list[n++] = t->list[i].view;
+        if (ptst__merge_adds_head(m, a) && strcmp(list[n - 1].name, m->embedding->name) == 0) {
+            list[n] = list[n - 1]; /* what the head was, if the adapter has only an embedding */
+            list[n++].name = ptst__head_name;
         }
     }
     code = ptst__tensors_begin(c, &w, path, list, n, metadata);
@@ -27411,6 +27513,100 @@ static ptst_code ptst__merge_file(ptst_ctx *c, const ptst_model *m, const ptst_a
     return code;
 }
 
+/* model.safetensors.index.json, with the new head. */
+static ptst_code ptst__merge_index(ptst_ctx *c, const ptst_model *m, const char *path) {
+    const ptst_tensors *t = m->tensors;
+    ptst_text map = {NULL, 0, 0}, text = {NULL, 0, 0};
+    uint64_t bytes = 0;
+    size_t i;
+    ptst_code code = PTST_OK;
+    for (i = 0; i < t->count && code == PTST_OK; i++) {
+        const ptst_tensor *v = &t->list[i].view;
+        const char *file = t->files[t->list[i].file].name;
+        int names = strcmp(v->name, m->embedding->name) == 0 ? 2 : 1, k;
+        for (k = 0; k < names && code == PTST_OK; k++) {
+            const char *name = k == 0 ? v->name : ptst__head_name;
+            bytes += v->bytes;
+            code = ptst__text_add(c, &map, map.size == 0 ? "\n    " : ",\n    ");
+            code = code != PTST_OK ? code : ptst__json_quote(c, &map, name, strlen(name));
+            code = code != PTST_OK ? code : ptst__text_add(c, &map, ": ");
+            code = code != PTST_OK ? code : ptst__json_quote(c, &map, file, strlen(file));
+        }
+    }
+    code = code != PTST_OK ? code
+                           : ptst__text_format(c, &text,
+                                               "{\n  \"metadata\": {\"total_size\": %llu},\n"
+                                               "  \"weight_map\": {",
+                                               (unsigned long long)bytes);
+    code = code != PTST_OK ? code : ptst__text_add(c, &text, map.data);
+    code = code != PTST_OK ? code : ptst__text_add(c, &text, "\n  }\n}\n");
+    code = code != PTST_OK ? code : ptst__write_file(c, path, text.data, text.size);
+    ptst_text_free(c, &map);
+    ptst_text_free(c, &text);
+    return code;
+}
+
+/* Where the value of a key of the outermost object begins in a valid JSON text (the last one
+   counts, as for every reader); 0 if there is none. */
+static size_t ptst__merge_find_key(const char *s, const char *key) {
+    size_t i, begin, found = 0, n = strlen(key);
+    int depth = 0;
+    for (i = 0; s[i] != 0; i++) {
+        if (s[i] == '"') {
+            begin = ++i;
+            for (; s[i] != '"'; i++) {
+                i += s[i] == '\\';
+            }
+            if (depth == 1 && i - begin == n && memcmp(s + begin, key, n) == 0) {
+                size_t colon = i + 1 + strspn(s + i + 1, " \t\r\n");
+                found = s[colon] == ':' ? colon + 1 + strspn(s + colon + 1, " \t\r\n") : found;
+            }
+        }
+        depth += (s[i] == '{' || s[i] == '[') - (s[i] == '}' || s[i] == ']');
+    }
+    return found;
+}
+
+/* config.json with tie_word_embeddings false and everything else as it was. */
+static ptst_code ptst__merge_config(ptst_ctx *c, const char *from, const char *to) {
+    static const char key[] = "tie_word_embeddings";
+    ptst_text in = {NULL, 0, 0}, out = {NULL, 0, 0};
+    size_t at, end;
+    ptst_code code = ptst__read_file(c, from, &in);
+    if (code == PTST_OK) {
+        at = ptst__merge_find_key(in.data, key);
+        end = at != 0 ? at + strcspn(in.data + at, ",} \t\r\n")
+                      : (size_t)(strchr(in.data, '{') + 1 - in.data);
+        code = at != 0 ? ptst_text_append(c, &out, in.data, at)
+                       : ptst__text_format(c, &out, "{\n  \"%s\": ", key);
+        code = code != PTST_OK ? code : ptst__text_add(c, &out, at != 0 ? "false" : "false,");
+        code = code != PTST_OK ? code : ptst_text_append(c, &out, in.data + end, in.size - end);
+    }
+    code = code != PTST_OK ? code : ptst__write_file(c, to, out.data, out.size);
+    ptst_text_free(c, &in);
+    ptst_text_free(c, &out);
+    return code;
+}
+
+/* The files beside the weights, of a model that has a head of its own from now on. */
+static ptst_code ptst__merge_untied(ptst_ctx *c, const ptst_model *m, const ptst_adapter *a,
+                                    const char *folder, const char *out) {
+    static const char index[] = "model.safetensors.index.json", config[] = "config.json";
+    ptst_text from = {NULL, 0, 0}, to = {NULL, 0, 0};
+    ptst_code code = ptst__copy_model_files(c, folder, out, !ptst__merge_adds_head(m, a));
+    code = code != PTST_OK ? code : ptst__path_join(c, &from, folder, index);
+    code = code != PTST_OK ? code : ptst__path_join(c, &to, out, index);
+    if (code == PTST_OK && ptst__merge_adds_head(m, a) && ptst__path_kind(from.data) == 1) {
+        code = ptst__merge_index(c, m, to.data);
+    }
+    code = code != PTST_OK ? code : ptst__path_join(c, &from, folder, config);
+    code = code != PTST_OK ? code : ptst__path_join(c, &to, out, config);
+    code = code != PTST_OK ? code : ptst__merge_config(c, from.data, to.data);
+    ptst_text_free(c, &from);
+    ptst_text_free(c, &to);
+    return code;
+}
+
 static ptst_code ptst__merge_files(ptst_ctx *c, const ptst_model *m, const ptst_adapter *a,
                                    const char *folder, const char *out) {
     ptst_text path = {NULL, 0, 0};
@@ -27420,17 +27616,14 @@ static ptst_code ptst__merge_files(ptst_ctx *c, const ptst_model *m, const ptst_
         code = ptst__fail(c, PTST_ERR_ARGUMENT,
                           "%s: is the folder of the model, the merged one needs another", out);
     }
-    if (code == PTST_OK && a->desc.modules_to_save != NULL && m->head == m->embedding) {
-        code = ptst__fail(c, PTST_ERR_UNSUPPORTED,
-                          "the adapter has a copy of %s of its own, and head and embedding of the "
-                          "model are tied: that cannot be merged",
-                          a->desc.modules_to_save);
-    }
     for (i = 0; i < m->tensors->files_count && code == PTST_OK; i++) {
         code = ptst__path_join(c, &path, out, m->tensors->files[i].name);
         code = code != PTST_OK ? code : ptst__merge_file(c, m, a, (uint32_t)i, path.data);
     }
     ptst_text_free(c, &path);
+    if (code == PTST_OK && a->desc.modules_to_save != NULL && m->head == m->embedding) {
+        return ptst__merge_untied(c, m, a, folder, out);
+    }
     return code != PTST_OK ? code : ptst__copy_model_files(c, folder, out, true);
 }
 

@@ -250,7 +250,13 @@ static const lora_case lora_configs[] = {
     {"rank_pattern", "{\"q(\": 4}", PTST_ERR_UNSUPPORTED, "rank_pattern: ) was expected"},
     {"alpha_pattern", "{\"q_proj\": \"4\"}", PTST_ERR_FORMAT, "alpha_pattern: expected numbers"},
     {"layers_to_transform", "[0]", PTST_ERR_MISMATCH, NULL},
-    {"layers_to_transform", "7", PTST_ERR_FORMAT, "layers_to_transform: expected a whole number"},
+    {"layers_to_transform", "7", PTST_ERR_MISMATCH, /* no such layer, so nothing is left */
+     "target_modules: no linear layer is left"},
+    {"layers_to_transform", "-1", PTST_ERR_FORMAT, "layers_to_transform: expected a whole number"},
+    {"layers_to_transform", "[0, 1], \"layers_pattern\": \"h\"", PTST_ERR_UNSUPPORTED,
+     "layers_pattern: expected \"layers\""},
+    {"layers_to_transform", "1, \"target_modules\": \".*(q|v)_proj\"", PTST_ERR_FORMAT,
+     "layers_to_transform: goes with target_modules as a list only"},
     {"exclude_modules", "\".*v_proj\"", PTST_ERR_MISMATCH, NULL},
     {"exclude_modules", "[\"q_proj\", \"v_proj\"]", PTST_ERR_MISMATCH,
      "target_modules: no linear layer is left"},
@@ -265,8 +271,9 @@ static const lora_case lora_configs[] = {
     {"target_modules", "\".*q_proj\"", PTST_ERR_MISMATCH, NULL},
     {"target_modules", "\"q_proj\"", PTST_ERR_MISMATCH, /* a string is matched as a whole */
      "target_modules: no linear layer is left"},
-    {"target_modules", "\".*(?<=q)_proj\"", PTST_ERR_UNSUPPORTED,
-     "target_modules: a group of this kind is not supported"},
+    {"exclude_modules", "\".*(?<=q)_proj\", \"r\": 3", PTST_ERR_MISMATCH, NULL},
+    {"rank_pattern", "{\".*(?<=q)_proj\": 2}", PTST_ERR_UNSUPPORTED,
+     "rank_pattern: a group of this kind is not supported"},
     {"target_modules", "null", PTST_ERR_FORMAT, "target_modules: expected q_proj, k_proj"},
     {"target_modules", "{}", PTST_ERR_FORMAT, "target_modules: expected q_proj, k_proj"},
     {"target_modules", "[]", PTST_ERR_MISMATCH, "target_modules: expected q_proj, k_proj"},
@@ -284,6 +291,17 @@ static const lora_case lora_configs[] = {
     {"rank_pattern", "{\"k_proj\": 4, \"q_p\": 3}", PTST_OK, NULL},
     {"alpha_pattern", "{\"o_proj\": 4.5}", PTST_OK, NULL},
     {"layers_to_transform", "[]", PTST_OK, NULL},
+    {"layers_to_transform", "[0, 1, 9], \"layers_pattern\": [\"h\", \"model.layers\"]", PTST_OK,
+     NULL},
+    {"layers_to_transform", "[1, 0], \"layers_pattern\": \"\"", PTST_OK, NULL},
+    {"target_modules", "\"All-Linear\", \"exclude_modules\": \".*[^qv]_proj\"", PTST_OK, NULL},
+    /* beyond >>regex, so the tensors decide */
+    {"target_modules",
+     "\"\\\\bmodel\\\\.layers\\\\.[\\\\d]{1,}\\\\.(?:self_attn)\\\\.(?:q_proj|v_proj)\"", PTST_OK,
+     NULL},
+    {"target_modules",
+     "\"(?!.*mlp).*\\\\.[qv]_proj\", \"exclude_modules\": \".*(?<=k)_proj\"", PTST_OK, NULL},
+    {"init_lora_weights", "\"eva\", \"eva_config\": {\"rho\": 2.0}", PTST_OK, NULL},
     {"exclude_modules", "\"k_proj\"", PTST_OK, NULL},
     {"exclude_modules", "[\"k_proj\"]", PTST_OK, NULL},
     {"target_modules", "\"^model\\\\.layers\\\\.[0-9]+\\\\.self_attn\\\\.(q|v)_proj$\"", PTST_OK,
@@ -412,6 +430,64 @@ static void tensors_refused(void) {
     ptst_close(c);
 }
 
+static void lora_keep_log(void *user, ptst_log_level level, const char *text) {
+    (void)level;
+    snprintf((char *)user, 1024, "%s", text);
+}
+
+/* An adapter that changes nothing is noted; a regular expression that only Python knows is noted,
+   and half of a pair is still missing then; a pickle has its own sentence. */
+static void adapter_notes(void) {
+    ptst_ctx *c = test_open(1, NULL);
+    models_folder f;
+    models_case k;
+    ptst_tensor list[10];
+    ptst_adapter *a;
+    ptst_tensors *t;
+    size_t i, n;
+    static const char config[] = "{\"peft_type\": \"LORA\", \"r\": 2, \"lora_alpha\": 8, "
+                                 "\"target_modules\": \".*\\\\b(q|v)_proj\"}";
+    char log[1024] = "";
+    CHECK(models_folder_make(&f));
+    CHECK(models_open(c, &k, "llama_tied", true));
+    c->desc.log = lora_keep_log;
+    c->desc.user = log;
+    a = ptst_adapter_new(c, k.m, NULL);
+    CHECK(ptst_adapter_save(c, a, f.path, NULL) == PTST_OK);
+    ptst_adapter_free(c, a);
+    a = ptst_adapter_load(c, k.m, f.path);
+    CHECK(a != NULL && strstr(log, "changes nothing, all of its lora_B are 0") != NULL);
+    ptst_adapter_free(c, a);
+    log[0] = 0;
+    CHECK(ptst_adapter_save(c, k.a, f.path, NULL) == PTST_OK);
+    a = ptst_adapter_load(c, k.m, f.path);
+    CHECK(a != NULL && log[0] == 0);
+    ptst_adapter_free(c, a);
+    CHECK(ptst__write_file(c, models_file(&f, "adapter_config.json"), config, sizeof config - 1) ==
+          PTST_OK);
+    a = ptst_adapter_load(c, k.m, f.path);
+    CHECK(a != NULL && memcmp(a->values, k.a->values, a->values_count * sizeof *a->values) == 0);
+    CHECK(strstr(log, "target_modules: an escape that is not supported") != NULL);
+    CHECK(strstr(log, "; the tensors say what is adapted") != NULL);
+    ptst_adapter_free(c, a);
+    t = ptst_tensors_open(c, models_file(&f, "adapter_model.safetensors"));
+    for (i = n = 0; i < ptst_tensors_count(t); i++) { /* A or B alone */
+        list[n] = *ptst_tensors_at(t, i);
+        n += strstr(list[n].name, "0.self_attn.q_proj.lora_B") == NULL;
+    }
+    CHECK(n == 7 && lora_try(c, &k, &f, list, n) == PTST_ERR_MISMATCH);
+    lora_error_ends(c, "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight is missing");
+    ptst_tensors_close(c, t);
+    unlink(models_file(&f, "adapter_model.safetensors"));
+    CHECK(ptst__write_file(c, models_file(&f, "adapter_model.bin"), "PK", 2) == PTST_OK);
+    CHECK(ptst_adapter_load(c, k.m, f.path) == NULL &&
+          ptst_error_code(c) == PTST_ERR_UNSUPPORTED);
+    CHECK(strstr(ptst_error_text(c), "adapter_model.bin: is a pickle") != NULL);
+    models_close(c, &k);
+    models_folder_empty(&f, false);
+    ptst_close(c);
+}
+
 /* ---- dropout ---- */
 
 /* The share of elements that stay and their scale; the same for the same stream, another for
@@ -515,31 +591,39 @@ static void merged(void) {
     ptst_close(c);
 }
 
+/* The model of a case in two files. */
+static void lora_shards(ptst_ctx *c, const models_case *k, models_folder *f) {
+    ptst_tensor list[40];
+    ptst_text index = {NULL, 0, 0}, config = {NULL, 0, 0};
+    size_t i, n = ptst_tensors_count(k->m->tensors);
+    char path[MODELS_PATH + 20];
+    CHECK(n <= 40 && ptst__text_add(c, &index, "{\"weight_map\": {") == PTST_OK);
+    for (i = 0; i < n; i++) {
+        list[i] = *ptst_tensors_at(k->m->tensors, i);
+        CHECK(ptst__text_format(c, &index, "%s\"%s\": \"%s\"", i == 0 ? "" : ", ", list[i].name,
+                                i < n / 2 ? "a.safetensors" : "b.safetensors") == PTST_OK);
+    }
+    CHECK(ptst__text_add(c, &index, "}}") == PTST_OK);
+    CHECK(ptst_tensors_write(c, models_file(f, "a.safetensors"), list, n / 2, NULL) == PTST_OK);
+    CHECK(ptst_tensors_write(c, models_file(f, "b.safetensors"), list + n / 2, n - n / 2, NULL) ==
+          PTST_OK);
+    CHECK(ptst__write_file(c, models_file(f, "model.safetensors.index.json"), index.data,
+                           index.size) == PTST_OK);
+    snprintf(path, sizeof path, "%s/config.json", k->folder);
+    CHECK(ptst__read_file(c, path, &config) == PTST_OK);
+    CHECK(ptst__write_file(c, models_file(f, "config.json"), config.data, config.size) == PTST_OK);
+    ptst_text_free(c, &index);
+    ptst_text_free(c, &config);
+}
+
 /* A sharded model stays sharded; files that are no weights are copied, other weights are not. */
 static void merged_shards(void) {
     ptst_ctx *c = test_open(1, NULL);
     models_folder f, g;
     models_case k;
-    ptst_tensor list[40];
-    ptst_text index = {NULL, 0, 0}, config = {NULL, 0, 0};
-    size_t i, n;
     CHECK(models_folder_make(&f) && models_folder_make(&g));
     CHECK(models_open(c, &k, "llama_tied", true));
-    n = ptst_tensors_count(k.m->tensors);
-    CHECK(ptst__text_add(c, &index, "{\"weight_map\": {") == PTST_OK);
-    for (i = 0; i < n; i++) {
-        list[i] = *ptst_tensors_at(k.m->tensors, i);
-        CHECK(ptst__text_format(c, &index, "%s\"%s\": \"%s\"", i == 0 ? "" : ", ", list[i].name,
-                                i < n / 2 ? "a.safetensors" : "b.safetensors") == PTST_OK);
-    }
-    CHECK(ptst__text_add(c, &index, "}}") == PTST_OK);
-    CHECK(ptst_tensors_write(c, models_file(&f, "a.safetensors"), list, n / 2, NULL) == PTST_OK);
-    CHECK(ptst_tensors_write(c, models_file(&f, "b.safetensors"), list + n / 2, n - n / 2, NULL) ==
-          PTST_OK);
-    CHECK(ptst__write_file(c, models_file(&f, "model.safetensors.index.json"), index.data,
-                           index.size) == PTST_OK);
-    CHECK(ptst__read_file(c, "tests/golden/models/llama_tied/config.json", &config) == PTST_OK);
-    CHECK(ptst__write_file(c, models_file(&f, "config.json"), config.data, config.size) == PTST_OK);
+    lora_shards(c, &k, &f);
     CHECK(ptst__write_file(c, models_file(&f, "tokenizer.json"), "{}", 2) == PTST_OK);
     CHECK(ptst__write_file(c, models_file(&f, "chat_template.jinja"), "hi", 2) == PTST_OK);
     CHECK(ptst__write_file(c, models_file(&f, "pytorch_model.bin"), "old", 3) == PTST_OK);
@@ -560,8 +644,6 @@ static void merged_shards(void) {
     CHECK(k.m != NULL && k.m->tensors->files_count == 2);
     CHECK_NEAR(models_logits_error(c, &k, "lora_logits"), 0, 1e-4);
     CHECK(ptst_merge(c, g.path, f.path, "/nowhere") == PTST_ERR_NOT_FOUND);
-    ptst_text_free(c, &index);
-    ptst_text_free(c, &config);
     models_close(c, &k);
     models_folder_empty(&f, false);
     models_folder_empty(&g, false);
@@ -632,15 +714,12 @@ static void modules_to_save(void) {
         ptst_adapter_free(c, a);
         lora_logits_of(c, &k, b, y, n);
         CHECK(memcmp(x, y, n * sizeof *x) == 0);
-        if (k.m->head == k.m->embedding) {
-            CHECK(ptst_merge(c, k.folder, f.path, g.path) == PTST_ERR_UNSUPPORTED);
-        } else {
-            CHECK(ptst_merge(c, k.folder, f.path, g.path) == PTST_OK);
-            ptst_model_free(c, k.m);
-            k.m = ptst_model_load(c, g.path, PTST_DTYPE_FILE);
-            lora_logits_of(c, &k, NULL, y, n);
-            CHECK(models_max_error(x, y, n) < (k.m->head->dtype == PTST_F32 ? 1e-5 : 0.1));
-        }
+        CHECK(ptst_merge(c, k.folder, f.path, g.path) == PTST_OK);
+        ptst_model_free(c, k.m);
+        k.m = ptst_model_load(c, g.path, PTST_DTYPE_FILE);
+        CHECK(k.m != NULL && k.m->head != k.m->embedding && k.m->head->dtype == PTST_F32);
+        lora_logits_of(c, &k, NULL, y, n);
+        CHECK(models_max_error(x, y, n) < 1e-5); /* W + scale B A rounded once, to F32 */
         ptst_adapter_free(c, b);
         free(x);
         free(y);
@@ -648,6 +727,97 @@ static void modules_to_save(void) {
     }
     models_folder_empty(&f, false);
     models_folder_empty(&g, false);
+    ptst_close(c);
+}
+
+/* A tied model with an adapter that has an embedding, a head or both of its own: merged, it has
+   both, config.json says so, and where there is an index the head is in it. */
+static void merged_unties(void) {
+    static const char *const saved[] = {"embed_tokens", "lm_head", "embed_tokens,lm_head"};
+    ptst_ctx *c = test_open(1, NULL);
+    models_folder f, g, s;
+    ptst_lora_desc d;
+    ptst_text text = {NULL, 0, 0};
+    size_t i, n;
+    memset(&d, 0, sizeof d);
+    CHECK(models_folder_make(&f) && models_folder_make(&g) && models_folder_make(&s));
+    for (i = 0; i < 6; i++) {
+        models_case k;
+        ptst_adapter *a;
+        const char *folder;
+        float *x, *y;
+        CHECK(models_open(c, &k, "llama_tied", false));
+        folder = i < 3 ? k.folder : s.path;
+        if (i == 3) { /* the same model in two files */
+            lora_shards(c, &k, &s);
+        }
+        n = (size_t)k.lengths[0] * k.m->V;
+        x = (float *)malloc(n * sizeof *x);
+        y = (float *)malloc(n * sizeof *y);
+        d.modules_to_save = saved[i % 3];
+        a = ptst_adapter_new(c, k.m, &d);
+        CHECK(a != NULL);
+        for (n = 0; n < a->values_count; n++) {
+            a->values[n] += 0.02f * (float)((int)(n * 7 % 11) - 5);
+        }
+        n = (size_t)k.lengths[0] * k.m->V;
+        lora_logits_of(c, &k, a, x, n);
+        CHECK(ptst_adapter_save(c, a, f.path, "base") == PTST_OK);
+        CHECK_TEXT(ptst_merge(c, folder, f.path, g.path) == PTST_OK ? "" : ptst_error_text(c), "");
+        text.size = 0;
+        CHECK(ptst__read_file(c, models_file(&g, "config.json"), &text) == PTST_OK);
+        CHECK(strstr(text.data, "\"tie_word_embeddings\": false") != NULL);
+        CHECK(strstr(text.data, "\"tie_word_embeddings\": true") == NULL);
+        ptst_model_free(c, k.m);
+        k.m = ptst_model_load(c, g.path, PTST_DTYPE_FILE);
+        CHECK(k.m != NULL && k.m->head != k.m->embedding);
+        CHECK(k.m != NULL && k.m->tensors->files_count == (i < 3 ? 1u : 2u));
+        if (k.m != NULL) {
+            lora_logits_of(c, &k, NULL, y, n);
+            CHECK(models_max_error(x, y, n) < 1e-5); /* rounded once, to F32 */
+        }
+        ptst_adapter_free(c, a);
+        free(x);
+        free(y);
+        models_close(c, &k);
+        models_folder_empty(&g, true);
+    }
+    ptst_text_free(c, &text);
+    models_folder_empty(&f, false);
+    models_folder_empty(&g, false);
+    models_folder_empty(&s, false);
+    ptst_close(c);
+}
+
+/* The value of a key of config.json is found where it is, and only there. */
+static void merged_config(void) {
+    static const char *const texts[][2] = {
+        {"{\"a\": 1}", "{\n  \"tie_word_embeddings\": false,\"a\": 1}"},
+        {"{\"tie_word_embeddings\":true}", "{\"tie_word_embeddings\":false}"},
+        {"{\"tie_word_embeddings\" :\n null\n, \"b\": \"}\"}",
+         "{\"tie_word_embeddings\" :\n false\n, \"b\": \"}\"}"},
+        {"{\"x\": {\"tie_word_embeddings\": true}, \"y\": \"tie_word_embeddings\"}",
+         "{\n  \"tie_word_embeddings\": false,\"x\": {\"tie_word_embeddings\": true}, "
+         "\"y\": \"tie_word_embeddings\"}"},
+        {"{\"q\\\"{\": [\"{\"], \"tie_word_embeddings\": true, \"z\": 1}",
+         "{\"q\\\"{\": [\"{\"], \"tie_word_embeddings\": false, \"z\": 1}"},
+    };
+    ptst_ctx *c = test_open(1, NULL);
+    ptst_text text = {NULL, 0, 0};
+    models_folder f;
+    size_t i;
+    char to[MODELS_PATH + 40];
+    CHECK(models_folder_make(&f));
+    for (i = 0; i < sizeof texts / sizeof texts[0]; i++) {
+        snprintf(to, sizeof to, "%s", models_file(&f, "config.json"));
+        CHECK(ptst__write_file(c, to, texts[i][0], strlen(texts[i][0])) == PTST_OK);
+        CHECK(ptst__merge_config(c, to, to) == PTST_OK);
+        text.size = 0;
+        CHECK(ptst__read_file(c, to, &text) == PTST_OK);
+        CHECK_TEXT(text.data, texts[i][1]);
+    }
+    ptst_text_free(c, &text);
+    models_folder_empty(&f, false);
     ptst_close(c);
 }
 
@@ -684,6 +854,38 @@ static ptst_code sweep_merge(ptst_ctx *c, void *arg) {
                       "tests/golden/models/qwen2_window/adapter", (const char *)arg);
 }
 
+static ptst_code sweep_merge_untied(ptst_ctx *c, void *arg) {
+    char **folders = (char **)arg;
+    return ptst_merge(c, folders[0], folders[1], folders[2]);
+}
+
+/* A tied model in two files and an adapter with a head: index and config.json are written anew. */
+static void memory_merge_untied(void) {
+    ptst_ctx *c = test_open(1, NULL);
+    models_folder f, g, s;
+    models_case k;
+    ptst_lora_desc d;
+    ptst_adapter *a;
+    char *folders[3];
+    memset(&d, 0, sizeof d);
+    d.modules_to_save = "lm_head";
+    CHECK(models_folder_make(&f) && models_folder_make(&g) && models_folder_make(&s));
+    CHECK(models_open(c, &k, "llama_tied", false));
+    lora_shards(c, &k, &s);
+    a = ptst_adapter_new(c, k.m, &d);
+    CHECK(a != NULL && ptst_adapter_save(c, a, f.path, NULL) == PTST_OK);
+    ptst_adapter_free(c, a);
+    models_close(c, &k);
+    folders[0] = s.path;
+    folders[1] = f.path;
+    folders[2] = g.path;
+    test_memory_sweep(sweep_merge_untied, folders);
+    models_folder_empty(&f, false);
+    models_folder_empty(&g, false);
+    models_folder_empty(&s, false);
+    ptst_close(c);
+}
+
 static void memory_adapters(void) {
     models_folder f;
     CHECK(models_folder_make(&f));
@@ -702,11 +904,15 @@ static void suite_lora(void) {
     RUN(new_adapter_refuses);
     RUN(config_refuses_adapter);
     RUN(tensors_refused);
+    RUN(adapter_notes);
     RUN(dropout_masks);
     RUN(dropout_in_pass);
     RUN(merged);
     RUN(merged_shards);
     RUN(modules_to_save);
+    RUN(merged_unties);
+    RUN(merged_config);
+    RUN(memory_merge_untied);
     RUN(memory_adapters);
 }
 
