@@ -2263,9 +2263,15 @@ static ptst_code ptst__read_file(ptst_ctx *c, const char *path, ptst_text *out) 
     char buffer[16384];
     ssize_t n = 0;
     ptst_code code = PTST_OK;
+    struct stat file;
     int fd = open(path, O_RDONLY);
     if (fd < 0) {
         return ptst__fail_errno(c, path, "open", errno);
+    }
+    if (fstat(fd, &file) == 0 && S_ISREG(file.st_mode) && file.st_size > 0) { /* room at once */
+        void *data = out->data;
+        code = ptst__grow(c, &data, &out->capacity, out->size + (size_t)file.st_size + 1, 1);
+        out->data = (char *)data;
     }
     while (code == PTST_OK) {
         n = read(fd, buffer, sizeof buffer);
@@ -2937,10 +2943,17 @@ typedef struct ptst__json_node {
     uint8_t last; /* last child of its parent */
 } ptst__json_node;
 
+/* Two ranges of the text; only the first if the second begins at 0. See ptst__json_read_pairs. */
+typedef struct ptst__json_range2 {
+    uint32_t start[2], size[2];
+} ptst__json_range2;
+
 struct ptst_json {
     char *text;
     ptst__json_node *nodes;
     size_t count, capacity;
+    ptst__json_range2 *pairs;
+    size_t pairs_count, pairs_capacity;
 };
 
 enum { PTST__JSON_DEPTH = 256 };
@@ -2949,7 +2962,8 @@ typedef struct ptst__json_reader {
     ptst_ctx *c;
     ptst_json *j;
     const char *name;
-    size_t at, end; /* in j->text */
+    const char *pairs; /* NULL, or the key of a list that becomes pairs instead of nodes */
+    size_t at, end;    /* in j->text */
     uint32_t line;
     uint32_t stack[PTST__JSON_DEPTH];  /* open containers */
     uint32_t recent[PTST__JSON_DEPTH]; /* the newest child (value) of each */
@@ -2975,13 +2989,15 @@ static void ptst__json_space(ptst__json_reader *r) {
 static ptst_code ptst__json_add(ptst__json_reader *r, ptst_json_type type, size_t start,
                                 size_t size) {
     ptst_json *j = r->j;
-    void *nodes = j->nodes;
-    ptst_code code = ptst__grow(r->c, &nodes, &j->capacity, j->count + 1, sizeof *j->nodes);
     ptst__json_node *n;
-    if (code != PTST_OK) {
-        return code;
+    if (j->count == j->capacity) {
+        void *nodes = j->nodes;
+        ptst_code code = ptst__grow(r->c, &nodes, &j->capacity, j->count + 1, sizeof *j->nodes);
+        if (code != PTST_OK) {
+            return code;
+        }
+        j->nodes = (ptst__json_node *)nodes;
     }
-    j->nodes = (ptst__json_node *)nodes;
     n = &j->nodes[j->count++];
     n->type = (uint8_t)type;
     n->start = (uint32_t)start;
@@ -3041,38 +3057,119 @@ static ptst_code ptst__json_escape(ptst__json_reader *r, size_t *to) {
     return PTST_OK;
 }
 
-/* A string whose opening quote is at r->at. Unescaped in place: it never gets longer. */
-static ptst_code ptst__json_read_string(ptst__json_reader *r) {
-    char *s = r->j->text;
-    size_t start = r->at + 1, to = start;
-    ptst_code code;
+/* End of the run of characters at s[at] that stand for themselves: no quote, no backslash, no
+   control character, valid UTF-8. s[end] is NUL, which ends the run, too. */
+static size_t ptst__json_plain(const char *s, size_t at, size_t end) {
     uint32_t point;
-    for (r->at = start; r->at < r->end && s[r->at] != '"';) {
-        unsigned char ch = (unsigned char)s[r->at];
-        if (ch >= 0x20 && ch < 0x80 && ch != '\\') {
-            s[to++] = s[r->at++];
-        } else if (ch == '\\') {
-            code = ptst__json_escape(r, &to);
-            if (code != PTST_OK) {
-                return code;
+    for (;;) {
+        unsigned char ch = (unsigned char)s[at];
+        if (ch < 0x80) {
+            if (ch < 0x20 || ch == '"' || ch == '\\') {
+                return at;
             }
+            at++;
+        } else if (ch >= 0xC2 && ch < 0xE0 && ((unsigned char)s[at + 1] & 0xC0) == 0x80) {
+            at += 2;
         } else {
-            size_t n = ptst__utf8_read(s + r->at, r->end - r->at, &point);
-            if (n == 0 || point < 0x20) {
-                return ptst__json_fail(r, n == 0 ? "a string is not valid UTF-8"
-                                                 : "a control character in a string");
+            size_t n = ptst__utf8_read(s + at, end - at, &point);
+            if (n == 0) {
+                return at;
             }
-            memmove(s + to, s + r->at, n);
-            to += n;
-            r->at += n;
+            at += n;
         }
     }
-    if (r->at == r->end) {
-        return ptst__json_fail(r, "a string without end");
+}
+
+/* A string whose opening quote is at r->at. Unescaped in place: it never gets longer. */
+static ptst_code ptst__json_read_text(ptst__json_reader *r, uint32_t *begin, uint32_t *size) {
+    char *s = r->j->text;
+    size_t start = r->at + 1, to = start, from = start;
+    ptst_code code;
+    for (r->at = start;; from = r->at) {
+        r->at = ptst__json_plain(s, from, r->end);
+        if (to != from) {
+            memmove(s + to, s + from, r->at - from);
+        }
+        to += r->at - from;
+        if (r->at == r->end) {
+            return ptst__json_fail(r, "a string without end");
+        }
+        if (s[r->at] == '"') {
+            break;
+        }
+        if (s[r->at] != '\\') {
+            return ptst__json_fail(r, (unsigned char)s[r->at] < 0x20
+                                          ? "a control character in a string"
+                                          : "a string is not valid UTF-8");
+        }
+        code = ptst__json_escape(r, &to);
+        if (code != PTST_OK) {
+            return code;
+        }
     }
-    code = ptst__json_add(r, PTST_JSON_STRING, start, to - start);
     s[to] = 0; /* at most the closing quote is overwritten */
     r->at++;
+    *begin = (uint32_t)start;
+    *size = (uint32_t)(to - start);
+    return PTST_OK;
+}
+
+static ptst_code ptst__json_read_string(ptst__json_reader *r) {
+    uint32_t start, size;
+    ptst_code code = ptst__json_read_text(r, &start, &size);
+    return code == PTST_OK ? ptst__json_add(r, PTST_JSON_STRING, start, size) : code;
+}
+
+/* Steps over white space and the character c; false if something else stands there. */
+static bool ptst__json_take_char(ptst__json_reader *r, char c) {
+    ptst__json_space(r);
+    if (r->at == r->end || r->j->text[r->at] != c) {
+        return false;
+    }
+    r->at++;
+    return true;
+}
+
+/* "a b" or ["a", "b"]. */
+static ptst_code ptst__json_read_pair(ptst__json_reader *r, ptst__json_range2 *pair) {
+    bool list = ptst__json_take_char(r, '[');
+    ptst_code code = PTST_OK;
+    int i;
+    pair->start[1] = pair->size[1] = 0;
+    for (i = 0; i < (list ? 2 : 1) && code == PTST_OK; i++) {
+        if (i == 1 && !ptst__json_take_char(r, ',')) {
+            return ptst__json_fail(r, "merges: a pair of strings was expected");
+        }
+        ptst__json_space(r);
+        code = r->at < r->end && r->j->text[r->at] == '"'
+                   ? ptst__json_read_text(r, &pair->start[i], &pair->size[i])
+                   : ptst__json_fail(r, "merges: a pair of strings was expected");
+    }
+    return code == PTST_OK && list && !ptst__json_take_char(r, ']')
+               ? ptst__json_fail(r, "merges: a pair of strings was expected")
+               : code;
+}
+
+/* The merges of a tokenizer.json are most of its text. As nodes they would take 60 bytes each; here
+   the list becomes an array of pairs, and its node an empty list. */
+static ptst_code ptst__json_read_pairs(ptst__json_reader *r) {
+    ptst_json *j = r->j;
+    ptst_code code = ptst__json_add(r, PTST_JSON_ARRAY, r->at++, 0);
+    bool more = !ptst__json_take_char(r, ']');
+    j->pairs_count = 0;
+    while (code == PTST_OK && more) {
+        if (j->pairs_count == j->pairs_capacity) {
+            void *pairs = j->pairs;
+            code = ptst__grow(r->c, &pairs, &j->pairs_capacity, j->pairs_count + 1,
+                              sizeof *j->pairs);
+            j->pairs = (ptst__json_range2 *)pairs;
+        }
+        code = code == PTST_OK ? ptst__json_read_pair(r, &j->pairs[j->pairs_count++]) : code;
+        more = code == PTST_OK && ptst__json_take_char(r, ',');
+        if (code == PTST_OK && !more && !ptst__json_take_char(r, ']')) {
+            code = ptst__json_fail(r, "',' or ']' was expected");
+        }
+    }
     return code;
 }
 
@@ -3180,21 +3277,53 @@ static ptst_code ptst__json_key(ptst__json_reader *r) {
     return code;
 }
 
-/* Room for the nodes of a large document at once: there is one behind each comma, colon, bracket
-   and brace at most. */
+/* Bytes of a word (8 bytes of text) that equal c, or a few more: each byte with its top bit set in
+   the result counts one. */
+static uint64_t ptst__json_equal(uint64_t word, unsigned char c) {
+    uint64_t ones = 0x0101010101010101u, x = word ^ ones * c;
+    return (x - ones) & ~x & ones << 7;
+}
+
+/* The number of commas, colons, opening brackets and braces of a text, or a little more: behind
+   each there is a node ('[' and '{' differ by 0x20). */
+static size_t ptst__json_count(const char *s, size_t size) {
+    size_t i, n = 16;
+    uint64_t word, found;
+    for (i = 0; i + 8 <= size; i += 8) {
+        memcpy(&word, s + i, sizeof word);
+        found = ptst__json_equal(word, ',') | ptst__json_equal(word, ':') |
+                ptst__json_equal(word | 0x2020202020202020u, '{');
+        n += (size_t)((found >> 7) * 0x0101010101010101u >> 56);
+    }
+    return n;
+}
+
+/* Room for the nodes of a large document at once, and for the pairs. */
 static ptst_code ptst__json_room(ptst__json_reader *r) {
     const char *s = r->j->text;
-    void *nodes = NULL;
-    size_t i, n = 1;
+    const char *pairs = r->end <= 65536 || r->pairs == NULL ? NULL : strstr(s, r->pairs);
+    size_t n = pairs == NULL ? r->end : (size_t)(pairs - s);
+    void *data = NULL;
     ptst_code code = PTST_OK;
     if (r->end > 65536) {
-        for (i = 0; i < r->end; i++) {
-            n += (size_t)(s[i] == ',' || s[i] == ':' || s[i] == '[' || s[i] == '{');
-        }
-        code = ptst__grow(r->c, &nodes, &r->j->capacity, n, sizeof *r->j->nodes);
-        r->j->nodes = (ptst__json_node *)nodes;
+        code = ptst__grow(r->c, &data, &r->j->capacity, ptst__json_count(s, n),
+                          sizeof *r->j->nodes);
+        r->j->nodes = (ptst__json_node *)data;
+    }
+    if (code == PTST_OK && pairs != NULL) {
+        data = NULL;
+        code = ptst__grow(r->c, &data, &r->j->pairs_capacity, (r->end - n) / 16,
+                          sizeof *r->j->pairs);
+        r->j->pairs = (ptst__json_range2 *)data;
     }
     return code;
+}
+
+/* Does the list of pairs begin here: of an object in the outermost one? */
+static bool ptst__json_has_pairs(const ptst__json_reader *r) {
+    const ptst__json_node *key = r->j->count == 0 ? NULL : &r->j->nodes[r->j->count - 1];
+    return r->pairs != NULL && r->depth == 2 && r->at < r->end && r->j->text[r->at] == '[' &&
+           key->type == PTST_JSON_STRING && strcmp(r->j->text + key->start, r->pairs) == 0;
 }
 
 static ptst_code ptst__json_document(ptst__json_reader *r) {
@@ -3210,7 +3339,7 @@ static ptst_code ptst__json_document(ptst__json_reader *r) {
             r->recent[depth - 1] = (uint32_t)r->j->count;
         }
         if (code == PTST_OK) {
-            code = ptst__json_value(r);
+            code = ptst__json_has_pairs(r) ? ptst__json_read_pairs(r) : ptst__json_value(r);
         }
         if (code != PTST_OK) {
             return code;
@@ -3233,32 +3362,29 @@ static ptst_code ptst__json_document(ptst__json_reader *r) {
     return PTST_OK;
 }
 
-PTST_API ptst_json *ptst_json_parse(ptst_ctx *c, const char *text, size_t size, const char *name) {
+/* Parses *text in place and keeps it; it is freed on error, too. pairs: see ptst__json_reader. */
+static ptst_json *ptst__json_take(ptst_ctx *c, ptst_text *text, const char *name,
+                                  const char *pairs) {
     ptst__json_reader r;
-    ptst_json *j;
+    ptst_json *j = NULL;
     memset(&r, 0, sizeof r);
-    if (size >= UINT32_MAX) {
+    if (text->size >= UINT32_MAX) {
         ptst__fail(c, PTST_ERR_LIMIT, "%s: JSON of 4 GiB or more", name);
-        return NULL;
+    } else if (ptst_text_append(c, text, "", 0) == PTST_OK) {
+        j = (ptst_json *)ptst__calloc(c, 1, sizeof *j);
     }
-    j = (ptst_json *)ptst__calloc(c, 1, sizeof *j);
     if (j == NULL) {
+        ptst_text_free(c, text);
         return NULL;
     }
-    j->text = (char *)ptst__alloc(c, size + 1, 1);
-    if (j->text == NULL) {
-        ptst__free(c, j);
-        return NULL;
-    }
-    if (size != 0) {
-        memcpy(j->text, text, size);
-    }
-    j->text[size] = 0;
+    j->text = text->data;
     r.c = c;
     r.j = j;
     r.name = name;
-    r.end = size;
+    r.pairs = pairs;
+    r.end = text->size;
     r.line = 1;
+    memset(text, 0, sizeof *text);
     if (ptst__json_room(&r) != PTST_OK || ptst__json_document(&r) != PTST_OK) {
         ptst_json_free(c, j);
         return NULL;
@@ -3266,20 +3392,29 @@ PTST_API ptst_json *ptst_json_parse(ptst_ctx *c, const char *text, size_t size, 
     return j;
 }
 
+PTST_API ptst_json *ptst_json_parse(ptst_ctx *c, const char *text, size_t size, const char *name) {
+    ptst_text copy = {NULL, 0, 0};
+    if (ptst_text_append(c, &copy, text, size) != PTST_OK) {
+        ptst_text_free(c, &copy);
+        return NULL;
+    }
+    return ptst__json_take(c, &copy, name, NULL);
+}
+
 PTST_API ptst_json *ptst_json_load(ptst_ctx *c, const char *path) {
     ptst_text text = {NULL, 0, 0};
-    ptst_json *j = NULL;
-    if (ptst__read_file(c, path, &text) == PTST_OK) {
-        j = ptst_json_parse(c, text.data, text.size, path);
+    if (ptst__read_file(c, path, &text) != PTST_OK) {
+        ptst_text_free(c, &text);
+        return NULL;
     }
-    ptst_text_free(c, &text);
-    return j;
+    return ptst__json_take(c, &text, path, NULL);
 }
 
 PTST_API void ptst_json_free(ptst_ctx *c, ptst_json *j) {
     if (j != NULL) {
         ptst__free(c, j->text);
         ptst__free(c, j->nodes);
+        ptst__free(c, j->pairs);
         ptst__free(c, j);
     }
 }
@@ -5354,7 +5489,15 @@ static size_t ptst__utf8_broken(const char *s, size_t left) {
 static bool ptst__utf8_valid(const char *s, size_t size) {
     size_t at, n = 1;
     uint32_t point;
+    uint64_t word;
     for (at = 0; at < size && n != 0; at += n) {
+        if (size - at >= 8) {
+            memcpy(&word, s + at, sizeof word);
+            if ((word & 0x8080808080808080u) == 0) {
+                n = 8;
+                continue;
+            }
+        }
         n = ptst__utf8_read(s + at, size - at, &point);
     }
     return n != 0 || size == 0;
@@ -6082,53 +6225,81 @@ static int32_t ptst__op_emit(ptst__regex_maker *m, int32_t node, int32_t next) {
 
 /* ---- classes of characters ---- */
 
-/* Fills pages and page_of: two code points share a class if every set holds both or neither. */
-static void ptst__regex_classes(ptst__regex_maker *m, ptst__arena *arena, ptst__regex *x) {
-    uint8_t *all = (uint8_t *)ptst__regex_alloc(m, 0x110000, 1);
-    uint64_t *sets = (uint64_t *)ptst__regex_alloc(m, 0x110000, sizeof *sets);
-    uint32_t p;
-    int32_t i, n = 0;
-    size_t pages = 0, k, r;
-    m->members = (uint64_t *)ptst__regex_alloc(m, 256, sizeof *m->members);
-    if (m->code != PTST_OK) {
-        return;
+static int ptst__border_order(const void *a, const void *b) {
+    const uint64_t *x = (const uint64_t *)a, *y = (const uint64_t *)b;
+    return (*x > *y) - (*x < *y);
+}
+
+/* The class of the characters that the sets of this mask hold; new if it was not met before. */
+static int32_t ptst__class_of_sets(ptst__regex_maker *m, uint64_t mask) {
+    int32_t i;
+    for (i = 0; i < m->classes && m->members[i] != mask; i++) {
     }
+    if (i == 255) {
+        ptst__regex_fail(m, "more than 255 kinds of characters");
+        return 0;
+    }
+    m->members[i] = mask;
+    m->classes = i == m->classes ? i + 1 : m->classes;
+    return i;
+}
+
+/* Where some set begins or ends, in order: first code point and the sets that change there. */
+static uint64_t *ptst__regex_borders(ptst__regex_maker *m, size_t *count) {
+    size_t n = 1, r, used = 0;
+    int32_t i;
+    uint64_t *border;
     for (i = 0; i < m->set_count; i++) {
-        for (r = 0; r < m->sets[i].count; r += 2) {
-            for (p = m->sets[i].data[r]; p <= m->sets[i].data[r + 1]; p++) {
-                sets[p] |= (uint64_t)1 << i;
-            }
+        n += m->sets[i].count;
+    }
+    border = (uint64_t *)ptst__regex_alloc(m, n, sizeof *border);
+    for (i = 0; i < m->set_count && border != NULL; i++) {
+        for (r = 0; r < m->sets[i].count; r++) { /* first and last by turns */
+            border[used++] = (uint64_t)(m->sets[i].data[r] + (r & 1)) << 8 | (uint64_t)i;
         }
     }
-    for (p = 0; p < 0x110000; p++) {
-        if (p != 0 && sets[p] == sets[p - 1]) {
-            all[p] = all[p - 1];
+    if (border != NULL) {
+        qsort(border, used, sizeof *border, ptst__border_order);
+    }
+    *count = used;
+    return border;
+}
+
+/* Fills pages and page_of: two code points share a class if every set holds both or neither. Most
+   pages are of one class and kept once. */
+static void ptst__regex_classes(ptst__regex_maker *m, ptst__arena *arena, ptst__regex *x) {
+    size_t count = 0, at = 0, pages = 0;
+    uint64_t *border = ptst__regex_borders(m, &count), mask = 0;
+    uint8_t *all = (uint8_t *)ptst__regex_alloc(m, 0x110000, 1);
+    int32_t *uniform = (int32_t *)ptst__regex_alloc(m, 256, sizeof *uniform), class_of = 0;
+    uint32_t p, k;
+    m->members = (uint64_t *)ptst__regex_alloc(m, 256, sizeof *m->members);
+    for (p = 0; p < PTST__REGEX_PAGES && m->code == PTST_OK; p++) {
+        bool mixed = at < count && border[at] >> 8 < (uint64_t)p * 256 + 256;
+        if (!mixed && p != 0 && uniform[class_of] != 0) {
+            x->page_of[p] = (uint16_t)(uniform[class_of] - 1);
             continue;
         }
-        for (i = 0; i < n && m->members[i] != sets[p]; i++) {
+        for (k = 0; k < 256; k++) {
+            for (; at < count && border[at] >> 8 == p * 256 + k; at++) {
+                mask ^= (uint64_t)1 << (border[at] & 0xFF);
+            }
+            if (k == 0 || mask != m->members[class_of]) {
+                class_of = ptst__class_of_sets(m, mask);
+            }
+            all[pages * 256 + k] = (uint8_t)class_of;
         }
-        if (i == 255) {
-            ptst__regex_fail(m, "more than 255 kinds of characters");
-            return;
+        if (!mixed) {
+            uniform[class_of] = (int32_t)pages + 1;
         }
-        m->members[i] = sets[p];
-        n = i == n ? n + 1 : n;
-        all[p] = (uint8_t)i;
+        x->page_of[p] = (uint16_t)pages++;
     }
-    m->classes = n;
-    for (p = 0; p < PTST__REGEX_PAGES; p++) { /* pages that are alike are kept once */
-        for (k = 0; k < pages && memcmp(all + k * 256, all + p * 256, 256) != 0; k++) {
-        }
-        memmove(all + k * 256, all + p * 256, 256);
-        x->page_of[p] = (uint16_t)k;
-        pages = k == pages ? pages + 1 : pages;
-    }
-    x->pages = (uint8_t *)ptst__arena_alloc(m->c, arena, pages, 256);
-    if (x->pages == NULL) {
+    x->pages = m->code == PTST_OK ? (uint8_t *)ptst__arena_alloc(m->c, arena, pages, 256) : NULL;
+    if (x->pages != NULL) {
+        memcpy(x->pages, all, pages * 256);
+    } else if (m->code == PTST_OK) {
         m->code = PTST_ERR_MEMORY;
-        return;
     }
-    memcpy(x->pages, all, pages * 256);
 }
 
 /* ---- the deterministic automaton ---- */
@@ -6381,6 +6552,13 @@ typedef struct ptst__token {
     bool there, special, added;
 } ptst__token;
 
+/* Part of a merge while it is read. */
+typedef struct ptst__half {
+    const char *s;
+    size_t size;
+    uint64_t hash, slot;
+} ptst__half;
+
 typedef struct ptst__added {
     const char *text;
     uint32_t size;
@@ -6396,7 +6574,8 @@ enum { PTST__ADDED_RAW, PTST__ADDED_SPECIAL, PTST__ADDED_NORMAL, PTST__ADDED_LIS
 typedef struct ptst__added_list {
     ptst__added *data;
     size_t count;
-    uint8_t first[32]; /* bit set: bytes that begin one */
+    uint8_t first[256]; /* whether a byte begins one */
+    int only;           /* the byte that begins all, or -1 */
 } ptst__added_list;
 
 /* One merge: the pair (left, right) becomes id; lower rank first. Open addressing. */
@@ -6435,17 +6614,22 @@ struct ptst_tokenizer {
     ptst__arena arena;
     ptst__token *tokens;
     int32_t count;
-    ptst__map by_text, added_by_text; /* the model's vocabulary; the added tokens */
+    uint64_t *words; /* the model's vocabulary by text, see ptst__vocab_find */
+    size_t words_mask, words_count;
+    ptst__map added_by_text;
     ptst__merge *merges;
     size_t merges_capacity;
     ptst__added_list added[PTST__ADDED_LISTS];
     int32_t byte_id[256];     /* token of a byte in the byte-level alphabet, -1 = none */
     int32_t fallback_id[256]; /* token <0xNN> of a byte, -1 = none */
+    int32_t ascii_id[128];    /* token of a character, -1 = none */
     bool byte_level, byte_fallback, fuse_unk, ignore_merges;
     bool strips_left; /* the normalizer takes white space from the front */
     bool apart[256];  /* no token goes on from a character that ends with this byte into U+2581 */
+    uint32_t joined[128][4]; /* bit set: some token may go on from this ASCII character to that */
     uint64_t mark;    /* hash of the whole file */
     int32_t unk;
+    const char *unk_missing; /* an unk_token that is no token of the model; or NULL */
     const char *prefix, *suffix; /* of subwords that do not begin a word, that end it; or NULL */
     size_t prefix_size, suffix_size;
     ptst__cutter cuts[PTST__STEPS_MAX];
@@ -6512,85 +6696,153 @@ static const char *ptst__tok_type(const ptst__tokenizer_reader *r, int32_t node)
 
 /* The id that a node holds, or -1. */
 static int32_t ptst__tok_id(const ptst__tokenizer_reader *r, int32_t node) {
-    double v = ptst_json_number(r->j, node, -1);
-    return v >= 0 && v < 16777216.0 && floor(v) == v ? (int32_t)v : -1;
+    size_t i, size = 0;
+    const char *s = ptst_json_number_text(r->j, node, &size);
+    int32_t id = 0;
+    for (i = 0; s != NULL && i < size && size <= 8; i++) {
+        if (s[i] < '0' || s[i] > '9') {
+            return -1;
+        }
+        id = id * 10 + (s[i] - '0');
+    }
+    return i == 0 || id >= 16777216 ? -1 : id;
 }
 
-/* Largest id of vocabulary and added tokens; ids must not leave huge gaps (what is allocated by a
-   number in a file is bounded by the size of the file). */
-static ptst_code ptst__tok_count(ptst__tokenizer_reader *r, int32_t vocab, int32_t added) {
-    int32_t k, most = -1;
-    size_t n = ptst_json_size(r->j, vocab) + ptst_json_size(r->j, added);
-    for (k = ptst_json_first(r->j, vocab); k >= 0;) {
-        int32_t value = ptst_json_next(r->j, k);
-        int32_t id;
-        value = k + 1;
-        id = ptst__tok_id(r, value);
+/* ---- the vocabulary by text ----
+   Open addressing, at most half full. A slot is the upper half of a hash and the id plus 1: eight
+   of them share a cache line, and a token's text is looked at only where 32 bits of the hash agree.
+ */
+
+/* Hash of a text, 8 bytes at a time. */
+static uint64_t ptst__word_hash(const char *s, size_t size) {
+    uint64_t h = 0x9E3779B97F4A7C15u * (size + 1), word = 0;
+    uint32_t a, b;
+    for (; size >= 8; s += 8, size -= 8) {
+        memcpy(&word, s, sizeof word);
+        h = (h ^ word) * 0xD6E8FEB86659FD93u;
+        h ^= h >> 32;
+    }
+    if (size >= 4) {
+        memcpy(&a, s, sizeof a);
+        memcpy(&b, s + size - 4, sizeof b);
+        word = (uint64_t)a << 32 | b;
+    } else {
+        word = size == 0 ? 0
+                         : (uint64_t)(unsigned char)s[0] << 16 |
+                               (uint64_t)(unsigned char)s[size / 2] << 8 |
+                               (unsigned char)s[size - 1];
+    }
+    h = (h ^ word) * 0xD6E8FEB86659FD93u;
+    h = (h ^ h >> 32) * 0x9E3779B97F4A7C15u;
+    return h ^ h >> 29;
+}
+
+static bool ptst__token_is(const ptst__token *k, const char *s, size_t size) {
+    return k->size == size && memcmp(k->text, s, size) == 0;
+}
+
+/* Where a text is, or would be, in the table. */
+static size_t ptst__vocab_place(const ptst_tokenizer *t, const char *s, size_t size,
+                                uint64_t hash) {
+    size_t i = (size_t)hash & t->words_mask;
+    uint64_t slot;
+    for (; (slot = t->words[i]) != 0; i = (i + 1) & t->words_mask) {
+        if (slot >> 32 == hash >> 32 &&
+            ptst__token_is(&t->tokens[(slot & 0xFFFFFFFFu) - 1], s, size)) {
+            break;
+        }
+    }
+    return i;
+}
+
+/* The id of a text, -1 if it is no token of the model. */
+static int32_t ptst__vocab_find(const ptst_tokenizer *t, const char *s, size_t size,
+                                uint64_t hash) {
+    uint64_t slot = t->words[ptst__vocab_place(t, s, size, hash)];
+    return (int32_t)(slot & 0xFFFFFFFFu) - 1;
+}
+
+static int32_t ptst__vocab_get(const ptst_tokenizer *t, const char *s, size_t size) {
+    return ptst__vocab_find(t, s, size, ptst__word_hash(s, size));
+}
+
+/* Counts what the vocabulary needs: *most = its largest id, *bytes = its texts with their ends. Ids
+   must not leave huge gaps (what is allocated by a number in a file is bounded by the size of the
+   file). */
+static ptst_code ptst__tok_count(ptst__tokenizer_reader *r, int32_t vocab, int32_t *most,
+                                 size_t *bytes) {
+    int32_t k, id;
+    size_t size = 0;
+    for (*most = -1, *bytes = 0, k = ptst_json_first(r->j, vocab); k >= 0;
+         k = ptst_json_next(r->j, k + 1)) {
+        const char *s = ptst_json_string(r->j, k, &size);
+        id = ptst__tok_id(r, k + 1);
         if (id < 0) {
-            return ptst__tok_fail(r, PTST_ERR_FORMAT, "model.vocab: an id from 0 was expected",
-                                  ptst_json_string(r->j, k, NULL));
+            return ptst__tok_fail(r, PTST_ERR_FORMAT, "model.vocab: an id from 0 was expected", s);
         }
-        most = id > most ? id : most;
-        k = ptst_json_next(r->j, value);
-    }
-    for (k = ptst_json_first(r->j, added); k >= 0; k = ptst_json_next(r->j, k)) {
-        int32_t id = ptst__tok_id(r, ptst_json_get(r->j, k, "id"));
-        if (id < 0 || ptst_json_string(r->j, ptst_json_get(r->j, k, "content"), NULL) == NULL) {
-            return ptst__tok_fail(r, PTST_ERR_FORMAT,
-                                  "added_tokens: id and content were expected", "");
+        if (size > 65535) {
+            return ptst__tok_fail(r, PTST_ERR_LIMIT, "a token of more than 65535 bytes", "");
         }
-        most = id > most ? id : most;
+        *bytes += size + 1;
+        *most = id > *most ? id : *most;
     }
-    if (most < 0 || (size_t)most > 16 * n + 65536) {
+    if (*most < 0 || (size_t)*most > 16 * ptst_json_size(r->j, vocab) + 65536) {
         return ptst__tok_fail(r, PTST_ERR_FORMAT,
-                              most < 0 ? "model.vocab: is empty" : "an id is far beyond the others",
+                              *most < 0 ? "model.vocab: is empty"
+                                        : "an id is far beyond the others",
                               "");
     }
-    r->t->count = most + 1;
     return PTST_OK;
 }
 
-static ptst_code ptst__tok_put(ptst__tokenizer_reader *r, int32_t id, const char *s, size_t size,
-                               bool added, bool special) {
-    ptst__token *k = &r->t->tokens[id];
-    char *copy;
-    if (k->there && (k->size != size || memcmp(k->text, s, size) != 0) && !added) {
-        return ptst__tok_fail(r, PTST_ERR_FORMAT, "model.vocab: two tokens have one id", s);
+/* The tables of the model's vocabulary, with room for `added` more tokens. */
+static ptst_code ptst__tok_tables(ptst__tokenizer_reader *r, size_t count, size_t added,
+                                  size_t words) {
+    ptst_tokenizer *t = r->t;
+    size_t capacity = 16;
+    while (capacity < 2 * words) {
+        capacity *= 2;
     }
-    if (size > 65535) {
-        return ptst__tok_fail(r, PTST_ERR_LIMIT, "a token of more than 65535 bytes", "");
-    }
-    copy = ptst__arena_copy(r->c, &r->t->arena, s, size);
-    if (copy == NULL) {
-        return PTST_ERR_MEMORY;
-    }
-    k->text = k->shown = copy;
-    k->size = k->shown_size = (uint32_t)size;
-    k->there = true;
-    k->added = added;
-    k->special = special;
-    return ptst__map_put(r->c, added ? &r->t->added_by_text : &r->t->by_text, copy, size, id);
+    t->tokens = (ptst__token *)ptst__arena_alloc(r->c, &t->arena, count + added, sizeof *t->tokens);
+    t->words = t->tokens == NULL ? NULL
+                                 : (uint64_t *)ptst__arena_alloc(r->c, &t->arena, capacity,
+                                                                 sizeof *t->words);
+    t->words_mask = capacity - 1;
+    t->count = (int32_t)count;
+    return t->words == NULL ? PTST_ERR_MEMORY : PTST_OK;
 }
 
 static ptst_code ptst__tok_vocab(ptst__tokenizer_reader *r, int32_t vocab, int32_t added) {
     ptst_tokenizer *t = r->t;
-    ptst_code code = ptst__tok_count(r, vocab, added);
-    int32_t k;
-    if (code != PTST_OK) {
-        return code;
+    size_t size = 0, bytes, at;
+    int32_t k, most;
+    char *to = NULL;
+    ptst_code code = ptst__tok_count(r, vocab, &most, &bytes);
+    if (code == PTST_OK) {
+        code = ptst__tok_tables(r, (size_t)most + 1, ptst_json_size(r->j, added),
+                                ptst_json_size(r->j, vocab));
     }
-    t->tokens = (ptst__token *)ptst__arena_alloc(r->c, &t->arena, (size_t)t->count,
-                                                 sizeof *t->tokens);
-    if (t->tokens == NULL ||
-        ptst__map_reserve(r->c, &t->by_text,
-                          ptst_json_size(r->j, vocab)) != PTST_OK) {
-        return PTST_ERR_MEMORY;
+    if (code == PTST_OK) {
+        to = (char *)ptst__arena_alloc(r->c, &t->arena, bytes, 1);
+        code = to == NULL ? PTST_ERR_MEMORY : PTST_OK;
     }
-    for (k = ptst_json_first(r->j, vocab); k >= 0 && code == PTST_OK;) {
-        size_t size = 0;
+    for (k = ptst_json_first(r->j, vocab); k >= 0 && code == PTST_OK;
+         k = ptst_json_next(r->j, k + 1)) {
         const char *s = ptst_json_string(r->j, k, &size);
-        code = ptst__tok_put(r, ptst__tok_id(r, k + 1), s, size, false, false);
-        k = ptst_json_next(r->j, k + 1);
+        uint64_t hash = ptst__word_hash(s, size);
+        int32_t id = ptst__tok_id(r, k + 1);
+        ptst__token *token = &t->tokens[id];
+        if (token->there && !ptst__token_is(token, s, size)) {
+            return ptst__tok_fail(r, PTST_ERR_FORMAT, "model.vocab: two tokens have one id", s);
+        }
+        at = ptst__vocab_place(t, s, size, hash);
+        t->words_count += t->words[at] == 0;
+        t->words[at] = (hash & 0xFFFFFFFF00000000u) | (uint64_t)(id + 1);
+        token->there = true;
+        token->text = token->shown = to;
+        token->size = token->shown_size = (uint32_t)size;
+        memcpy(to, s, size + 1); /* with its NUL */
+        to += size + 1;
     }
     return code;
 }
@@ -6603,42 +6855,68 @@ static int ptst__added_order(const void *a, const void *b) {
 
 /* Puts a token, which may have been normalised, into a list; room is there. */
 static void ptst__added_put(ptst__added_list *list, const ptst__added *x) {
-    unsigned char first;
+    int first;
     if (x->size != 0) {
         first = (unsigned char)x->text[0];
-        list->first[first / 8] |= (uint8_t)(1u << (first % 8));
+        list->only = list->count == 0 || list->only == first ? first : -1;
+        list->first[first] = 1;
         list->data[list->count++] = *x;
     }
 }
 
-static ptst_code ptst__tok_added(ptst__tokenizer_reader *r, int32_t added) {
+/* An added token gets the id that Hugging Face gives it, whatever stands in the file: that of the
+   same text, or else the next one behind all others. (Files that it wrote itself agree.) */
+static ptst_code ptst__tok_added_id(ptst__tokenizer_reader *r, const char *s, size_t size,
+                                    bool special, int32_t *next, int32_t *id) {
     ptst_tokenizer *t = r->t;
-    ptst_code code = PTST_OK;
-    int32_t k;
-    size_t i, n = ptst_json_size(r->j, added);
-    for (i = 0; i < PTST__ADDED_LISTS; i++) {
-        t->added[i].data = (ptst__added *)ptst__arena_alloc(r->c, &t->arena, n + 1,
-                                                            sizeof *t->added[i].data);
-        if (t->added[i].data == NULL) {
-            return PTST_ERR_MEMORY;
-        }
+    ptst__token *k;
+    char *copy;
+    if (size > 65535) {
+        return ptst__tok_fail(r, PTST_ERR_LIMIT, "a token of more than 65535 bytes", "");
     }
-    for (k = ptst_json_first(r->j, added); k >= 0 && code == PTST_OK; k = ptst_json_next(r->j, k)) {
-        ptst__added x;
-        size_t size = 0;
-        const char *s = ptst_json_string(r->j, ptst_json_get(r->j, k, "content"), &size);
-        if (size == 0) {
-            continue;
-        }
-        memset(&x, 0, sizeof x);
-        x.id = ptst__tok_id(r, ptst_json_get(r->j, k, "id"));
-        x.special = ptst_json_bool(r->j, ptst_json_get(r->j, k, "special"), false);
-        x.single_word = ptst_json_bool(r->j, ptst_json_get(r->j, k, "single_word"), false);
-        x.lstrip = ptst_json_bool(r->j, ptst_json_get(r->j, k, "lstrip"), false);
-        x.rstrip = ptst_json_bool(r->j, ptst_json_get(r->j, k, "rstrip"), false);
-        x.normalized = ptst_json_bool(r->j, ptst_json_get(r->j, k, "normalized"), !x.special);
-        code = ptst__tok_put(r, x.id, s, size, true, x.special);
-        x.text = t->tokens[x.id].text;
+    *id = ptst__map_get(&t->added_by_text, s, size, -1);
+    *id = *id >= 0 ? *id : ptst__vocab_get(t, s, size);
+    *id = *id >= 0 ? *id : *next;
+    *next = *id >= *next ? *id + 1 : *next;
+    copy = ptst__arena_copy(r->c, &t->arena, s, size);
+    if (copy == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    k = &t->tokens[*id];
+    if (!k->there) { /* else the text by which the model finds it stays */
+        k->text = copy;
+        k->size = (uint32_t)size;
+    }
+    k->shown = copy;
+    k->shown_size = (uint32_t)size;
+    k->there = k->added = true;
+    k->special = special;
+    t->count = *id >= t->count ? *id + 1 : t->count;
+    return ptst__map_put(r->c, &t->added_by_text, copy, size, *id);
+}
+
+/* One entry of added_tokens; *next: the id of the next one that is new. */
+static ptst_code ptst__tok_added_one(ptst__tokenizer_reader *r, int32_t k, int32_t *next) {
+    ptst_tokenizer *t = r->t;
+    ptst__added x;
+    size_t size = 0;
+    const char *s = ptst_json_string(r->j, ptst_json_get(r->j, k, "content"), &size);
+    ptst_code code;
+    memset(&x, 0, sizeof x);
+    if (s == NULL || ptst__tok_id(r, ptst_json_get(r->j, k, "id")) < 0) {
+        return ptst__tok_fail(r, PTST_ERR_FORMAT, "added_tokens: id and content were expected", "");
+    }
+    if (size == 0) {
+        return PTST_OK;
+    }
+    x.special = ptst_json_bool(r->j, ptst_json_get(r->j, k, "special"), false);
+    x.single_word = ptst_json_bool(r->j, ptst_json_get(r->j, k, "single_word"), false);
+    x.lstrip = ptst_json_bool(r->j, ptst_json_get(r->j, k, "lstrip"), false);
+    x.rstrip = ptst_json_bool(r->j, ptst_json_get(r->j, k, "rstrip"), false);
+    x.normalized = ptst_json_bool(r->j, ptst_json_get(r->j, k, "normalized"), !x.special);
+    code = ptst__tok_added_id(r, s, size, x.special, next, &x.id);
+    if (code == PTST_OK) {
+        x.text = t->tokens[x.id].shown;
         x.size = (uint32_t)size;
         ptst__added_put(&t->added[x.normalized ? PTST__ADDED_NORMAL : PTST__ADDED_RAW], &x);
         if (x.normalized && x.special) {
@@ -6648,13 +6926,35 @@ static ptst_code ptst__tok_added(ptst__tokenizer_reader *r, int32_t added) {
     return code;
 }
 
+static ptst_code ptst__tok_added(ptst__tokenizer_reader *r, int32_t added) {
+    ptst_tokenizer *t = r->t;
+    ptst_code code = PTST_OK;
+    int32_t k, next = (int32_t)t->words_count;
+    size_t i, n = ptst_json_size(r->j, added);
+    for (i = 0; i < PTST__ADDED_LISTS; i++) {
+        t->added[i].data = (ptst__added *)ptst__arena_alloc(r->c, &t->arena, n + 1,
+                                                            sizeof *t->added[i].data);
+        if (t->added[i].data == NULL) {
+            return PTST_ERR_MEMORY;
+        }
+    }
+    for (k = ptst_json_first(r->j, added); k >= 0 && code == PTST_OK; k = ptst_json_next(r->j, k)) {
+        code = ptst__tok_added_one(r, k, &next);
+    }
+    return code;
+}
+
 /* Once the normalizer is known: normalises the texts of tokens that want it, and sorts the lists.
    (Defined beside the encoder.) */
 static ptst_code ptst__tok_added_normal(ptst__tokenizer_reader *r);
 
-static ptst__merge *ptst__merge_slot(const ptst_tokenizer *t, uint64_t pair) {
+static size_t ptst__merge_place(const ptst_tokenizer *t, uint64_t pair) {
     uint64_t h = pair * 0x9E3779B97F4A7C15u;
-    size_t mask = t->merges_capacity - 1, i = (size_t)(h ^ h >> 32) & mask;
+    return (size_t)(h ^ h >> 32) & (t->merges_capacity - 1);
+}
+
+static ptst__merge *ptst__merge_slot(const ptst_tokenizer *t, uint64_t pair) {
+    size_t mask = t->merges_capacity - 1, i = ptst__merge_place(t, pair);
     while (t->merges[i].pair != 0 && t->merges[i].pair != pair) {
         i = (i + 1) & mask;
     }
@@ -6665,56 +6965,114 @@ static uint64_t ptst__pair(int32_t left, int32_t right) {
     return ((uint64_t)(uint32_t)left << 32 | (uint32_t)right) + 1;
 }
 
-/* Is this the text of token id? */
-static bool ptst__tok_is(const ptst_tokenizer *t, int32_t id, const char *a, size_t a_size,
-                         const char *b, size_t b_size) {
-    const ptst__token *k = &t->tokens[id < 0 || id >= t->count ? 0 : id];
-    return k->there && !k->added && k->size == a_size + b_size && memcmp(k->text, a, a_size) == 0 &&
-           memcmp(k->text + a_size, b, b_size) == 0;
+/* The two halves of an entry of merges: "a b" (which has one blank) or ["a", "b"]. */
+static bool ptst__tok_halves(const ptst_json *j, const ptst__json_range2 *pair, ptst__half *half) {
+    const char *s = j->text + pair->start[0], *blank;
+    half[0].s = s;
+    half[0].size = pair->size[0];
+    half[1].s = j->text + pair->start[1];
+    half[1].size = pair->size[1];
+    if (pair->start[1] == 0) {
+        blank = pair->size[0] == 0 ? NULL : (const char *)memchr(s, ' ', pair->size[0]);
+        if (blank == NULL) {
+            return false;
+        }
+        half[0].size = (size_t)(blank - s);
+        half[1].s = blank + 1;
+        half[1].size = pair->size[0] - half[0].size - 1;
+        if (memchr(blank + 1, ' ', half[1].size) != NULL) {
+            return false;
+        }
+    }
+    half[0].hash = ptst__word_hash(half[0].s, half[0].size);
+    half[1].hash = ptst__word_hash(half[1].s, half[1].size);
+    return true;
 }
 
-/* The pair a, b becomes the token "ab", where b loses the prefix of subwords that begin no word.
-   *last: token of the merge before; the next one is often the same or the next token. */
-static ptst_code ptst__tok_merge(ptst__tokenizer_reader *r, const char *a, size_t a_size,
-                                 const char *b, size_t b_size, int32_t rank, int32_t *last,
-                                 ptst_text *joined) {
-    int32_t left = ptst__map_get(&r->t->by_text, a, a_size, -1);
-    int32_t right = ptst__map_get(&r->t->by_text, b, b_size, -1), id = -1, k;
-    size_t skip = r->t->prefix_size < b_size ? r->t->prefix_size : b_size;
-    ptst__merge *m;
-    for (k = 0; k < 2 && id < 0; k++) {
-        id = ptst__tok_is(r->t, *last + k, a, a_size, b + skip, b_size - skip) ? *last + k : -1;
-    }
-    if (id < 0) {
-        joined->size = 0;
-        if (ptst_text_append(r->c, joined, a, a_size) != PTST_OK ||
-            ptst_text_append(r->c, joined, b + skip, b_size - skip) != PTST_OK) {
-            return PTST_ERR_MEMORY;
+/* The token that two halves make, where the second loses the prefix of subwords that begin no word;
+   -1 if there is none (or no memory). last: token of the merge before; the next one is often the
+   same or the next token. */
+static int32_t ptst__tok_joined(ptst__tokenizer_reader *r, const ptst__half *half, int32_t last,
+                                ptst_text *joined) {
+    size_t skip = r->t->prefix_size < half[1].size ? r->t->prefix_size : half[1].size;
+    size_t n = half[0].size, size = n + half[1].size - skip;
+    int32_t k;
+    for (k = last; k < last + 2 && k < r->t->count; k++) {
+        const ptst__token *token = &r->t->tokens[k];
+        if (token->there && token->size == size && memcmp(token->text, half[0].s, n) == 0 &&
+            memcmp(token->text + n, half[1].s + skip, size - n) == 0) {
+            return k;
         }
-        id = ptst__map_get(&r->t->by_text, joined->data, joined->size, -1);
     }
-    if (left < 0 || right < 0 || id < 0) {
-        joined->size = 0;
-        return ptst_text_append(r->c, joined, a, a_size) != PTST_OK ||
-                       ptst_text_append(r->c, joined, b + skip, b_size - skip) != PTST_OK
-                   ? PTST_ERR_MEMORY
-                   : ptst__tok_fail(r, PTST_ERR_FORMAT,
-                                    "model.merges: a part or the result is no token", joined->data);
+    joined->size = 0;
+    return ptst_text_append(r->c, joined, half[0].s, n) != PTST_OK ||
+                   ptst_text_append(r->c, joined, half[1].s + skip, size - n) != PTST_OK
+               ? -1
+               : ptst__vocab_get(r->t, joined->data, size);
+}
+
+enum { PTST__MERGE_BATCH = 32 };
+
+/* The ids of the halves of n merges. They lie anywhere in tables that are larger than the caches:
+   the slots of all are read before the first one is needed, so that these reads overlap. */
+static void ptst__tok_lookup(const ptst_tokenizer *t, ptst__half (*half)[2], int32_t n,
+                             int32_t (*ids)[2]) {
+    int32_t i, k;
+    for (i = 0; i < n; i++) {
+        half[i][0].slot = t->words[half[i][0].hash & t->words_mask];
+        half[i][1].slot = t->words[half[i][1].hash & t->words_mask];
     }
-    *last = id;
-    m = ptst__merge_slot(r->t, ptst__pair(left, right));
-    m->pair = ptst__pair(left, right);
-    m->rank = rank;
-    m->id = id;
+    for (i = 0; i < n; i++) {
+        for (k = 0; k < 2; k++) {
+            const ptst__half *h = &half[i][k];
+            int32_t id = h->slot >> 32 == h->hash >> 32 ? (int32_t)(h->slot & 0xFFFFFFFFu) - 1 : -1;
+            ids[i][k] = id >= 0 && ptst__token_is(&t->tokens[id], h->s, h->size)
+                            ? id
+                            : ptst__vocab_find(t, h->s, h->size, h->hash);
+        }
+    }
+}
+
+/* Adds n merges, whose first one has rank `rank`. */
+static ptst_code ptst__tok_batch(ptst__tokenizer_reader *r, ptst__half (*half)[2], int32_t n,
+                                 int32_t rank, int32_t *last, ptst_text *joined) {
+    ptst_tokenizer *t = r->t;
+    int32_t ids[PTST__MERGE_BATCH][2], i, id;
+    size_t at[PTST__MERGE_BATCH];
+    uint64_t pair[PTST__MERGE_BATCH], held[PTST__MERGE_BATCH];
+    ptst__merge *m;
+    ptst__tok_lookup(t, half, n, ids);
+    for (i = 0; i < n; i++) { /* again the reads first */
+        pair[i] = ptst__pair(ids[i][0], ids[i][1]);
+        at[i] = ptst__merge_place(t, pair[i]);
+        held[i] = t->merges[at[i]].pair;
+    }
+    for (i = 0; i < n; i++) {
+        r->c->code = PTST_OK;
+        id = ids[i][0] < 0 || ids[i][1] < 0 ? -1 : ptst__tok_joined(r, half[i], *last, joined);
+        if (id < 0) {
+            return r->c->code == PTST_ERR_MEMORY
+                       ? PTST_ERR_MEMORY
+                       : ptst__fail(r->c, PTST_ERR_FORMAT,
+                                    "%s: model.merges: a part or the result is no token: "
+                                    "%.100s %.100s", r->name, half[i][0].s, half[i][1].s);
+        }
+        *last = id;
+        m = held[i] == 0 && t->merges[at[i]].pair == 0 ? &t->merges[at[i]]
+                                                       : ptst__merge_slot(t, pair[i]);
+        m->pair = pair[i];
+        m->rank = rank + i;
+        m->id = id;
+    }
     return PTST_OK;
 }
 
-/* "a b" (split at the only blank that leaves two tokens) or ["a", "b"]. */
-static ptst_code ptst__tok_merges(ptst__tokenizer_reader *r, int32_t merges) {
+static ptst_code ptst__tok_merges(ptst__tokenizer_reader *r) {
+    ptst__half half[PTST__MERGE_BATCH][2];
     ptst_text joined = {NULL, 0, 0};
     ptst_code code = PTST_OK;
-    size_t capacity = 16, n = ptst_json_size(r->j, merges), a_size = 0, b_size = 0;
-    int32_t k, rank = 0, last = 0;
+    size_t capacity = 16, n = r->j->pairs_count, k;
+    int32_t rank = 0, last = 0, waits = 0;
     while (capacity < n + n / 2 + 2) {
         capacity *= 2;
     }
@@ -6723,51 +7081,58 @@ static ptst_code ptst__tok_merges(ptst__tokenizer_reader *r, int32_t merges) {
         return PTST_ERR_MEMORY;
     }
     r->t->merges_capacity = capacity;
-    for (k = ptst_json_first(r->j, merges); k >= 0 && code == PTST_OK;
-         k = ptst_json_next(r->j, k), rank++) {
-        const char *a = ptst_json_string(r->j, k, &a_size), *b, *blank;
-        if (a != NULL) {
-            blank = a_size == 0 ? NULL : (const char *)memchr(a, ' ', a_size);
-            b = blank == NULL ? NULL : blank + 1;
-            b_size = blank == NULL ? 0 : a_size - (size_t)(b - a);
-            a_size = blank == NULL ? 0 : (size_t)(blank - a);
-        } else {
-            a = ptst_json_string(r->j, ptst_json_at(r->j, k, 0), &a_size);
-            b = ptst_json_string(r->j, ptst_json_at(r->j, k, 1), &b_size);
+    for (k = 0; k < n && code == PTST_OK; k++) {
+        const ptst__json_range2 *pair = &r->j->pairs[k];
+        const char *s = r->j->text + pair->start[0];
+        if (pair->start[1] == 0 && strncmp(s, "#version", 8) == 0) {
+            continue; /* the first line of a merges.txt */
         }
-        code = a == NULL || b == NULL
-                   ? ptst__tok_fail(r, PTST_ERR_FORMAT, "model.merges: a pair was expected", "")
-                   : ptst__tok_merge(r, a, a_size, b, b_size, rank, &last, &joined);
+        if (!ptst__tok_halves(r->j, pair, half[waits])) {
+            code = ptst__tok_fail(r, PTST_ERR_FORMAT, "model.merges: a pair was expected", s);
+        } else if (++waits == PTST__MERGE_BATCH) {
+            code = ptst__tok_batch(r, half, waits, rank, &last, &joined);
+            rank += waits;
+            waits = 0;
+        }
+    }
+    if (code == PTST_OK) {
+        code = ptst__tok_batch(r, half, waits, rank, &last, &joined);
     }
     ptst_text_free(r->c, &joined);
     return code;
 }
 
-/* Finds where texts may be cut before U+2581 (the space of SentencePiece): behind characters whose
-   last byte stands before it in no token that merges make. Never if words have marked ends, or are
-   looked up whole, or if it has no token, or if bytes without a character of their own are
-   merged. */
+/* Finds where texts may be cut although no pre-tokenizer does: between two characters that stand
+   side by side in no token that merges make. Looked for are ASCII characters that are tokens
+   themselves, and any character before U+2581 (the space of SentencePiece). Never if words have
+   marked ends, or are looked up whole, or if bytes without a character of their own are merged. */
 static void ptst__tok_apart(ptst_tokenizer *t) {
-    bool never = t->ignore_merges || t->prefix_size != 0 || t->suffix_size != 0 ||
-                 ptst__map_get(&t->by_text, "\xE2\x96\x81", 3, -1) < 0;
-    size_t i, k;
-    memset(t->apart, never ? 0 : 1, sizeof t->apart);
+    bool never = t->byte_level || t->ignore_merges || t->prefix_size != 0 || t->suffix_size != 0;
+    bool mark = ptst__vocab_get(t, "\xE2\x96\x81", 3) >= 0;
+    size_t i, k, x, y;
+    memset(t->apart, !never && mark ? 1 : 0, sizeof t->apart);
     t->apart[0x81] = false; /* U+2581 itself: runs stay together */
-    for (i = 0; !never && i < t->merges_capacity; i++) {
-        const ptst__token *token;
-        if (t->merges[i].pair == 0) {
-            continue;
+    for (x = 0; x < 128; x++) {
+        for (y = 0; y < 128; y++) {
+            bool both = t->ascii_id[x] >= 0 && t->ascii_id[y] >= 0;
+            t->joined[x][y / 32] |= (uint32_t)!both << (y % 32);
         }
-        token = &t->tokens[t->merges[i].id];
-        for (k = 0; k + 3 <= token->size; k++) {
-            if (k != 0 && memcmp(token->text + k, "\xE2\x96\x81", 3) == 0) {
-                t->apart[(unsigned char)token->text[k - 1]] = false;
+    }
+    for (i = 0; !never && i < t->merges_capacity; i++) {
+        const ptst__token *token = &t->tokens[t->merges[i].pair == 0 ? 0 : t->merges[i].id];
+        const unsigned char *s = (const unsigned char *)token->text;
+        for (k = 1; t->merges[i].pair != 0 && k < token->size; k++) {
+            if ((s[k - 1] | s[k]) < 0x80) {
+                t->joined[s[k - 1]][s[k] / 32] |= 1u << (s[k] % 32);
+            } else if (s[k] == 0xE2 && memcmp(s + k, "\xE2\x96\x81", 3) == 0) {
+                t->apart[s[k - 1]] = false;
             }
-            never = never || (token->size > 6 && memcmp(token->text + k, "<0x", 3) == 0);
+            never = never || (token->size > 6 && memcmp(s + k - 1, "<0x", 3) == 0);
         }
     }
     if (never) {
         memset(t->apart, 0, sizeof t->apart);
+        memset(t->joined, 0xFF, sizeof t->joined);
     }
 }
 
@@ -6777,9 +7142,13 @@ static void ptst__tok_bytes(ptst_tokenizer *t) {
     uint32_t b;
     for (b = 0; b < 256; b++) {
         size_t n = ptst__utf8_write(text, ptst__byte_to_point(b));
-        t->byte_id[b] = ptst__map_get(&t->by_text, text, n, -1);
+        t->byte_id[b] = ptst__vocab_get(t, text, n);
         n = (size_t)snprintf(text, sizeof text, "<0x%02X>", (unsigned)b);
-        t->fallback_id[b] = ptst__map_get(&t->by_text, text, n, -1);
+        t->fallback_id[b] = ptst__vocab_get(t, text, n);
+        text[0] = (char)b;
+        if (b < 128) {
+            t->ascii_id[b] = ptst__vocab_get(t, text, 1);
+        }
     }
 }
 
@@ -6826,13 +7195,14 @@ static ptst_code ptst__tok_model(ptst__tokenizer_reader *r) {
     t->ignore_merges = ptst_json_bool(r->j, ptst_json_get(r->j, model, "ignore_merges"), false);
     code = ptst__tok_vocab(r, vocab, added);
     if (code == PTST_OK) {
-        code = ptst__tok_merges(r, merges);
+        code = ptst__tok_merges(r);
     }
     s = ptst_json_string(r->j, ptst_json_get(r->j, model, "unk_token"), &size);
-    t->unk = s == NULL ? -1 : ptst__map_get(&t->by_text, s, size, -1);
     if (code == PTST_OK) {
+        t->unk = s == NULL ? -1 : ptst__vocab_get(t, s, size);
+        t->unk_missing = s == NULL || t->unk >= 0 ? NULL
+                                                  : ptst__arena_copy(r->c, &t->arena, s, size);
         ptst__tok_bytes(t);
-        ptst__tok_apart(t);
         code = ptst__tok_added(r, added);
     }
     return code;
@@ -7258,6 +7628,14 @@ static void ptst__encoder_free(ptst__encoder *e) {
     }
 }
 
+static ptst_code ptst__put_id(ptst__encoder *e, int32_t id) {
+    if (e->out->count == e->out->capacity) {
+        return ptst_ids_append(e->c, e->out, id);
+    }
+    e->out->data[e->out->count++] = id;
+    return PTST_OK;
+}
+
 static bool ptst__candidate_less(const ptst__candidate *a, const ptst__candidate *b) {
     return a->rank != b->rank ? a->rank < b->rank : a->left < b->left;
 }
@@ -7360,7 +7738,7 @@ static ptst_code ptst__merge_few(ptst__encoder *e, size_t n) {
     }
 #undef PTST__LOOK
     for (i = 0; i < n && code == PTST_OK; i++) {
-        code = ptst_ids_append(e->c, e->out, id[i]);
+        code = ptst__put_id(e, id[i]);
     }
     return code;
 }
@@ -7406,8 +7784,9 @@ static int32_t ptst__char_id(ptst__encoder *e, const char *s, size_t size, bool 
     const ptst_tokenizer *t = e->t;
     char letter[4];
     if (t->prefix_size == 0 && t->suffix_size == 0) {
-        return t->byte_level ? t->byte_id[(unsigned char)s[0]]
-                             : ptst__map_get(&t->by_text, s, size, -1);
+        return t->byte_level                  ? t->byte_id[(unsigned char)s[0]]
+               : (unsigned char)s[0] < 0x80 ? t->ascii_id[(unsigned char)s[0]]
+                                            : ptst__vocab_get(t, s, size);
     }
     if (t->byte_level) {
         size = ptst__utf8_write(letter, ptst__byte_to_point((unsigned char)s[0]));
@@ -7419,7 +7798,7 @@ static int32_t ptst__char_id(ptst__encoder *e, const char *s, size_t size, bool 
         (last && ptst_text_append(e->c, &e->word, t->suffix, t->suffix_size) != PTST_OK)) {
         return -1;
     }
-    return ptst__map_get(&t->by_text, e->word.data, e->word.size, -1);
+    return ptst__vocab_get(t, e->word.data, e->word.size);
 }
 
 static void ptst__symbol_put(ptst__encoder *e, size_t *n, int32_t id, size_t size) {
@@ -7463,7 +7842,13 @@ static ptst_code ptst__word_symbols(ptst__encoder *e, const char *s, size_t size
                 unknown = 0;
             }
             ptst__symbol_put(e, &n, id, length);
-        } else if (!ptst__symbol_bytes(e, s + at, length, &n) && t->unk >= 0) {
+        } else if (ptst__symbol_bytes(e, s + at, length, &n)) {
+            continue;
+        } else if (t->unk_missing != NULL) {
+            code = ptst__fail(e->c, PTST_ERR_FORMAT,
+                              "a character has no token, and the tokenizer's unk_token %.100s is "
+                              "no token of its vocabulary", t->unk_missing);
+        } else if (t->unk >= 0) {
             if (unknown != 0 && !t->fuse_unk) {
                 ptst__symbol_put(e, &n, t->unk, unknown);
                 unknown = 0;
@@ -7486,7 +7871,7 @@ static int32_t ptst__whole_word(ptst__encoder *e, const char *s, size_t size) {
     char out[4];
     size_t i, n;
     if (!e->t->byte_level) {
-        return ptst__map_get(&e->t->by_text, s, size, -1);
+        return ptst__vocab_get(e->t, s, size);
     }
     e->word.size = 0;
     for (i = 0; i < size && i < 256; i++) {
@@ -7495,7 +7880,7 @@ static int32_t ptst__whole_word(ptst__encoder *e, const char *s, size_t size) {
             return -1;
         }
     }
-    return size > 256 ? -1 : ptst__map_get(&e->t->by_text, e->word.data, e->word.size, -1);
+    return size > 256 ? -1 : ptst__vocab_get(e->t, e->word.data, e->word.size);
 }
 
 static ptst_code ptst__encode_new_word(ptst__encoder *e, const char *s, size_t size) {
@@ -7540,7 +7925,7 @@ static ptst__known_word *ptst__known_slot(ptst__encoder *e, const char *s, size_
             return NULL;
         }
     }
-    return (ptst__known_word *)e->c->words + ptst__hash(s, size) % PTST__KNOWN_WORDS;
+    return (ptst__known_word *)e->c->words + ptst__word_hash(s, size) % PTST__KNOWN_WORDS;
 }
 
 static ptst_code ptst__encode_word(ptst__encoder *e, const char *s, size_t size) {
@@ -7556,7 +7941,7 @@ static ptst_code ptst__encode_word(ptst__encoder *e, const char *s, size_t size)
     }
     if (w->mark == e->t->mark && w->size == size && memcmp(w->text, s, size) == 0) {
         for (i = 0; i < w->count && code == PTST_OK; i++) {
-            code = ptst_ids_append(e->c, e->out, w->ids[i]);
+            code = ptst__put_id(e, w->ids[i]);
         }
         return code;
     }
@@ -7574,32 +7959,74 @@ static ptst_code ptst__encode_word(ptst__encoder *e, const char *s, size_t size)
 }
 
 /* A piece of the pre-tokenizer. Without one (SentencePiece's way) it is a whole text: it is cut
-   before each U+2581 that no merge can join to what is before it, which changes nothing but makes
-   words that have been seen before. */
+   where no merge can join what is on both sides (see ptst__tok_apart), which changes nothing but
+   makes words that have been seen before, and single characters. */
 static ptst_code ptst__encode_piece_words(ptst__encoder *e, const char *s, size_t size) {
-    size_t at = 1, from = 0;
-    const char *space;
+    const ptst_tokenizer *t = e->t;
+    const unsigned char *b = (const unsigned char *)s;
+    size_t at, from = 0;
     ptst_code code = PTST_OK;
-    while (code == PTST_OK && at < size && !e->t->byte_level &&
-           (space = (const char *)memchr(s + at, '\xE2', size - at)) != NULL) {
-        at = (size_t)(space - s);
-        if (size - at >= 3 && memcmp(space, "\xE2\x96\x81", 3) == 0 &&
-            e->t->apart[(unsigned char)s[at - 1]]) {
-            code = ptst__encode_word(e, s + from, at - from);
-            from = at;
+    for (at = t->byte_level ? size : 1; at < size && code == PTST_OK; at++) {
+        unsigned char x = b[at - 1], y = b[at];
+        if (y >= 0x80 ? y != 0xE2 || !t->apart[x] || size - at < 3 ||
+                            memcmp(s + at, "\xE2\x96\x81", 3) != 0
+                      : x >= 0x80 || (t->joined[x][y / 32] >> (y % 32) & 1) != 0) {
+            continue;
         }
-        at++;
+        if (at - from == 1 && x < 0x80 && t->ascii_id[x] >= 0 && !t->ignore_merges) {
+            code = ptst__put_id(e, t->ascii_id[x]);
+        } else {
+            code = ptst__encode_word(e, s + from, at - from);
+        }
+        from = at;
     }
     return code == PTST_OK ? ptst__encode_word(e, s + from, size - from) : code;
 }
 
 /* ---- normalizer ---- */
 
+/* Replaces one byte by a text. */
+static ptst_code ptst__replace_byte(ptst_ctx *c, const ptst__step *s, const char *text, size_t size,
+                                    ptst_text *to) {
+    size_t i, n = 0, need;
+    void *data = to->data;
+    char *out;
+    ptst_code code;
+    for (i = 0; i < size; i++) {
+        n += text[i] == s->from[0];
+    }
+    if (!ptst__mul(n, s->to_size, &need) || !ptst__add(need, size + to->size + 1, &need)) {
+        return ptst__fail_memory(c, n);
+    }
+    code = ptst__grow(c, &data, &to->capacity, need, 1);
+    to->data = (char *)data;
+    if (code != PTST_OK) {
+        return code;
+    }
+    for (out = to->data + to->size, i = 0; i < size; i++) {
+        if (text[i] != s->from[0]) {
+            *out++ = text[i];
+        } else if (s->to_size == 3) { /* U+2581: a copy of a known size takes no call */
+            memcpy(out, s->to, 3);
+            out += 3;
+        } else {
+            memcpy(out, s->to, s->to_size);
+            out += s->to_size;
+        }
+    }
+    *out = 0;
+    to->size = (size_t)(out - to->data);
+    return PTST_OK;
+}
+
 /* Replaces the matches of a step's text or pattern. */
 static ptst_code ptst__replace(ptst_ctx *c, const ptst__step *s, const char *text, size_t size,
                                ptst_text *to) {
     size_t at = 0, from = 0, last = SIZE_MAX, end;
     ptst_code code = PTST_OK;
+    if (s->regex == NULL && s->from_size == 1) {
+        return ptst__replace_byte(c, s, text, size, to);
+    }
     if (s->regex == NULL) {
         while (code == PTST_OK) {
             const char *next =
@@ -7944,11 +8371,7 @@ static const ptst__added *ptst__added_at(const ptst__added_list *list, const cha
                                          const uint8_t *marks) {
     const ptst__added *found = NULL;
     size_t low = 0, high = list->count, depth = 0;
-    unsigned char first = (unsigned char)s[0];
     bool clean = true;
-    if ((list->first[first / 8] >> (first % 8) & 1) == 0) {
-        return NULL;
-    }
     for (; depth < left && low < high; depth++) {
         int b = (unsigned char)s[depth];
         clean = clean && (marks == NULL || marks[depth] == 0);
@@ -7962,6 +8385,22 @@ static const ptst__added *ptst__added_at(const ptst__added_list *list, const cha
     return found;
 }
 
+/* The next place that may begin a token of a list, or size. */
+static size_t ptst__added_next(const ptst__added_list *list, const char *s, size_t at,
+                               size_t size) {
+    const char *next;
+    if (list->count == 0) {
+        return size;
+    }
+    if (list->only >= 0) {
+        next = (const char *)memchr(s + at, list->only, size - at);
+        return next == NULL ? size : (size_t)(next - s);
+    }
+    for (; at < size && list->first[(unsigned char)s[at]] == 0; at++) {
+    }
+    return at;
+}
+
 static ptst_code ptst__encode_between(ptst__encoder *e, int list, const char *s, size_t size,
                                       const uint8_t *marks);
 
@@ -7973,7 +8412,7 @@ static ptst_code ptst__encode_added(ptst__encoder *e, int list, const char *s, s
     const ptst__added_list *tokens = &e->t->added[list];
     ptst_code code = PTST_OK;
     size_t at = 0, done = 0;
-    while (at < size && tokens->count != 0 && code == PTST_OK) {
+    while ((at = ptst__added_next(tokens, s, at, size)) < size && code == PTST_OK) {
         const ptst__added *x = ptst__added_at(tokens, s + at, size - at,
                                               marks == NULL ? NULL : marks + at);
         size_t begin = at, end;
@@ -8309,7 +8748,6 @@ PTST_API ptst_code ptst_decode(ptst_ctx *c, const ptst_tokenizer *t, const int32
 PTST_API void ptst_tokenizer_free(ptst_ctx *c, ptst_tokenizer *t) {
     if (t != NULL) {
         ptst__arena_free(c, &t->arena);
-        ptst__map_free(c, &t->by_text);
         ptst__map_free(c, &t->added_by_text);
         ptst__free(c, t->merges);
         ptst__free(c, t);
@@ -8340,28 +8778,27 @@ static ptst_code ptst__tok_read(ptst__tokenizer_reader *r) {
         code = ptst__tok_decoder(r, ptst_json_get(r->j, 0, "decoder"), 0);
     }
     if (code == PTST_OK) {
+        ptst__tok_apart(r->t);
         code = ptst__tok_added_normal(r);
     }
     return code;
 }
 
-PTST_API ptst_tokenizer *ptst_tokenizer_parse(ptst_ctx *c, const char *text, size_t size,
-                                              const char *name) {
+/* Keeps *text, which is freed on error, too. */
+static ptst_tokenizer *ptst__tok_take(ptst_ctx *c, ptst_text *text, const char *name) {
     ptst__tokenizer_reader r;
+    uint64_t mark = ptst__hash_text(text->data, text->size); /* parsing changes the text */
     ptst_code code;
     r.c = c;
     r.name = name;
-    r.j = ptst_json_parse(c, text, size, name);
-    if (r.j == NULL) {
-        return NULL;
-    }
-    r.t = (ptst_tokenizer *)ptst__calloc(c, 1, sizeof *r.t);
+    r.j = ptst__json_take(c, text, name, "merges");
+    r.t = r.j == NULL ? NULL : (ptst_tokenizer *)ptst__calloc(c, 1, sizeof *r.t);
     if (r.t == NULL) {
         ptst_json_free(c, r.j);
         return NULL;
     }
     r.t->bos = r.t->eos = r.t->unk = -1;
-    r.t->mark = ptst__hash_text(text, size);
+    r.t->mark = mark;
     ptst__tok_notes(&r);
     code = ptst__tok_read(&r);
     ptst_json_free(c, r.j);
@@ -8370,6 +8807,15 @@ PTST_API ptst_tokenizer *ptst_tokenizer_parse(ptst_ctx *c, const char *text, siz
         return NULL;
     }
     return r.t;
+}
+
+PTST_API ptst_tokenizer *ptst_tokenizer_parse(ptst_ctx *c, const char *text, size_t size,
+                                              const char *name) {
+    ptst_text copy = {NULL, 0, 0};
+    if (ptst_text_append(c, &copy, text, size) != PTST_OK) {
+        return NULL;
+    }
+    return ptst__tok_take(c, &copy, name);
 }
 
 /* bos_token and eos_token of tokenizer_config.json: text, or an object with content. */
@@ -8429,7 +8875,7 @@ PTST_API ptst_tokenizer *ptst_tokenizer_load(ptst_ctx *c, const char *path) {
         code = ptst__read_file(c, file.data, &text);
     }
     if (code == PTST_OK) {
-        t = ptst_tokenizer_parse(c, text.data, text.size, file.data);
+        t = ptst__tok_take(c, &text, file.data);
     }
     if (t != NULL && folder && ptst__tok_config(c, t, path) != PTST_OK) {
         ptst_tokenizer_free(c, t);
@@ -8452,7 +8898,7 @@ PTST_API const char *ptst_token_text(const ptst_tokenizer *t, int32_t id, size_t
 
 PTST_API int32_t ptst_token_id(const ptst_tokenizer *t, const char *text) {
     int32_t id = ptst__map_get(&t->added_by_text, text, strlen(text), -1);
-    return id >= 0 ? id : ptst__map_get(&t->by_text, text, strlen(text), -1);
+    return id >= 0 ? id : ptst__vocab_get(t, text, strlen(text));
 }
 
 PTST_API const char *ptst_tokenizer_notes(const ptst_tokenizer *t) { return t->notes; }

@@ -376,9 +376,49 @@ static void tok_idle_split(void) {
                   "a a", "0 2 ");
 }
 
+#define TOK_BPE "\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"ab\":2},\"merges\":[\"a b\"]}"
+#define TOK_ADDED(id, text, rest) "{\"id\":" id ",\"content\":\"" text "\"" rest "}"
+
+/* Whatever id the file gives to an added token, it gets that of the same text, or the next one: HF
+   tokenizers gave these ids. */
+static void tok_added_ids(void) {
+    ptst_ctx *c;
+    ptst_tokenizer *t;
+    static const char json[] =
+        "{\"added_tokens\":[" TOK_ADDED("7", "<x>", "") "," TOK_ADDED("5", "<y>", "") "," TOK_ADDED(
+            "1", "<z>", "") "," TOK_ADDED("9", "b", "") "]," TOK_BPE "}";
+    static const int32_t ids[] = {3, 4, 5};
+    ptst_text out = {NULL, 0, 0};
+    tok_check_ids(json, "ab<x>b<y><z>", "0 1 3 1 4 5 ");
+    c = test_open(1, NULL);
+    t = ptst_tokenizer_parse(c, json, sizeof json - 1, "t.json");
+    CHECK(t != NULL && ptst_vocab_size(t) == 6 && ptst_token_id(t, "<z>") == 5);
+    CHECK(ptst_decode(c, t, ids, 3, 0, &out) == PTST_OK);
+    CHECK_TEXT(out.data, "<x> <y> <z>");
+    ptst_text_free(c, &out);
+    ptst_tokenizer_free(c, t);
+    ptst_close(c);
+}
+
+/* Both spellings of merges, and the first line of a merges.txt among them. */
+static void tok_merge_spellings(void) {
+    static const char vocab[] = "{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"ab\":2,"
+                                "\"c d\":3,\"abc d\":4,\"c\":5,\"d\":6,\" \":7,\"c \":8},\"merges\":";
+    static const char *const merges[] = {
+        "[\"a b\"]", "[[\"a\",\"b\"]]", "[ [ \"a\" , \"\\u0062\" ] ]", "[\"#version: 0.2\",\"a b\"]"};
+    char json[400];
+    size_t i;
+    for (i = 0; i < sizeof merges / sizeof *merges; i++) {
+        snprintf(json, sizeof json, "%s%s}}", vocab, merges[i]);
+        tok_check_ids(json, "aab", "0 2 ");
+    }
+    snprintf(json, sizeof json, "%s[[\"a\",\"b\"],[\"c\",\" \"],[\"c \",\"d\"],[\"ab\",\"c d\"]]}}",
+             vocab); /* blanks inside tokens */
+    tok_check_ids(json, "abc d", "4 ");
+}
+
 /* ---- files that are wrong ---- */
 
-#define TOK_BPE "\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"ab\":2},\"merges\":[\"a b\"]}"
 
 static void tok_refusals(void) {
     static const struct {
@@ -425,6 +465,14 @@ static void tok_refusals(void) {
         {"{" TOK_BPE ",\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{"
          "\"SpecialToken\":{\"id\":\"<s>\"}}],\"special_tokens\":{\"<s>\":{\"ids\":[77]}}}}",
          "post_processor", PTST_ERR_FORMAT},
+        {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b c\":1,\"ab c\":2},\"merges\":[\"a b c\"]}}",
+         "a pair", PTST_ERR_FORMAT},
+        {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[[\"a\",\"a\",\"a\"]]}}", "merge",
+         PTST_ERR_FORMAT},
+        {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[[\"a\",1]]}}", "merge",
+         PTST_ERR_FORMAT},
+        {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":0},\"merges\":[]}}", "one id",
+         PTST_ERR_FORMAT},
         {"{" TOK_BPE ",\"added_tokens\":[{\"id\":-5,\"content\":\"x\"}]}", "id", PTST_ERR_FORMAT}};
     ptst_ctx *c = test_open(1, NULL);
     size_t i;
@@ -444,6 +492,17 @@ static void tok_refusals(void) {
         ptst_tokenizer *t = ptst_tokenizer_parse(c, json, sizeof json - 1, "t.json");
         CHECK(t != NULL);
         CHECK_TEXT(ptst_tokenizer_notes(t), "truncation");
+        ptst_tokenizer_free(c, t);
+    }
+    { /* an unk_token that is none: only a text that needs it fails */
+        static const char json[] = "{\"model\":{\"type\":\"BPE\",\"unk_token\":\"<unk>\",\"vocab\":{"
+                                   "\"a\":0},\"merges\":[]}}";
+        ptst_tokenizer *t = ptst_tokenizer_parse(c, json, sizeof json - 1, "t.json");
+        ptst_ids ids = {NULL, 0, 0};
+        CHECK(t != NULL && ptst_encode(c, t, "aa", 2, 0, &ids) == PTST_OK && ids.count == 2);
+        CHECK(ptst_encode(c, t, "ax", 2, 0, &ids) == PTST_ERR_FORMAT && ids.count == 2);
+        CHECK(strstr(ptst_error_text(c), "<unk>") != NULL);
+        ptst_ids_free(c, &ids);
         ptst_tokenizer_free(c, t);
     }
     CHECK(ptst_tokenizer_load(c, "/no/such/file") == NULL);
@@ -535,6 +594,8 @@ static void suite_tokenizer(void) {
     RUN(tok_golden_falcon);
     RUN(tok_golden_roberta);
     RUN(tok_digits);
+    RUN(tok_added_ids);
+    RUN(tok_merge_spellings);
     RUN(tok_idle_split);
     RUN(tok_marks);
     RUN(tok_lookup);

@@ -7,8 +7,8 @@
             [--mix N] [--record FILE] TOKENIZER.JSON ...
 
 For every tokenizer: N random strings (all planes, runs of white space, control characters, line
-breaks, combining marks, emoji sequences, digits, code, added tokens and pieces of them, long words),
-ids with and without special tokens, and the text of these ids and of random ids. --points adds every
+breaks, combining marks, emoji sequences, digits, code, tokens of the vocabulary, added tokens and
+pieces of them, words of up to 10 kB), ids with and without special tokens, and the text of these ids and of random ids. --points adds every
 code point for itself and between letters. --mix makes N further tokenizers out of each: its
 vocabulary with normalizers, pre-tokenizers, decoders and added tokens of many models, drawn at
 random. --record writes some of the cases that are most telling to a file for the tests.
@@ -148,25 +148,97 @@ PIECES = ["the ", "Hello", " world", "'s", "'LL", "'ſ", "'Re", "I'm", "don’t"
           "abcd", "http://a.b/c?d=1&e=%20", "{\"k\": [1, 2]}", "#include <stdio.h>\n", "``quote''"]
 
 
-def string(rnd, added):
+SPACES = " \t\n\r\x0b\x0c\x1c\x1f\x85\u00a0\u1680\u2000\u2003\u2009\u2028\u2029\u202f\u205f\u3000" \
+         "\u180e\u200b\ufeff"  # the last three look like white space and are none
+MARKS = [0x300, 0x301, 0x308, 0x323, 0x327, 0x338, 0x345, 0x5b0, 0x651, 0x93c, 0x94d, 0xe38, 0xf71, 0x1037,
+         0x1ab0, 0x1dc0, 0x20d0, 0x20dd, 0x302a, 0x3099, 0x309a, 0xfb1e, 0xfe20, 0x1d165, 0x1e8d0]
+EMOJI = "👍👨👩👧👦❤☺✈🏳🏴🌈⚕🧑🚀😀🫠"
+WORDS = ["the", "model", "Answer", "QUESTION", "über", "été", "слово", "λόγος", "שלום", "مرحبا", "नमस्ते", "日本",
+         "한국", "ภาษา", "x1", "camelCase", "snake_case", "<<", ">>", "####", "$", "1,234.56", "'", "’"]
+
+
+def emoji(rnd):
+    """A sequence: skin tones, variation selectors, joiners, flags, keycaps, tags."""
+    kind = rnd.randrange(5)
+    if kind == 0:
+        return "".join(chr(0x1F1E6 + rnd.randrange(26)) for _ in range(rnd.randrange(1, 6)))
+    if kind == 1:
+        return rnd.choice("0123456789#*") + rnd.choice(["\ufe0f", ""]) + "\u20e3"
+    if kind == 2:
+        return "🏴" + "".join(chr(0xE0000 + ord(x)) for x in "gbsct") + "\U000e007f"
+    return "\u200d".join(rnd.choice(EMOJI) + rnd.choice(["", "\ufe0f", chr(0x1F3FB + rnd.randrange(5))])
+                         for _ in range(rnd.randrange(1, 5)))
+
+
+def combined(rnd):
+    """Letters with marks in any order, Hangul in pieces."""
+    if rnd.random() < 0.3:
+        return "".join(chr(0x1100 + rnd.randrange(19)) + chr(0x1161 + rnd.randrange(21)) +
+                       rnd.choice(["", chr(0x11A8 + rnd.randrange(27))]) for _ in range(rnd.randrange(1, 5)))
+    return "".join(rnd.choice("aeoAOuکяか한 1") + "".join(chr(rnd.choice(MARKS)) for _ in range(rnd.randrange(5)))
+                   for _ in range(rnd.randrange(1, 5)))
+
+
+def long_word(rnd):
+    """Up to 10 kB without a place to cut, or with only few."""
+    size = rnd.choice([100, 1000, 10000])
+    kind = rnd.randrange(6)
+    if kind == 0:
+        return rnd.choice(["a", " ", "1", "ab", "é", "中", "\n", "?", "\u00a0", "\r\n", "▁", "Ġ", "=", "\u0301",
+                           "\x00", "\u3000", "ab1", "\t", "👍"]) * rnd.randrange(1, size)
+    letters = ["abcdefghijklmnopqrstuvwxyz", "etaoinshr", "ACGT", "0123456789", SPACES,
+               "абвгдежзийклмнопрстуфхцчшщ", "的一是不了人我在有他"][rnd.randrange(7)]
+    if kind < 4:
+        return "".join(rnd.choice(letters) for _ in range(rnd.randrange(1, size)))
+    return rnd.choice(["", "-", "_", "."]).join(rnd.choice(WORDS) for _ in range(rnd.randrange(1, size // 5)))
+
+
+def code(rnd):
+    out = ""
+    for _ in range(rnd.randrange(1, 6)):
+        out += rnd.choice([" ", "\t"]) * rnd.randrange(9) + rnd.choice(
+            ["if (x == 0) {", "for i in range(10):", "return self._x[i];", "}", "#define N 0x1F", "// TODO?",
+             "a->b += *p++;", "<div class=\"x\">&nbsp;</div>", "SELECT * FROM t;", "x := <-ch", "r'\\d+\\s*'",
+             "print(f'{x!r:>10}')", "", "λ x → x", "std::vector<int>&&"]) + rnd.choice(["\n", "\r\n", "\n\n", ""])
+    return out
+
+
+def string(rnd, added, vocab=()):
+    """One text. added: contents of added tokens; vocab: texts of tokens as they stand in the file."""
     kind = rnd.random()
     if kind < 0.01:
-        return rnd.choice(["a", " ", "1", "ab", "é", "中", "\n", "?"]) * rnd.randrange(1, 10000)
-    if kind < 0.06:
+        return long_word(rnd)
+    if kind < 0.05:
         word = "".join(rnd.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rnd.randrange(1, 300)))
         return word
     out = []
     for _ in range(rnd.randrange(0, 24)):
         k = rnd.random()
-        if k < 0.45:
+        if k < 0.25:
             out.append(rnd.choice(PIECES))
-        elif k < 0.6:
+        elif k < 0.3:
+            out.append(rnd.choice(WORDS) + rnd.choice(["", " ", "  "]))
+        elif k < 0.4 and vocab:
+            out.append(rnd.choice(vocab).replace("Ġ", " ").replace("▁", rnd.choice([" ", "▁"])))
+        elif k < 0.44:
+            out.append("".join(rnd.choice("0123456789") for _ in range(rnd.randrange(1, 12))))
+        elif k < 0.48:
+            out.append(emoji(rnd))
+        elif k < 0.52:
+            out.append(combined(rnd))
+        elif k < 0.54:
+            out.append(code(rnd))
+        elif k < 0.64:
             out.append(chr(rnd.randrange(32, 127)))
-        elif k < 0.68:
-            out.append(rnd.choice(" \n\t\r  \u00a0\u2003\x0b\x85") * rnd.randrange(1, 5))
-        elif k < 0.78 and added:
+        elif k < 0.7:
+            out.append(rnd.choice(" \n\t\r" + SPACES) * rnd.randrange(1, 5))
+        elif k < 0.72:
+            out.append("".join(rnd.choice(SPACES) for _ in range(rnd.randrange(1, 6))))
+        elif k < 0.8 and added:
             text = rnd.choice(added)
-            out.append(text if rnd.random() < 0.8 else text[:rnd.randrange(len(text) + 1)])
+            if rnd.random() < 0.2:  # a piece of one, perhaps with a piece of another one behind it
+                text = text[:rnd.randrange(len(text) + 1)] + rnd.choice(["", rnd.choice(added)[1:]])
+            out.append(rnd.choice(["", "", " ", "\n"]) + text)
         else:
             out.append(character(rnd))
     return "".join(out)
@@ -275,7 +347,8 @@ def main():
         todo += [("%s, mix %d" % (path, i), mixed(base, rnd)) for i in range(options.mix)]
         for name, t in todo:
             added = [a["content"] for a in (t or base)["added_tokens"]]
-            texts = [string(rnd, added) for _ in range(options.texts)]
+            vocab = list((t or base)["model"]["vocab"])
+            texts = [string(rnd, added, vocab) for _ in range(options.texts)]
             if options.points:
                 texts = texts + list(points())
             with tempfile.TemporaryDirectory() as folder:
