@@ -5215,12 +5215,17 @@ static bool ptst__in_ranges(const uint32_t *ranges, size_t n, uint32_t point) {
 static const char ptst__category_names[] =
     "LuLlLtLmLoMnMcMeNdNlNoPcPdPsPePiPfPoSmScSkSoZsZlZpCcCfCsCoCn";
 enum {
+    PTST__LU = 0,
+    PTST__LT = 2,
     PTST__LO = 4,
     PTST__MN = 5,
     PTST__ME = 7,
     PTST__ND = 8,
     PTST__NO = 10,
     PTST__PC = 11,
+    PTST__SK = 20,
+    PTST__ZS = 22,
+    PTST__CF = 26,
     PTST__CATEGORY_COUNT = 30
 };
 
@@ -9021,6 +9026,8 @@ typedef struct ptst__jlist {
     ptst__jvalue *items;
     size_t count;
     size_t at; /* iterator: next element */
+    const char *error; /* iterator: the failure behind its last element, NULL = none */
+    ptst_code code;
     ptst__jroom *room;
 } ptst__jlist;
 
@@ -9807,16 +9814,22 @@ static bool ptst__j_equal(ptst__jrun *r, ptst__jvalue a, ptst__jvalue b) {
     }
 }
 
+/* Fails for what cannot be a key. */
+static bool ptst__j_hashable(ptst__jrun *r, ptst__jvalue key) {
+    if (key.kind == PTST__J_LIST || key.kind == PTST__J_DICT) {
+        ptst__j_fail(r, PTST_ERR_FORMAT, "unhashable type: '%s'", ptst__j_type(key));
+        return false;
+    }
+    return r->code == PTST_OK;
+}
+
 /* Adds or replaces. */
 static void ptst__j_dict_put(ptst__jrun *r, ptst__jvalue dict, ptst__jvalue key,
                              ptst__jvalue value) {
     ptst__jdict *d;
     ptst__jpair *p;
-    if (r->code != PTST_OK || (dict.kind != PTST__J_DICT && dict.kind != PTST__J_NAMESPACE)) {
-        return;
-    }
-    if (key.kind == PTST__J_LIST || key.kind == PTST__J_DICT) {
-        ptst__j_fail(r, PTST_ERR_FORMAT, "unhashable type: '%s'", ptst__j_type(key));
+    if (r->code != PTST_OK || (dict.kind != PTST__J_DICT && dict.kind != PTST__J_NAMESPACE) ||
+        !ptst__j_hashable(r, key)) {
         return;
     }
     d = dict.as.dict;
@@ -9936,6 +9949,9 @@ static bool ptst__j_next(ptst__jrun *r, ptst__jiter *i, ptst__jvalue *item) {
         return r->code == PTST_OK;
     case PTST__J_ITERATOR:
         if (v.as.list->at >= v.as.list->count) {
+            if (v.as.list->error != NULL) {
+                r->code = ptst__fail(r->c, v.as.list->code, "%s", v.as.list->error);
+            }
             return false;
         }
         *item = v.as.list->items[v.as.list->at++];
@@ -9971,6 +9987,28 @@ static bool ptst__j_next(ptst__jrun *r, ptst__jiter *i, ptst__jvalue *item) {
     }
 }
 
+/* A generator of Python fails only when somebody asks for the element that cannot be made. Here all
+   elements are made at once, so a failure is put behind those that came before. */
+static ptst__jvalue ptst__j_later(ptst__jrun *r, ptst__jvalue iterator) {
+    ptst_code code = r->code;
+    size_t size;
+    char *text;
+    if ((code == PTST_ERR_FORMAT || code == PTST_ERR_MISMATCH || code == PTST_ERR_UNSUPPORTED) &&
+        iterator.kind == PTST__J_ITERATOR) {
+        r->code = PTST_OK;
+        size = strlen(ptst_error_text(r->c)) + 1;
+        text = (char *)ptst__j_alloc(r, size, 1);
+        if (text != NULL) {
+            memcpy(text, ptst_error_text(r->c), size);
+            iterator.as.list->error = text;
+            iterator.as.list->code = code;
+            r->c->code = PTST_OK;
+            r->c->error[0] = 0;
+        }
+    }
+    return iterator;
+}
+
 /* A new list of all elements. */
 static ptst__jvalue ptst__j_collect(ptst__jrun *r, ptst__jvalue v, ptst__jkind kind) {
     ptst__jvalue out = ptst__j_list(r, kind, NULL, 0), item;
@@ -9998,11 +10036,7 @@ static bool ptst__j_contains(ptst__jrun *r, ptst__jvalue v, ptst__jvalue element
         return ptst__j_find(r, v.as.string, element.as.string, 0, v.as.string->size) != SIZE_MAX;
     }
     if (v.kind == PTST__J_DICT || v.kind == PTST__J_KEYS) {
-        if (element.kind == PTST__J_LIST || element.kind == PTST__J_DICT) {
-            ptst__j_fail(r, PTST_ERR_FORMAT, "unhashable type: '%s'", ptst__j_type(element));
-            return false;
-        }
-        return ptst__j_dict_find(r, v.as.dict, element) != NULL;
+        return ptst__j_hashable(r, element) && ptst__j_dict_find(r, v.as.dict, element) != NULL;
     }
     if (!ptst__j_iterable(v)) {
         ptst__j_fail(r, PTST_ERR_FORMAT, "argument of type '%s' is not iterable", ptst__j_type(v));
@@ -10020,33 +10054,22 @@ static bool ptst__j_contains(ptst__jrun *r, ptst__jvalue v, ptst__jvalue element
 
 /* ---- printing ---- */
 
-/* Python's repr of a float: the shortest digits that read back as the same number, with an exponent
-   below 1e-4 and from 1e16 on. buffer has 40 bytes. Returns the length. */
-static size_t ptst__j_float_text(char *buffer, double f) {
-    char digits[32];
-    int precision, exponent, i, k, count;
+/* Writes what %e made of a number as Python shows numbers: without zeros at the end, with an
+   exponent below 1e-4 and from 10^limit on, else with a digit behind the point. Returns the
+   length. */
+static size_t ptst__j_float_layout(char *buffer, char *digits, int limit) {
+    int exponent = (int)strtol(strchr(digits, 'e') + 1, NULL, 10), i, count;
     size_t n = 0;
-    if (!(f - f == 0)) {
-        const char *s = f != f ? "nan" : f > 0 ? "inf" : "-inf";
-        memcpy(buffer, s, strlen(s) + 1);
-        return strlen(s);
-    }
-    for (precision = 0; precision <= 16; precision++) {
-        snprintf(digits, sizeof digits, "%.*e", precision, f);
-        if (strtod(digits, NULL) == f) {
-            break;
-        }
-    }
-    exponent = (int)strtol(strchr(digits, 'e') + 1, NULL, 10);
-    for (i = 0, k = 0; digits[i] != 'e'; i++) { /* keep the digits only; the point may be a comma */
+    for (i = 0, count = 0; digits[i] != 'e'; i++) { /* digits only; the point may be a comma */
         if (digits[i] == '-') {
             buffer[n++] = '-';
         } else if (digits[i] >= '0' && digits[i] <= '9') {
-            digits[k++] = digits[i];
+            digits[count++] = digits[i];
         }
     }
-    count = k;
-    if (exponent < -4 || exponent >= 16) {
+    for (; count > 1 && digits[count - 1] == '0'; count--) {
+    }
+    if (exponent < -4 || exponent >= limit) {
         buffer[n++] = digits[0];
         if (count > 1) {
             buffer[n++] = '.';
@@ -10066,14 +10089,44 @@ static size_t ptst__j_float_text(char *buffer, double f) {
     return n;
 }
 
+/* Python's repr of a float: the shortest digits that read back as the same number. buffer has 40
+   bytes. Returns the length. */
+static size_t ptst__j_float_text(char *buffer, double f) {
+    char digits[32];
+    int precision;
+    if (!(f - f == 0)) {
+        const char *s = f != f ? "nan" : f > 0 ? "inf" : "-inf";
+        memcpy(buffer, s, strlen(s) + 1);
+        return strlen(s);
+    }
+    for (precision = 0; precision <= 16; precision++) {
+        snprintf(digits, sizeof digits, "%.*e", precision, f);
+        if (strtod(digits, NULL) == f) {
+            break;
+        }
+    }
+    return ptst__j_float_layout(buffer, digits, 16);
+}
+
 static void ptst__j_put_int(ptst__jrun *r, ptst__jsink *o, int64_t i, uint8_t mark) {
     char s[24];
     snprintf(s, sizeof s, "%lld", (long long)i);
     ptst__j_puts(r, o, s, mark);
 }
 
-/* Would Python print it as it is in repr()? */
-static bool ptst__j_printable(uint32_t point) { return point >= 0x20 && point != 0x7F; }
+/* Would Python print it as it is in repr()? All but separators and what has no look. */
+static bool ptst__j_printable(uint32_t point) {
+    return point < 0x7F ? point >= 0x20 : ptst__category(point) < PTST__ZS;
+}
+
+/* \x41, \u20ac or \U0001f600; buffer has 16 bytes. */
+static void ptst__j_escape_text(char *buffer, uint32_t point) {
+    snprintf(buffer, 16,
+             point < 0x100     ? "\\x%02x"
+             : point < 0x10000 ? "\\u%04x"
+                               : "\\U%08x",
+             (unsigned)point);
+}
 
 /* A string as Python source. */
 static void ptst__j_put_quoted(ptst__jrun *r, ptst__jsink *o, ptst__jvalue v) {
@@ -10096,11 +10149,7 @@ static void ptst__j_put_quoted(ptst__jrun *r, ptst__jsink *o, ptst__jvalue v) {
             snprintf(escape, sizeof escape, "\\%c", quote);
             known = escape;
         } else if (known == NULL && !ptst__j_printable(point)) {
-            snprintf(escape, sizeof escape,
-                     point < 0x100     ? "\\x%02x"
-                     : point < 0x10000 ? "\\u%04x"
-                                       : "\\U%08x",
-                     (unsigned)point);
+            ptst__j_escape_text(escape, point);
             known = escape;
         }
         if (known != NULL) {
@@ -10513,6 +10562,22 @@ static ptst__jvalue ptst__j_power(ptst__jrun *r, ptst__jvalue a, ptst__jvalue b,
     return ptst__j_float(f, mark);
 }
 
+/* a / b, correctly rounded also beyond 2^53: long division to 55 bits or more, whose last one
+   says whether anything follows. */
+static double ptst__j_quotient(int64_t a, int64_t b) {
+    uint64_t x = a < 0 ? 0 - (uint64_t)a : (uint64_t)a, y = b < 0 ? 0 - (uint64_t)b : (uint64_t)b;
+    uint64_t q = x / y, rest = x % y;
+    int shift = 0;
+    double f;
+    for (; x != 0 && q < (uint64_t)1 << 54; shift--) {
+        bool bit = rest >= y - rest;
+        rest = bit ? rest - (y - rest) : 2 * rest;
+        q = 2 * q + bit;
+    }
+    f = ldexp((double)(q | (rest != 0)), shift);
+    return (a < 0) != (b < 0) ? -f : f;
+}
+
 /* a op b for two numbers. */
 static ptst__jvalue ptst__j_number_op(ptst__jrun *r, char op, ptst__jvalue a, ptst__jvalue b) {
     bool whole = ptst__j_is_int(a) && ptst__j_is_int(b), fits = true;
@@ -10529,7 +10594,7 @@ static ptst__jvalue ptst__j_number_op(ptst__jrun *r, char op, ptst__jvalue a, pt
     g = ptst__j_double(b);
     if (op == '/') {
         return g == 0 ? ptst__j_fail(r, PTST_ERR_FORMAT, "division by zero")
-                      : ptst__j_float(f / g, mark);
+                      : ptst__j_float(whole ? ptst__j_quotient(x, y) : f / g, mark);
     }
     if (!whole) {
         return ptst__j_float(op == '+' ? f + g : op == '-' ? f - g : f * g, mark);
@@ -10732,7 +10797,7 @@ typedef struct ptst__jspec {
     int precision; /* -1 = not given */
 } ptst__jspec;
 
-enum { PTST__J_PRECISION = 400, PTST__J_NUMBER = 1024 };
+enum { PTST__J_PRECISION = 400, PTST__J_NUMBER = 2048 };
 
 /* Writes a text of `size` bytes and `points` code points, padded to the width. A number (sign and
    base prefix are its first `head` bytes) gets its zeros after them. */
@@ -10766,20 +10831,26 @@ static char *ptst__j_digits(char *buffer, uint64_t n, unsigned base, bool upper)
     return p;
 }
 
-/* Copies a number with , or _ between groups of three digits of its whole part. */
-static void ptst__j_group(char *to, const char *from, char group) {
-    size_t whole = strspn(from, "0123456789"), i;
-    for (i = 0; from[i] != 0; i++) {
-        *to++ = from[i];
-        if (group != 0 && i + 1 < whole && (whole - i - 1) % 3 == 0) {
-            *to++ = group;
+/* Copies a number with , or _ between groups of n digits of its whole part, which gets zeros in
+   front until the text has `width` bytes. */
+static void ptst__j_group(char *to, const char *from, const ptst__jspec *p, size_t width) {
+    size_t n = p->type != 0 && strchr("boxX", p->type) != NULL ? 4 : 3, i;
+    size_t whole = strspn(from, n == 4 ? "0123456789abcdefABCDEF" : "0123456789"), digits = whole;
+    size_t rest = strlen(from) - whole;
+    while (p->group != 0 && digits != 0 && digits + (digits - 1) / n + rest < width) {
+        digits++;
+    }
+    for (i = 0; i < digits; i++) {
+        *to++ = i < digits - whole ? '0' : from[i - (digits - whole)];
+        if (p->group != 0 && i + 1 < digits && (digits - i - 1) % n == 0) {
+            *to++ = p->group;
         }
     }
-    *to = 0;
+    memcpy(to, from + whole, rest + 1);
 }
 
 /* Text of |f| in `to` (PTST__J_NUMBER bytes). */
-static void ptst__j_float_body(char *to, double f, const ptst__jspec *p) {
+static void ptst__j_float_body(char *to, double f, const ptst__jspec *p, size_t width) {
     char format[8] = "%.*f", number[PTST__J_NUMBER / 2];
     char type = p->type == 0 || p->type == 'n' ? 'g' : p->type;
     bool percent = type == '%';
@@ -10788,23 +10859,27 @@ static void ptst__j_float_body(char *to, double f, const ptst__jspec *p) {
         memcpy(to, f != f ? "nan" : "inf", 4);
     } else if (p->type == 0 && p->precision < 0) {
         ptst__j_float_text(number, f);
-        ptst__j_group(to, number, p->group);
+        ptst__j_group(to, number, p, width);
+    } else if (p->type == 0) {
+        int n = p->precision == 0 ? 1 : p->precision; /* like g, but the exponent comes earlier */
+        char digits[PTST__J_NUMBER / 2];
+        snprintf(digits, sizeof digits, "%.*e", n - 1, f);
+        ptst__j_float_layout(number, digits, n - 1);
+        ptst__j_group(to, number, p, width);
     } else {
         if (p->alternate) {
             memcpy(format, "%#.*f", 6);
         }
         format[strlen(format) - 1] = percent ? 'f' : type;
-        snprintf(number, sizeof number, format, p->precision < 0 ? 6 : p->precision,
+        snprintf(number, sizeof number - 1, format, p->precision < 0 ? 6 : p->precision,
                  percent ? f * 100 : f);
         for (i = 0; number[i] != 0; i++) { /* the locale's decimal point */
             if (strchr("0123456789+-eEinfaINFA", number[i]) == NULL) {
                 number[i] = '.';
             }
         }
-        ptst__j_group(to, number, p->group);
-        if (percent) {
-            memcpy(to + strlen(to), "%", 2);
-        }
+        memcpy(number + i, percent ? "%" : "\0", 2);
+        ptst__j_group(to, number, p, width);
     }
     for (i = 0; (type == 'E' || type == 'F' || type == 'G') && to[i] != 0; i++) {
         to[i] = to[i] >= 'a' && to[i] <= 'z' ? (char)(to[i] - 32) : to[i];
@@ -10819,8 +10894,11 @@ static void ptst__j_put_number(ptst__jrun *r, ptst__jsink *o, const ptst__jspec 
     bool whole = ptst__j_is_int(v) && (p->type == 0 || strchr("dboxXn", p->type) != NULL);
     bool negative = whole ? v.as.integer < 0 : signbit(ptst__j_double(v)) != 0;
     char align = p->align != 0 ? p->align : p->zero ? '=' : '>';
+    size_t width = p->group != 0 && align == '=' && (p->fill == '0' || (p->zero && p->fill == 0))
+                       ? p->width /* that zeros and separators fill together */
+                       : 0;
     ptst__jspec pad = *p;
-    if (p->precision > PTST__J_PRECISION) {
+    if (p->precision > PTST__J_PRECISION || width > PTST__J_PRECISION) {
         ptst__j_fail(r, PTST_ERR_LIMIT, "a precision of more than %d digits",
                      (int)PTST__J_PRECISION);
         return;
@@ -10843,10 +10921,10 @@ static void ptst__j_put_number(ptst__jrun *r, ptst__jsink *o, const ptst__jspec 
         while (p->precision > 0 && strlen(d) + (n - head) < (size_t)p->precision) {
             text[n++] = '0';
         }
-        ptst__j_group(text + n, d, p->group);
+        ptst__j_group(text + n, d, p, width > n ? width - n : 0);
     } else {
         head = n;
-        ptst__j_float_body(text + n, fabs(ptst__j_double(v)), p);
+        ptst__j_float_body(text + n, fabs(ptst__j_double(v)), p, width > n ? width - n : 0);
     }
     if (p->zero && p->fill == 0) {
         pad.fill = '0';
@@ -10942,6 +11020,25 @@ static void ptst__j_percent_spec(ptst__jrun *r, const ptst__jstring *s, size_t *
     p->zero = p->zero && p->align != '<';
 }
 
+/* str(v) (s), repr(v) (r) or ascii(v) (a) */
+static ptst__jvalue ptst__j_convert(ptst__jrun *r, ptst__jvalue v, char letter) {
+    ptst__jsink text = {NULL, NULL, 0, 0}, ascii = {NULL, NULL, 0, 0};
+    size_t i, n;
+    char escape[16];
+    if (letter == 's') {
+        return ptst__j_str(r, v);
+    }
+    ptst__j_put_repr(r, &text, v);
+    v = ptst__j_sink_string(r, &text);
+    for (i = 0; letter == 'a' && i < v.as.string->size && ptst__j_pay(r, 1); i += n) {
+        uint32_t point = ptst__j_point(v.as.string, i, &n);
+        ptst__j_escape_text(escape, point);
+        ptst__j_puts(r, &ascii, point < 0x80 ? "" : escape, v.mark);
+        ptst__j_put_sub(r, &ascii, v, i, point < 0x80 ? i + n : i);
+    }
+    return letter == 'a' ? ptst__j_sink_string(r, &ascii) : v;
+}
+
 /* Writes one value by its conversion letter. */
 static void ptst__j_percent_put(ptst__jrun *r, ptst__jsink *o, ptst__jspec *p, char letter,
                                 ptst__jvalue v, bool escape) {
@@ -10952,12 +11049,7 @@ static void ptst__j_percent_put(ptst__jrun *r, ptst__jsink *o, ptst__jspec *p, c
     }
     p->type = letter == 'i' || letter == 'u' ? 'd' : letter;
     if (letter == 's' || letter == 'r' || letter == 'a') {
-        if (letter == 's') {
-            v = escape ? ptst__j_escape(r, v) : ptst__j_str(r, v);
-        } else {
-            ptst__j_put_repr(r, &text, v);
-            v = ptst__j_sink_string(r, &text);
-        }
+        v = letter == 's' && escape ? ptst__j_escape(r, v) : ptst__j_convert(r, v, letter);
         ptst__j_put_padded(r, o, p, v, align);
     } else if (letter == 'c' && v.kind == PTST__J_STRING && v.as.string->points == 1) {
         p->precision = -1;
@@ -11085,6 +11177,11 @@ static bool ptst__j_read_spec(ptst__jrun *r, const ptst__jstring *s, ptst__jspec
     if (i < s->size) {
         p->type = s->bytes[i++];
     }
+    if (p->group != 0 && p->type != 0 &&
+        strchr(p->group == '_' ? "dboxXeEfFgG%" : "deEfFgG%", p->type) == NULL) {
+        ptst__j_fail(r, PTST_ERR_FORMAT, "cannot specify '%c' with '%c'", p->group, p->type);
+        return false;
+    }
     if (i != s->size || (unsigned char)p->type >= 0x80) {
         ptst__j_fail(r, PTST_ERR_FORMAT, "invalid format specifier '%s'", ptst__j_show(s).text);
     }
@@ -11143,7 +11240,8 @@ static ptst__jvalue ptst__j_index_of(ptst__jrun *r, const ptst__jstring *s) {
     return ptst__j_int(n, 0);
 }
 
-/* The value of a field name: "", "0", "name", then .attribute and [item]. */
+/* The value of a field name: "", "0", "name", then .attribute and [item]. *next is the number of
+   the next "", SIZE_MAX after a field with a number: string.Formatter takes one kind only. */
 static ptst__jvalue ptst__j_field(ptst__jrun *r, ptst__jvalue name, const ptst__jargs *a,
                                   size_t *next) {
     const ptst__jstring *s = name.as.string;
@@ -11154,7 +11252,14 @@ static ptst__jvalue ptst__j_field(ptst__jrun *r, ptst__jvalue name, const ptst__
         i++;
     }
     first = ptst__j_sub(r, name, 0, i);
-    if (i == 0 || ptst__j_all_digits(first.as.string)) {
+    if (s->size == 0 ? *next == SIZE_MAX
+                     : ptst__j_all_digits(s) && *next != 0 && *next != SIZE_MAX) {
+        return ptst__j_fail(r, PTST_ERR_FORMAT, "{} and {0} in the same format");
+    }
+    if (ptst__j_all_digits(s)) {
+        *next = SIZE_MAX;
+    }
+    if (s->size == 0 || ptst__j_all_digits(first.as.string)) {
         v = i == 0 ? ptst__j_int((int64_t)(*next)++, 0) : ptst__j_index_of(r, first.as.string);
         found = r->code == PTST_OK && (uint64_t)v.as.integer < a->count;
         v = found ? a->values[v.as.integer] : v;
@@ -11204,8 +11309,9 @@ static void ptst__j_put_field(ptst__jrun *r, ptst__jsink *o, ptst__jvalue field,
     if (i < s->size && s->bytes[i] == '!') {
         conversion = i + 1 < s->size ? s->bytes[i + 1] : 0;
         i += 2;
-        if ((conversion != 's' && conversion != 'r') || (i < s->size && s->bytes[i] != ':')) {
-            ptst__j_fail(r, PTST_ERR_FORMAT, "a conversion of the format is not !s or !r");
+        if (conversion == 0 || strchr("sra", conversion) == NULL ||
+            (i < s->size && s->bytes[i] != ':')) {
+            ptst__j_fail(r, PTST_ERR_FORMAT, "a conversion of the format is not !s, !r or !a");
             return;
         }
     }
@@ -11223,13 +11329,7 @@ static void ptst__j_put_field(ptst__jrun *r, ptst__jsink *o, ptst__jvalue field,
         from = close < s->size ? close + 1 : s->size;
     }
     if (conversion != 0) {
-        ptst__jsink text = {NULL, NULL, 0, 0};
-        if (conversion == 'r') {
-            ptst__j_put_repr(r, &text, v);
-            v = ptst__j_sink_string(r, &text);
-        } else {
-            v = ptst__j_str(r, v);
-        }
+        v = ptst__j_convert(r, v, conversion);
     }
     if (r->code == PTST_OK) {
         ptst__j_put_spec(r, o, v, ptst__j_sink_string(r, &spec).as.string);
@@ -11292,9 +11392,9 @@ static const ptst__jstring *ptst__j_need_string(ptst__jrun *r, ptst__jvalue v, c
     return r->code == PTST_OK ? v.as.string : NULL;
 }
 
-/* The argument as an int, or the fallback if it is missing or None. */
+/* The argument as an int, or the fallback if it is missing. */
 static int64_t ptst__j_need_int(ptst__jrun *r, ptst__jvalue v, int64_t fallback) {
-    if (v.kind == PTST__J_MISSING || v.kind == PTST__J_NONE) {
+    if (v.kind == PTST__J_MISSING) {
         return fallback;
     }
     if (v.kind == PTST__J_UNDEFINED) {
@@ -11309,11 +11409,16 @@ static int64_t ptst__j_need_int(ptst__jrun *r, ptst__jvalue v, int64_t fallback)
     return v.as.integer;
 }
 
+/* The same for an argument that may be None, too. */
+static int64_t ptst__j_may_int(ptst__jrun *r, ptst__jvalue v, int64_t fallback) {
+    return v.kind == PTST__J_NONE ? fallback : ptst__j_need_int(r, v, fallback);
+}
+
 /* start:stop of a sequence of n elements as Python clips them. */
 static void ptst__j_clip(ptst__jrun *r, size_t n, ptst__jvalue start, ptst__jvalue stop,
                          size_t *from, size_t *to) {
-    int64_t count = (int64_t)n, a = ptst__j_need_int(r, start, 0),
-            b = ptst__j_need_int(r, stop, count);
+    int64_t count = (int64_t)n, a = ptst__j_may_int(r, start, 0),
+            b = ptst__j_may_int(r, stop, count);
     a = a < 0 ? (a < -count ? 0 : a + count) : a > count ? count : a;
     b = b < 0 ? (b < -count ? 0 : b + count) : b > count ? count : b;
     *from = (size_t)a;
@@ -11323,7 +11428,7 @@ static void ptst__j_clip(ptst__jrun *r, size_t n, ptst__jvalue start, ptst__jval
 /* The same in bytes of a string. false if start lies behind stop or the end. */
 static bool ptst__j_clip_bytes(ptst__jrun *r, const ptst__jstring *s, ptst__jvalue start,
                                ptst__jvalue stop, size_t *from, size_t *to) {
-    int64_t a = ptst__j_need_int(r, start, 0);
+    int64_t a = ptst__j_may_int(r, start, 0);
     ptst__j_clip(r, s->points, start, stop, from, to);
     if (*from > *to || a > (int64_t)s->points) {
         return false;
@@ -11536,7 +11641,7 @@ static ptst__jvalue ptst__j_lines(ptst__jrun *r, ptst__jvalue v, bool keep) {
 static ptst__jvalue ptst__j_m_splitlines(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
                                          const ptst__jargs *a) {
     (void)a;
-    return ptst__j_lines(r, self, p[0].kind != PTST__J_MISSING && ptst__j_true(r, p[0]));
+    return ptst__j_lines(r, self, ptst__j_need_int(r, p[0], 0) != 0);
 }
 
 /* self.replace(old, new, count) for strings; count < 0 = all */
@@ -11685,7 +11790,8 @@ static ptst__jvalue ptst__j_join(ptst__jrun *r, ptst__jvalue separator, ptst__jv
             if (n++ != 0) {
                 ptst__j_put_string(r, &o, separator);
             }
-            if (!any && ptst__j_need_string(r, item, "an element of join()") == NULL) {
+            if (!any && separator.flag == 0 && /* Markup takes everything */
+                ptst__j_need_string(r, item, "an element of join()") == NULL) {
                 break;
             }
             ptst__j_put_value(r, &o, separator.flag != 0 ? ptst__j_escape(r, item) : item);
@@ -11704,91 +11810,156 @@ static ptst__jvalue ptst__j_m_join(ptst__jrun *r, ptst__jvalue self, const ptst_
 
 /* ---- upper and lower case ---- */
 
-typedef enum ptst__jcase { PTST__J_LOWER, PTST__J_UPPER, PTST__J_SWAP } ptst__jcase;
+typedef enum ptst__jcase {
+    PTST__J_LOWER,
+    PTST__J_UPPER,
+    PTST__J_TITLE, /* the first of a word */
+    PTST__J_SWAP,
+    PTST__J_FOLD
+} ptst__jcase;
 
-/* Alternating capital and small letters: first..last, capitals at even (odd) numbers. */
+/* Small letters whose capital is not the inverse of >>unicode's lower case: small, capital, ... */
+static const uint16_t ptst__j_capitals_of[] = {
+    0xB5,   0x39C, 0x131,  0x49,  0x17F,  0x53,  0x1C5,  0x1C4, 0x1C8,  0x1C7,  0x1CB,  0x1CA,
+    0x1F2,  0x1F1, 0x345,  0x399, 0x3C2,  0x3A3, 0x3D0,  0x392, 0x3D1,  0x398,  0x3D5,  0x3A6,
+    0x3D6,  0x3A0, 0x3F0,  0x39A, 0x3F1,  0x3A1, 0x3F5,  0x395, 0x1C80, 0x412,  0x1C81, 0x414,
+    0x1C82, 0x41E, 0x1C83, 0x421, 0x1C84, 0x422, 0x1C85, 0x422, 0x1C86, 0x42A,  0x1C87, 0x462,
+    0x1C88, 0xA64A, 0x1E9B, 0x1E60, 0x1FBE, 0x399};
+
+/* Small letters whose capitals are several: in upper case, and at the beginning of a word. Greek
+   letters with accents of their own (U+0390, U+1F50 to U+1FFC) are not among them. */
 static const struct {
-    uint16_t first, last;
-    uint8_t odd;
-} ptst__j_case_pairs[] = {{0x100, 0x12F, 0},  {0x132, 0x137, 0}, {0x139, 0x148, 1},
-                          {0x14A, 0x177, 0},  {0x179, 0x17E, 1}, {0x370, 0x373, 0},
-                          {0x3D8, 0x3EF, 0},  {0x460, 0x481, 0}, {0x48A, 0x4BF, 0},
-                          {0x4C1, 0x4CE, 1},  {0x4D0, 0x52F, 0}, {0x1E00, 0x1E95, 0},
-                          {0x1EA0, 0x1EFF, 0}};
+    uint16_t small;
+    const char *upper, *title;
+} ptst__j_capitals_many[] = {{0xDF, "SS", "Ss"},
+                             {0x149, "\xCA\xBCN", "\xCA\xBCN"},
+                             {0x1F0, "J\xCC\x8C", "J\xCC\x8C"},
+                             {0xFB00, "FF", "Ff"},
+                             {0xFB01, "FI", "Fi"},
+                             {0xFB02, "FL", "Fl"},
+                             {0xFB03, "FFI", "Ffi"},
+                             {0xFB04, "FFL", "Ffl"},
+                             {0xFB05, "ST", "St"},
+                             {0xFB06, "ST", "St"}};
 
-/* Capitals first..last whose small letters lie `distance` behind. */
-static const struct {
-    uint16_t first, last, distance;
-} ptst__j_case_blocks[] = {
-    {0xC0, 0xD6, 32},       {0xD8, 0xDE, 32},     {0x386, 0x386, 38},   {0x388, 0x38A, 37},
-    {0x38C, 0x38C, 64},     {0x38E, 0x38F, 63},   {0x391, 0x3A1, 32},   {0x3A3, 0x3AB, 32},
-    {0x400, 0x40F, 80},     {0x410, 0x42F, 32},   {0x4C0, 0x4C0, 15},   {0x531, 0x556, 48},
-    {0x10A0, 0x10C5, 7264}, {0x2160, 0x216F, 16}, {0x24B6, 0x24CF, 26}, {0xFF21, 0xFF3A, 32}};
-
-/* The small letter (capital) of a character, or itself. ASCII, Latin, Greek, Cyrillic, Armenian,
-   Georgian; one to one. */
-static uint32_t ptst__j_letter(uint32_t p, bool upper) {
+/* The capital of a letter, or itself. */
+static uint32_t ptst__j_capital(uint32_t p) {
     size_t i;
     if (p < 0x80) {
-        return upper ? (p >= 'a' && p <= 'z' ? p - 32 : p) : p >= 'A' && p <= 'Z' ? p + 32 : p;
+        return p >= 'a' && p <= 'z' ? p - 32 : p;
     }
-    if (upper && (p == 0xFF || p == 0xB5 || p == 0x131 || p == 0x17F || p == 0x3C2)) {
-        return p == 0xFF ? 0x178 : p == 0xB5 ? 0x39C : p == 0x131 ? 'I' : p == 0x17F ? 'S' : 0x3A3;
-    }
-    if (!upper && (p == 0x178 || p == 0x1E9E)) {
-        return p == 0x178 ? 0xFF : 0xDF;
-    }
-    for (i = 0; i < sizeof ptst__j_case_pairs / sizeof ptst__j_case_pairs[0]; i++) {
-        if (p >= ptst__j_case_pairs[i].first && p <= ptst__j_case_pairs[i].last) {
-            bool capital = (p & 1) == ptst__j_case_pairs[i].odd;
-            return upper == capital ? p : capital ? p + 1 : p - 1;
+    for (i = 0; i < PTST__COUNT(ptst__j_capitals_of); i += 2) {
+        if (ptst__j_capitals_of[i] == p) {
+            return ptst__j_capitals_of[i + 1];
         }
     }
-    for (i = 0; i < sizeof ptst__j_case_blocks / sizeof ptst__j_case_blocks[0]; i++) {
-        uint32_t first = ptst__j_case_blocks[i].first, last = ptst__j_case_blocks[i].last;
-        uint32_t distance = ptst__j_case_blocks[i].distance;
-        if (!upper && p >= first && p <= last) {
-            return p + distance;
-        }
-        if (upper && p >= first + distance && p <= last + distance) {
-            return p - distance;
+    for (i = 0; p != 0xDF && i < PTST__COUNT(ptst__lowercase); i += 4) {
+        uint32_t q = (uint32_t)((int32_t)p - ptst__lowercase[i + 3]);
+        if (q >= (uint32_t)ptst__lowercase[i] && q <= (uint32_t)ptst__lowercase[i + 1] &&
+            (q - (uint32_t)ptst__lowercase[i]) % (uint32_t)ptst__lowercase[i + 2] == 0) {
+            return q;
         }
     }
     return p;
 }
 
-static bool ptst__j_is_upper(uint32_t p) { return ptst__j_letter(p, false) != p; }
-
-static bool ptst__j_is_lower(uint32_t p) {
-    return ptst__j_letter(p, true) != p || p == 0xDF || p == 0xAA || p == 0xBA;
+/* str.isupper() and str.islower() of one character: its category, and what Unicode lists as Other
+   (first, last, ...). */
+static bool ptst__j_is_upper(uint32_t p) {
+    static const uint32_t other[] = {0x2160,  0x216F,  0x24B6,  0x24CF,  0x1F130,
+                                     0x1F149, 0x1F150, 0x1F169, 0x1F170, 0x1F189};
+    return p < 0x80 ? p >= 'A' && p <= 'Z'
+                    : ptst__category(p) == PTST__LU ||
+                          ptst__in_ranges(other, PTST__COUNT(other), p);
 }
 
-static bool ptst__j_is_cased(uint32_t p) { return ptst__j_is_upper(p) || ptst__j_is_lower(p); }
+static bool ptst__j_is_lower(uint32_t p) {
+    static const uint32_t other[] = {
+        0xAA,   0xAA,   0xBA,   0xBA,   0x2B0,  0x2B8,  0x2C0,  0x2C1,  0x2E0,  0x2E4,
+        0x345,  0x345,  0x37A,  0x37A,  0x1D2C, 0x1D6A, 0x1D78, 0x1D78, 0x1D9B, 0x1DBF,
+        0x2071, 0x2071, 0x207F, 0x207F, 0x2090, 0x209C, 0x2170, 0x217F, 0x24D0, 0x24E9,
+        0x2C7C, 0x2C7D, 0xA69C, 0xA69D, 0xA770, 0xA770, 0xA7F8, 0xA7F9, 0xAB5C, 0xAB5F};
+    return p < 0x80 ? p >= 'a' && p <= 'z'
+                    : ptst__category(p) == PTST__LU + 1 ||
+                          ptst__in_ranges(other, PTST__COUNT(other), p);
+}
 
-/* Writes the character at byte i in the other case: small unless `upper`. The sharp s has no
-   capital; sigma at the end of a word has a form of its own. */
-static void ptst__j_put_case(ptst__jrun *r, ptst__jsink *o, ptst__jvalue v, size_t i, bool upper,
-                             bool title) {
-    const ptst__jstring *s = v.as.string;
-    size_t n, before = i, k;
-    uint32_t p = ptst__j_point(s, i, &n), q = ptst__j_letter(p, upper);
-    uint8_t mark = s->marks == NULL ? v.mark : s->marks[i];
-    if (upper && p == 0xDF) {
-        ptst__j_puts(r, o, title ? "Ss" : "SS", mark);
-        return;
+static bool ptst__j_is_cased(uint32_t p) {
+    return ptst__j_is_upper(p) || ptst__j_is_lower(p) ||
+           (p >= 0x80 && ptst__category(p) == PTST__LT);
+}
+
+/* What stands inside words without being a letter of them: accents, modifiers, apostrophes. */
+static bool ptst__j_is_ignored(uint32_t p) {
+    uint32_t k = ptst__category(p);
+    return p == '\'' || p == '.' || p == ':' || p == 0xB7 || p == 0x2019 || k == PTST__LT + 1 ||
+           k == PTST__MN || k == PTST__ME || k == PTST__SK || k == PTST__CF;
+}
+
+/* Does a word end with the capital sigma at bytes i..i+n? Then its small letter is another. */
+static bool ptst__j_ends_word(const ptst__jstring *s, size_t i, size_t n) {
+    size_t k;
+    uint32_t p = 0;
+    bool letter = false;
+    while (i > 0 && !letter) {
+        do {
+            i--;
+            n++;
+        } while (((unsigned char)s->bytes[i] & 0xC0) == 0x80);
+        p = ptst__j_point(s, i, &k);
+        letter = ptst__j_is_cased(p);
+        if (!letter && !ptst__j_is_ignored(p)) {
+            return false;
+        }
     }
-    if (!upper && p == 0x130) {
+    for (i += n; letter && i < s->size; i += k) {
+        p = ptst__j_point(s, i, &k);
+        if (!ptst__j_is_ignored(p)) {
+            return !ptst__j_is_cased(p);
+        }
+    }
+    return letter;
+}
+
+/* Writes the character at byte i in another case. */
+static void ptst__j_put_case(ptst__jrun *r, ptst__jsink *o, ptst__jvalue v, size_t i,
+                             ptst__jcase to) {
+    const ptst__jstring *s = v.as.string;
+    size_t n, k;
+    uint32_t p = ptst__j_point(s, i, &n), q = p;
+    uint8_t mark = s->marks == NULL ? v.mark : s->marks[i];
+    if (to == PTST__J_SWAP) {
+        to = ptst__j_is_lower(p) ? PTST__J_UPPER : PTST__J_LOWER;
+        to = to == PTST__J_LOWER && !ptst__j_is_upper(p) ? PTST__J_SWAP : to;
+    }
+    for (k = 0; p >= 0x80 && to != PTST__J_LOWER && to != PTST__J_SWAP &&
+                k < PTST__COUNT(ptst__j_capitals_many);
+         k++) {
+        if (ptst__j_capitals_many[k].small == p) {
+            ptst__jvalue many = ptst__j_text(r, to == PTST__J_TITLE
+                                                    ? ptst__j_capitals_many[k].title
+                                                    : ptst__j_capitals_many[k].upper);
+            many.mark = mark;
+            for (k = 0; k < many.as.string->size; k++) {
+                char byte = many.as.string->bytes[k];
+                byte = to == PTST__J_FOLD && byte >= 'A' && byte <= 'Z' ? (char)(byte + 32) : byte;
+                ptst__j_put(r, o, &byte, 1, NULL, mark);
+            }
+            return;
+        }
+    }
+    if ((to == PTST__J_LOWER || to == PTST__J_FOLD) && p == 0x130) {
         ptst__j_puts(r, o, "i\xCC\x87", mark);
         return;
     }
-    if (!upper && p == 0x3A3 && i > 0) {
-        do {
-            before--;
-        } while (((unsigned char)s->bytes[before] & 0xC0) == 0x80);
-        if (ptst__j_is_cased(ptst__j_point(s, before, &k)) &&
-            (i + n == s->size || !ptst__j_is_cased(ptst__j_point(s, i + n, &k)))) {
-            q = 0x3C2;
-        }
+    if (to == PTST__J_LOWER) {
+        q = p == 0x3A3 && ptst__j_ends_word(s, i, n) ? 0x3C2 : ptst__point_lower(p);
+    } else if (to == PTST__J_FOLD) {
+        q = p == 0x131 ? p : ptst__point_lower(ptst__j_capital(p));
+    } else if (to == PTST__J_TITLE && ((p >= 0x1C4 && p <= 0x1CC) || (p >= 0x1F1 && p <= 0x1F3))) {
+        q = p < 0x1F1 ? 0x1C5 + (p - 0x1C4) / 3 * 3 : 0x1F2; /* Dz, Lj, Nj: a form of their own */
+    } else if (to != PTST__J_SWAP) {
+        q = to == PTST__J_TITLE && p >= 0x10D0 && p <= 0x10FF ? p : ptst__j_capital(p);
     }
     ptst__j_put_point(r, o, q, mark);
 }
@@ -11802,9 +11973,8 @@ static ptst__jvalue ptst__j_case(ptst__jrun *r, ptst__jvalue v, ptst__jcase to) 
     ptst__j_sink_room(r, &o, s->size);
     ptst__j_pay(r, s->size / 8);
     for (i = 0; i < s->size && r->code == PTST_OK; i += n) {
-        uint32_t p = ptst__j_point(s, i, &n);
-        ptst__j_put_case(r, &o, v, i,
-                         to == PTST__J_SWAP ? ptst__j_is_lower(p) : to == PTST__J_UPPER, false);
+        ptst__j_point(s, i, &n);
+        ptst__j_put_case(r, &o, v, i, to);
     }
     out = ptst__j_sink_string(r, &o);
     out.flag = v.flag;
@@ -11832,6 +12002,13 @@ static ptst__jvalue ptst__j_m_swapcase(ptst__jrun *r, ptst__jvalue self, const p
     return ptst__j_case(r, self, PTST__J_SWAP);
 }
 
+static ptst__jvalue ptst__j_m_casefold(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
+                                       const ptst__jargs *a) {
+    (void)p;
+    (void)a;
+    return ptst__j_case(r, self, PTST__J_FOLD);
+}
+
 /* Where a capital comes in: str.capitalize, str.title, and the filter title. */
 typedef enum ptst__jwords {
     PTST__J_FIRST, /* the first character of all */
@@ -11848,7 +12025,7 @@ static ptst__jvalue ptst__j_capitals(ptst__jrun *r, ptst__jvalue v, ptst__jwords
     ptst__j_pay(r, s->size / 8);
     for (i = 0; i < s->size && r->code == PTST_OK; i += n) {
         uint32_t p = ptst__j_point(s, i, &n);
-        ptst__j_put_case(r, &o, v, i, begin, true);
+        ptst__j_put_case(r, &o, v, i, begin ? PTST__J_TITLE : PTST__J_LOWER);
         begin = where == PTST__J_FIRST                                  ? false
                 : where == PTST__J_CASED                                ? !ptst__j_is_cased(p)
                 : p != 0 && p < 0x80 && strchr("-({[<", (int)p) != NULL ? true
@@ -11875,15 +12052,27 @@ static ptst__jvalue ptst__j_m_title(ptst__jrun *r, ptst__jvalue self, const ptst
 
 /* ---- the rest of str ---- */
 
-static bool ptst__j_is_digit(uint32_t p) {
-    return (p >= '0' && p <= '9') || (p >= 0x660 && p <= 0x669) || (p >= 0x966 && p <= 0x96F) ||
-           (p >= 0xFF10 && p <= 0xFF19);
+/* str.isdecimal(), str.isdigit() and str.isnumeric() of one character. The numerals among the Han
+   characters are not known here. */
+static bool ptst__j_is_digit(uint32_t p, char kind) {
+    static const uint32_t more[] = {0xB2,   0xB3,   0xB9,   0xB9,   0x1369, 0x1371, 0x19DA, 0x19DA,
+                                    0x2070, 0x2070, 0x2074, 0x2079, 0x2080, 0x2089, 0x2460, 0x2468,
+                                    0x2474, 0x247C, 0x2488, 0x2490, 0x24EA, 0x24EA, 0x24F5, 0x24FD,
+                                    0x24FF, 0x24FF, 0x2776, 0x277E, 0x2780, 0x2788, 0x278A, 0x2792};
+    if (p < 0x80) {
+        return p >= '0' && p <= '9';
+    }
+    return ptst__category(p) == PTST__ND ||
+           (kind == 'i' && ptst__in_ranges(more, PTST__COUNT(more), p)) ||
+           (kind == 'n' && ptst__is_number(p));
 }
 
 /* The str.is...() questions: is every character of the class, and is there one? */
 typedef enum ptst__jclass {
     PTST__J_ALPHA,
+    PTST__J_DECIMAL,
     PTST__J_DIGIT,
+    PTST__J_NUMERIC,
     PTST__J_ALNUM,
     PTST__J_SPACE,
     PTST__J_ASCII,
@@ -11897,16 +12086,17 @@ static bool ptst__j_all(ptst__jrun *r, const ptst__jstring *s, ptst__jclass clas
     ptst__j_pay(r, s->size / 8);
     for (i = 0; i < s->size && good; i += n) {
         uint32_t p = ptst__j_point(s, i, &n);
-        bool digit = ptst__j_is_digit(p);
         bool upper = ptst__j_is_upper(p), lower = ptst__j_is_lower(p);
         cased = cased || upper || lower;
-        good = class_of == PTST__J_ALPHA      ? ptst__is_letter(p) && !digit
-               : class_of == PTST__J_DIGIT    ? digit
-               : class_of == PTST__J_ALNUM    ? digit || ptst__is_letter(p)
+        good = class_of == PTST__J_ALPHA      ? ptst__is_letter(p)
+               : class_of == PTST__J_DECIMAL  ? ptst__j_is_digit(p, 'd')
+               : class_of == PTST__J_DIGIT    ? ptst__j_is_digit(p, 'i')
+               : class_of == PTST__J_NUMERIC  ? ptst__j_is_digit(p, 'n')
+               : class_of == PTST__J_ALNUM    ? ptst__is_number(p) || ptst__is_letter(p)
                : class_of == PTST__J_SPACE    ? ptst__j_space(p)
                : class_of == PTST__J_ASCII    ? p < 0x80
-               : class_of == PTST__J_IS_LOWER ? !upper
-                                              : !lower;
+               : class_of == PTST__J_IS_LOWER ? !upper && (lower || !ptst__j_is_cased(p))
+                                              : !lower && (upper || !ptst__j_is_cased(p));
     }
     return good && cased && (s->size != 0 || class_of == PTST__J_ASCII);
 }
@@ -11923,6 +12113,20 @@ static ptst__jvalue ptst__j_m_isdigit(ptst__jrun *r, ptst__jvalue self, const pt
     (void)p;
     (void)a;
     return ptst__j_bool(ptst__j_all(r, self.as.string, PTST__J_DIGIT));
+}
+
+static ptst__jvalue ptst__j_m_isdecimal(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
+                                        const ptst__jargs *a) {
+    (void)p;
+    (void)a;
+    return ptst__j_bool(ptst__j_all(r, self.as.string, PTST__J_DECIMAL));
+}
+
+static ptst__jvalue ptst__j_m_isnumeric(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
+                                        const ptst__jargs *a) {
+    (void)p;
+    (void)a;
+    return ptst__j_bool(ptst__j_all(r, self.as.string, PTST__J_NUMERIC));
 }
 
 static ptst__jvalue ptst__j_m_isalnum(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
@@ -11970,7 +12174,7 @@ static ptst__jvalue ptst__j_m_istitle(ptst__jrun *r, ptst__jvalue self, const pt
     (void)a;
     for (i = 0; i < s->size && good; i += n) {
         uint32_t point = ptst__j_point(s, i, &n);
-        bool upper = ptst__j_is_upper(point), lower = ptst__j_is_lower(point);
+        bool lower = ptst__j_is_lower(point), upper = !lower && ptst__j_is_cased(point);
         good = !(upper && inside) && !(lower && !inside);
         inside = upper || lower;
         any = any || inside;
@@ -11989,6 +12193,7 @@ static ptst__jvalue ptst__j_partition(ptst__jrun *r, ptst__jvalue self, ptst__jv
         return ptst__j_fail(r, PTST_ERR_FORMAT, "empty separator");
     }
     at = last ? ptst__j_rfind(r, s, x, 0, s->size) : ptst__j_find(r, s, x, 0, s->size);
+    none.flag = separator.flag = self.flag;
     if (at == SIZE_MAX) {
         ptst__j_push(r, out, last ? none : self);
         ptst__j_push(r, out, none);
@@ -12123,7 +12328,7 @@ static ptst__jvalue ptst__j_m_expandtabs(ptst__jrun *r, ptst__jvalue self, const
 
 static const ptst__jbuiltin ptst__j_string_methods[] = {
     {"capitalize", "", ptst__j_m_capitalize},
-    {"casefold", "", ptst__j_m_lower},
+    {"casefold", "", ptst__j_m_casefold},
     {"center", "!width fillchar", ptst__j_m_center},
     {"count", "!sub start end", ptst__j_m_count},
     {"endswith", "!suffix start end", ptst__j_m_endswith},
@@ -12134,10 +12339,10 @@ static const ptst__jbuiltin ptst__j_string_methods[] = {
     {"isalnum", "", ptst__j_m_isalnum},
     {"isalpha", "", ptst__j_m_isalpha},
     {"isascii", "", ptst__j_m_isascii},
-    {"isdecimal", "", ptst__j_m_isdigit},
+    {"isdecimal", "", ptst__j_m_isdecimal},
     {"isdigit", "", ptst__j_m_isdigit},
     {"islower", "", ptst__j_m_islower},
-    {"isnumeric", "", ptst__j_m_isdigit},
+    {"isnumeric", "", ptst__j_m_isnumeric},
     {"isspace", "", ptst__j_m_isspace},
     {"istitle", "", ptst__j_m_istitle},
     {"isupper", "", ptst__j_m_isupper},
@@ -12538,7 +12743,22 @@ static ptst__jvalue ptst__j_getitem(ptst__jrun *r, ptst__jvalue v, ptst__jvalue 
 
 static bool ptst__j_is_bound(ptst__jvalue v) { return v.kind == PTST__J_NONE || ptst__j_is_int(v); }
 
-/* v[start:stop:step] */
+/* Elements a, a + by, ... (count of them, the last before b) of a range, as a range. */
+static ptst__jvalue ptst__j_slice_range(ptst__jrun *r, ptst__jvalue v, int64_t a, int64_t b,
+                                        int64_t by, size_t count) {
+    const ptst__jrange *g = v.as.range;
+    ptst__jrange *out = (ptst__jrange *)ptst__j_alloc(r, 1, sizeof *out);
+    if (out == NULL || !ptst__j_mul64(g->step, by, &out->step)) {
+        return ptst__j_fail_big(r);
+    }
+    out->start = ptst__j_range_item(g, (size_t)a, 0).as.integer;
+    out->stop = ptst__j_range_item(g, (size_t)b, 0).as.integer;
+    out->count = count;
+    v.as.range = out;
+    return v;
+}
+
+/* v[start:stop:step]; Jinja2 leaves slices to Python, so what cannot be sliced is an error. */
 static ptst__jvalue ptst__j_slice(ptst__jrun *r, ptst__jvalue v, ptst__jvalue start,
                                   ptst__jvalue stop, ptst__jvalue step) {
     int64_t n = ptst__j_length(v), by, a, b, count;
@@ -12547,19 +12767,16 @@ static ptst__jvalue ptst__j_slice(ptst__jrun *r, ptst__jvalue v, ptst__jvalue st
     if (v.kind == PTST__J_UNDEFINED) {
         return ptst__j_fail_undefined(r, v);
     }
-    if (!ptst__j_is_bound(start) || !ptst__j_is_bound(stop) || !ptst__j_is_bound(step)) {
-        return ptst__j_undefined(PTST__J_WHY_ITEM, NULL, v.kind);
-    }
-    by = ptst__j_need_int(r, step, 1);
     if (v.kind != PTST__J_STRING && v.kind != PTST__J_LIST && v.kind != PTST__J_TUPLE &&
         v.kind != PTST__J_RANGE) {
-        return ptst__j_undefined(PTST__J_WHY_ITEM, NULL, v.kind);
+        return ptst__j_fail(r, PTST_ERR_FORMAT, "a %s cannot be sliced", ptst__j_type(v));
     }
+    by = ptst__j_may_int(r, step, 1);
     if (by == 0) {
         return ptst__j_fail(r, PTST_ERR_FORMAT, "slice step cannot be zero");
     }
-    a = ptst__j_need_int(r, start, by > 0 ? 0 : n - 1);
-    b = ptst__j_need_int(r, stop, by > 0 ? n : -n - 1);
+    a = ptst__j_may_int(r, start, by > 0 ? 0 : n - 1);
+    b = ptst__j_may_int(r, stop, by > 0 ? n : -n - 1);
     a = a < 0 ? (a < -n ? (by > 0 ? 0 : -1) : a + n) : a >= n ? (by > 0 ? n : n - 1) : a;
     b = b < 0 ? (b < -n ? (by > 0 ? 0 : -1) : b + n) : b >= n ? (by > 0 ? n : n - 1) : b;
     by = by == INT64_MIN ? -INT64_MAX : by;
@@ -12568,6 +12785,9 @@ static ptst__jvalue ptst__j_slice(ptst__jrun *r, ptst__jvalue v, ptst__jvalue st
         return ptst__j_sub(r, v.kind == PTST__J_STRING ? v : ptst__j_text(r, ""),
                            count == 0 ? 0 : ptst__j_offset(r, v.as.string, (size_t)a),
                            count == 0 ? 0 : ptst__j_offset(r, v.as.string, (size_t)b));
+    }
+    if (v.kind == PTST__J_RANGE) {
+        return ptst__j_slice_range(r, v, a, b, by, (size_t)count);
     }
     out = ptst__j_list(r, v.kind == PTST__J_TUPLE ? PTST__J_TUPLE : PTST__J_LIST, NULL, 0);
     for (; count > 0 && ptst__j_pay(r, 1); count--, a = count > 0 ? a + by : a) {
@@ -12747,7 +12967,7 @@ static ptst__jvalue ptst__j_f_replace(ptst__jrun *r, ptst__jvalue self, const pt
                                       const ptst__jargs *a) {
     (void)a;
     return ptst__j_replace(r, ptst__j_plain(r, self), ptst__j_str(r, p[0]), ptst__j_plain(r, p[1]),
-                           ptst__j_need_int(r, p[2], -1));
+                           ptst__j_may_int(r, p[2], -1));
 }
 
 static ptst__jvalue ptst__j_f_center(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
@@ -12815,18 +13035,22 @@ static ptst__jvalue ptst__j_f_indent(ptst__jrun *r, ptst__jvalue self, const pts
 
 static ptst__jvalue ptst__j_f_truncate(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
                                        const ptst__jargs *a) {
-    int64_t length = ptst__j_need_int(r, p[0], 255), leeway = ptst__j_need_int(r, p[3], 5);
+    int64_t length = ptst__j_need_int(r, p[0], 255), leeway = ptst__j_may_int(r, p[3], 5);
     ptst__jvalue end = ptst__j_given(p[2]) ? p[2] : ptst__j_text(r, "..."), cut;
-    const ptst__jstring *s = ptst__j_need_string(r, self, "truncate: the value"),
-                        *e = ptst__j_need_string(r, end, "truncate: end");
+    const ptst__jstring *s, *e;
     ptst__jvalue blank = ptst__j_text(r, " ");
     size_t at;
     (void)a;
-    if (s == NULL || e == NULL || length < (int64_t)e->points || leeway < 0) {
+    if (ptst__j_length(end) < 0 || length < ptst__j_length(end) || leeway < 0) {
         return ptst__j_fail(r, PTST_ERR_FORMAT, "truncate: the length is too small");
     }
-    if ((uint64_t)length > (uint64_t)INT64_MAX - (uint64_t)leeway ||
-        (int64_t)s->points <= length + leeway) {
+    if (ptst__j_length(self) >= 0 && ((uint64_t)length > (uint64_t)INT64_MAX - (uint64_t)leeway ||
+                                      ptst__j_length(self) <= length + leeway)) {
+        return self;
+    }
+    s = ptst__j_need_string(r, self, "truncate: the value");
+    e = ptst__j_need_string(r, end, "truncate: end");
+    if (s == NULL || e == NULL) {
         return self;
     }
     cut = ptst__j_sub(r, self, 0, ptst__j_offset(r, s, (size_t)length - e->points));
@@ -12986,7 +13210,8 @@ static ptst__jvalue ptst__j_f_int(ptst__jrun *r, ptst__jvalue self, const ptst__
         return ptst__j_fail_undefined(r, self);
     }
     if (self.kind == PTST__J_STRING) {
-        if (ptst__j_text_int(r, self, ptst__j_need_int(r, p[1], 10), &n)) {
+        if ((!ptst__j_given(p[1]) || ptst__j_is_int(p[1])) &&
+            ptst__j_text_int(r, self, ptst__j_need_int(r, p[1], 10), &n)) {
             return ptst__j_int(n, self.mark);
         }
         if (!ptst__j_text_float(r, self, &f) || !(f - f == 0)) {
@@ -13037,7 +13262,31 @@ static double ptst__j_round(double f, int64_t n) {
     scale = pow(10, (double)-n);
     g = f / scale;
     g = fabs(g - floor(g) - 0.5) < 1e-12 ? 2 * floor(g / 2 + 0.5) : floor(g + 0.5);
-    return g * scale;
+    return copysign(g * scale, f);
+}
+
+/* The same for an int: the nearest multiple of 10^-n, ties to the even one. */
+static ptst__jvalue ptst__j_round_int(ptst__jrun *r, ptst__jvalue v, int64_t n) {
+    int64_t x = v.as.integer, scale = 1, rest, out;
+    if (n >= 0) {
+        return ptst__j_int(x, v.mark);
+    }
+    if (n < -18) { /* 10^19 does not fit; half of it does */
+        return n == -19 && (x > 5000000000000000000 || x < -5000000000000000000)
+                   ? ptst__j_fail_big(r)
+                   : ptst__j_int(0, v.mark);
+    }
+    for (; n < 0; n++) {
+        scale *= 10;
+    }
+    rest = x % scale;
+    out = x - rest;
+    rest = rest < 0 ? -rest : rest;
+    if (rest > scale - rest || (rest == scale - rest && out / scale % 2 != 0)) {
+        return ptst__j_number_op(r, '+', ptst__j_int(out, v.mark),
+                                 ptst__j_int(x < 0 ? -scale : scale, v.mark));
+    }
+    return ptst__j_int(out, v.mark);
 }
 
 static ptst__jvalue ptst__j_f_round(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
@@ -13058,7 +13307,7 @@ static ptst__jvalue ptst__j_f_round(ptst__jrun *r, ptst__jvalue self, const ptst
     f = ptst__j_double(self);
     if (method.as.string->bytes[1] == 'o') { /* common */
         if (ptst__j_is_int(self)) {
-            return ptst__j_int(n >= 0 ? self.as.integer : (int64_t)ptst__j_round(f, n), self.mark);
+            return ptst__j_round_int(r, self, n);
         }
         return ptst__j_float(ptst__j_round(f, n), self.mark);
     }
@@ -13096,9 +13345,8 @@ static ptst__jvalue ptst__j_f_last(ptst__jrun *r, ptst__jvalue self, const ptst_
     ptst__jvalue list;
     (void)p;
     (void)a;
-    if (self.kind == PTST__J_ITERATOR || self.kind == PTST__J_UNDEFINED) {
-        return ptst__j_fail(r, PTST_ERR_FORMAT, "'%s' object is not reversible",
-                            ptst__j_type(self));
+    if (self.kind == PTST__J_ITERATOR) {
+        return ptst__j_fail(r, PTST_ERR_FORMAT, "'generator' object is not reversible");
     }
     if (ptst__j_length(self) > 0 && self.kind != PTST__J_DICT && self.kind <= PTST__J_RANGE &&
         (self.kind < PTST__J_KEYS || self.kind == PTST__J_RANGE)) {
@@ -13119,7 +13367,8 @@ static ptst__jvalue ptst__j_f_reverse(ptst__jrun *r, ptst__jvalue self, const pt
         out = ptst__j_slice(r, self, ptst__j_none(), ptst__j_none(), ptst__j_int(-1, 0));
         return out;
     }
-    out = ptst__j_collect(r, self, PTST__J_ITERATOR);
+    out = ptst__j_collect(r, self, /* reversed() takes no generator: Jinja2 makes a list of it */
+                          self.kind == PTST__J_ITERATOR ? PTST__J_LIST : PTST__J_ITERATOR);
     if (r->code == PTST_OK) {
         ptst__j_reverse_list(out.as.list);
     }
@@ -13131,7 +13380,9 @@ static ptst__jvalue ptst__j_f_items(ptst__jrun *r, ptst__jvalue self, const ptst
     (void)p;
     (void)a;
     if (self.kind != PTST__J_DICT && self.kind != PTST__J_UNDEFINED) {
-        return ptst__j_fail(r, PTST_ERR_FORMAT, "Can only get item pairs from a mapping.");
+        self = ptst__j_list(r, PTST__J_ITERATOR, NULL, 0);
+        ptst__j_fail(r, PTST_ERR_FORMAT, "Can only get item pairs from a mapping.");
+        return ptst__j_later(r, self);
     }
     self.kind = self.kind == PTST__J_DICT ? (uint8_t)PTST__J_ITEMS : self.kind;
     return ptst__j_collect(r, self, PTST__J_ITERATOR);
@@ -13184,6 +13435,7 @@ static ptst__jvalue ptst__j_f_sort(ptst__jrun *r, ptst__jvalue self, const ptst_
     ptst__jvalue list = ptst__j_as_list(r, self), keys = ptst__j_list(r, PTST__J_LIST, NULL, 0);
     ptst__jvalue none = ptst__j_make(PTST__J_MISSING, 0);
     size_t i, k, from;
+    bool reverse;
     (void)a;
     for (i = 0; r->code == PTST_OK && i < list.as.list->count; i++) {
         ptst__jvalue item = list.as.list->items[i], key;
@@ -13202,14 +13454,15 @@ static ptst__jvalue ptst__j_f_sort(ptst__jrun *r, ptst__jvalue self, const ptst_
         }
         ptst__j_push(r, keys, key);
     }
-    return r->code == PTST_OK ? ptst__j_sorted(r, keys, list, ptst__j_true(r, p[0])) : self;
+    reverse = ptst__j_need_int(r, p[0], 0) != 0;
+    return r->code == PTST_OK ? ptst__j_sorted(r, keys, list, reverse) : self;
 }
 
 static ptst__jvalue ptst__j_f_dictsort(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
                                        const ptst__jargs *a) {
     ptst__jvalue keys = ptst__j_list(r, PTST__J_LIST, NULL, 0),
                  pairs = ptst__j_list(r, PTST__J_LIST, NULL, 0);
-    bool value = false;
+    bool value = false, reverse = ptst__j_need_int(r, p[2], 0) != 0;
     size_t i;
     (void)a;
     if (ptst__j_given(p[1])) {
@@ -13231,7 +13484,7 @@ static ptst__jvalue ptst__j_f_dictsort(ptst__jrun *r, ptst__jvalue self, const p
         ptst__j_push(r, keys, ptst__j_fold(r, value ? pair->value : pair->key, p[0]));
         ptst__j_push(r, pairs, ptst__j_pair(r, pair->key, pair->value));
     }
-    return r->code == PTST_OK ? ptst__j_sorted(r, keys, pairs, ptst__j_true(r, p[2])) : self;
+    return r->code == PTST_OK ? ptst__j_sorted(r, keys, pairs, reverse) : self;
 }
 
 static ptst__jvalue ptst__j_f_unique(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
@@ -13244,15 +13497,13 @@ static ptst__jvalue ptst__j_f_unique(ptst__jrun *r, ptst__jvalue self, const pts
         while (ptst__j_next(r, &i, &item)) {
             ptst__jvalue key = ptst__j_path(r, item, p[1], ptst__j_make(PTST__J_MISSING, 0));
             key = ptst__j_fold(r, key, p[0]);
-            if (key.kind == PTST__J_LIST || key.kind == PTST__J_DICT) {
-                ptst__j_fail(r, PTST_ERR_FORMAT, "unhashable type: '%s'", ptst__j_type(key));
-            } else if (!ptst__j_contains(r, seen, key)) {
+            if (ptst__j_hashable(r, key) && !ptst__j_contains(r, seen, key)) {
                 ptst__j_push(r, seen, key);
                 ptst__j_push(r, out, item);
             }
         }
     }
-    return out;
+    return ptst__j_later(r, out);
 }
 
 /* min (sign -1) and max (1) */
@@ -13331,10 +13582,16 @@ static ptst__jvalue ptst__j_f_batch(ptst__jrun *r, ptst__jvalue self, const ptst
     (void)a;
     if (ptst__j_iter(r, self, &i)) {
         while (ptst__j_next(r, &i, &item)) {
-            if (k == 0 || k == n) {
+            if (k == n) {
+                if (n == 0) { /* once, before the first element */
+                    ptst__j_push(r, out, ptst__j_list(r, PTST__J_LIST, NULL, 0));
+                    n = -1;
+                }
+                k = 0;
+            }
+            if (k == 0) {
                 part = ptst__j_list(r, PTST__J_LIST, NULL, 0);
                 ptst__j_push(r, out, part);
-                k = 0;
             }
             ptst__j_push(r, part, item);
             k++;
@@ -13345,7 +13602,7 @@ static ptst__jvalue ptst__j_f_batch(ptst__jrun *r, ptst__jvalue self, const ptst
             ptst__j_push(r, part, p[1]);
         }
     }
-    return out;
+    return ptst__j_later(r, out);
 }
 
 /* n lists. */
@@ -13358,7 +13615,8 @@ static ptst__jvalue ptst__j_f_slice(ptst__jrun *r, ptst__jvalue self, const ptst
     bool fill = ptst__j_given(p[1]) && p[1].kind != PTST__J_NONE;
     (void)a;
     if (r->code != PTST_OK || n == 0) {
-        return ptst__j_fail(r, PTST_ERR_FORMAT, "division by zero");
+        ptst__j_fail(r, PTST_ERR_FORMAT, "division by zero");
+        return ptst__j_later(r, out);
     }
     size = n < 0 ? 0 : list.as.list->count / (size_t)n;
     extra = n < 0 ? 0 : list.as.list->count % (size_t)n;
@@ -13373,7 +13631,7 @@ static ptst__jvalue ptst__j_f_slice(ptst__jrun *r, ptst__jvalue self, const ptst
         }
         ptst__j_push(r, out, part);
     }
-    return out;
+    return ptst__j_later(r, out);
 }
 
 static ptst__jvalue ptst__j_f_groupby(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
@@ -13418,7 +13676,7 @@ static ptst__jvalue ptst__j_f_tojson(ptst__jrun *r, ptst__jvalue self, const pts
     d.sort = ptst__j_true(r, p[3]);
     if (p[1].kind == PTST__J_STRING) {
         d.indent = p[1];
-    } else if (ptst__j_given(p[1]) && p[1].kind != PTST__J_NONE) {
+    } else if (ptst__j_given(p[1]) && p[1].kind != PTST__J_NONE && self.kind != PTST__J_STRING) {
         d.indent = ptst__j_repeat(r, ptst__j_text(r, " "), ptst__j_need_int(r, p[1], 0));
     }
     d.between = ptst__j_text(r, ptst__j_given(d.indent) ? "," : ", ");
@@ -13521,18 +13779,18 @@ static const ptst__jbuiltin *ptst__j_test_of(const ptst__jstring *name);
 /* Is there a filter (test) of this name? */
 static ptst__jvalue ptst__j_t_filter(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
                                      const ptst__jargs *a) {
-    (void)r;
     (void)p;
     (void)a;
-    return ptst__j_bool(self.kind == PTST__J_STRING && ptst__j_filter_of(self.as.string) != NULL);
+    return ptst__j_bool(ptst__j_hashable(r, self) && self.kind == PTST__J_STRING &&
+                        ptst__j_filter_of(self.as.string) != NULL);
 }
 
 static ptst__jvalue ptst__j_t_test(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
                                    const ptst__jargs *a) {
-    (void)r;
     (void)p;
     (void)a;
-    return ptst__j_bool(self.kind == PTST__J_STRING && ptst__j_test_of(self.as.string) != NULL);
+    return ptst__j_bool(ptst__j_hashable(r, self) && self.kind == PTST__J_STRING &&
+                        ptst__j_test_of(self.as.string) != NULL);
 }
 
 /* value % n, for odd, even, divisibleby */
@@ -13602,18 +13860,15 @@ static ptst__jargs ptst__j_rest(const ptst__jargs *a, size_t skip) {
 }
 
 /* map("filter", ...) or map(attribute="path", default=...) */
-static ptst__jvalue ptst__j_f_map(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
-                                  const ptst__jargs *a) {
-    ptst__jvalue out = ptst__j_list(r, PTST__J_ITERATOR, NULL, 0), item;
-    ptst__jvalue path = ptst__j_make(PTST__J_MISSING, 0), fallback = path;
+static void ptst__j_map(ptst__jrun *r, ptst__jvalue out, ptst__jvalue self, const ptst__jargs *a) {
+    ptst__jvalue path = ptst__j_make(PTST__J_MISSING, 0), fallback = path, item;
     const ptst__jbuiltin *f = NULL;
     ptst__jargs rest;
     ptst__jiter i;
     size_t k;
-    (void)p;
     memset(&rest, 0, sizeof rest);
     if (!ptst__j_true(r, self)) {
-        return out;
+        return;
     }
     for (k = 0; k < a->named_count && a->count == 0; k++) {
         path = ptst__j_same_text(a->named[k].name, "attribute") ? a->named[k].value : path;
@@ -13621,15 +13876,18 @@ static ptst__jvalue ptst__j_f_map(ptst__jrun *r, ptst__jvalue self, const ptst__
     }
     if (ptst__j_given(path) &&
         a->named_count != 1 + (ptst__j_given(fallback) ? (size_t)1 : (size_t)0)) {
-        return ptst__j_fail(r, PTST_ERR_FORMAT, "map: an unexpected keyword argument");
+        ptst__j_fail(r, PTST_ERR_FORMAT, "map: an unexpected keyword argument");
+        return;
     }
     if (!ptst__j_given(path)) {
         if (a->count == 0) {
-            return ptst__j_fail(r, PTST_ERR_FORMAT, "map requires a filter argument");
+            ptst__j_fail(r, PTST_ERR_FORMAT, "map requires a filter argument");
+            return;
         }
         f = a->values[0].kind == PTST__J_STRING ? ptst__j_filter_of(a->values[0].as.string) : NULL;
         if (f == NULL) {
-            return ptst__j_fail(r, PTST_ERR_FORMAT, "map: there is no such filter");
+            ptst__j_fail(r, PTST_ERR_FORMAT, "map: there is no such filter");
+            return;
         }
         rest = ptst__j_rest(a, 1);
     }
@@ -13640,25 +13898,32 @@ static ptst__jvalue ptst__j_f_map(ptst__jrun *r, ptst__jvalue self, const ptst__
                                    : ptst__j_call_builtin(r, f, item, &rest));
         }
     }
-    return out;
+}
+
+static ptst__jvalue ptst__j_f_map(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
+                                  const ptst__jargs *a) {
+    ptst__jvalue out = ptst__j_list(r, PTST__J_ITERATOR, NULL, 0);
+    (void)p;
+    ptst__j_map(r, out, self, a);
+    return ptst__j_later(r, out);
 }
 
 /* select, reject, selectattr, rejectattr: elements whose value (attribute) passes a test. */
-static ptst__jvalue ptst__j_pick(ptst__jrun *r, ptst__jvalue self, const ptst__jargs *a,
-                                 bool attribute, bool wanted) {
-    ptst__jvalue out = ptst__j_list(r, PTST__J_ITERATOR, NULL, 0), item;
-    ptst__jvalue path = ptst__j_make(PTST__J_MISSING, 0), none = path;
+static void ptst__j_pick_into(ptst__jrun *r, ptst__jvalue out, ptst__jvalue self,
+                              const ptst__jargs *a, bool attribute, bool wanted) {
+    ptst__jvalue path = ptst__j_make(PTST__J_MISSING, 0), none = path, item;
     const ptst__jbuiltin *test = NULL;
     size_t off = attribute ? 1 : 0;
     ptst__jargs rest;
     ptst__jiter i;
     memset(&rest, 0, sizeof rest);
     if (!ptst__j_true(r, self)) {
-        return out;
+        return;
     }
     if (attribute) {
         if (a->count == 0) {
-            return ptst__j_fail(r, PTST_ERR_FORMAT, "Missing parameter for attribute name");
+            ptst__j_fail(r, PTST_ERR_FORMAT, "Missing parameter for attribute name");
+            return;
         }
         path = a->values[0];
     }
@@ -13666,7 +13931,8 @@ static ptst__jvalue ptst__j_pick(ptst__jrun *r, ptst__jvalue self, const ptst__j
         test = a->values[off].kind == PTST__J_STRING ? ptst__j_test_of(a->values[off].as.string)
                                                      : NULL;
         if (test == NULL) {
-            return ptst__j_fail(r, PTST_ERR_FORMAT, "there is no such test");
+            ptst__j_fail(r, PTST_ERR_FORMAT, "there is no such test");
+            return;
         }
         rest = ptst__j_rest(a, off + 1);
     }
@@ -13681,7 +13947,13 @@ static ptst__jvalue ptst__j_pick(ptst__jrun *r, ptst__jvalue self, const ptst__j
             }
         }
     }
-    return out;
+}
+
+static ptst__jvalue ptst__j_pick(ptst__jrun *r, ptst__jvalue self, const ptst__jargs *a,
+                                 bool attribute, bool wanted) {
+    ptst__jvalue out = ptst__j_list(r, PTST__J_ITERATOR, NULL, 0);
+    ptst__j_pick_into(r, out, self, a, attribute, wanted);
+    return ptst__j_later(r, out);
 }
 
 static ptst__jvalue ptst__j_f_select(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
@@ -13832,6 +14104,8 @@ static ptst__jvalue ptst__j_build_dict(ptst__jrun *r, ptst__jkind kind, const pt
             ptst__j_dict_put(r, out, d->pairs[k].key, d->pairs[k].value);
         }
         out.mark = a->values[0].mark;
+    } else if (a->count == 1 && a->values[0].kind == PTST__J_UNDEFINED) {
+        return ptst__j_fail_undefined(r, a->values[0]);
     } else if (a->count == 1 && ptst__j_iter(r, a->values[0], &i)) {
         while (ptst__j_next(r, &i, &item)) {
             pair = ptst__j_collect(r, item, PTST__J_LIST);
@@ -14692,19 +14966,18 @@ enum { PTST__JP_PLAIN = 1, PTST__JP_EMPTY = 2, PTST__JP_TARGET = 4 };
 static ptst__jnode *ptst__jp_primary(ptst__jparser *p, bool target);
 
 /* Is this the end of a tuple without brackets? */
-static bool ptst__jp_tuple_ends(const ptst__jparser *p, const char *word) {
+static bool ptst__jp_tuple_ends(const ptst__jparser *p) {
     const ptst__jtoken *t = ptst__jp_token(p);
     return t->type == PTST__JT_PRINT_END || t->type == PTST__JT_BLOCK_END ||
-           t->type == PTST__JT_END || ptst__jp_is_op(t, ')') ||
-           (word != NULL && ptst__jp_is_name(t, word));
+           t->type == PTST__JT_END || ptst__jp_is_op(t, ')');
 }
 
 /* One expression, or several with commas: a tuple. flags: PLAIN without "a if b" inside, EMPTY "()"
-   is allowed, TARGET names only. word ends it too. */
-static ptst__jnode *ptst__jp_tuple(ptst__jparser *p, int flags, const char *word) {
+   is allowed, TARGET names only. */
+static ptst__jnode *ptst__jp_tuple(ptst__jparser *p, int flags) {
     ptst__jnode *tuple = ptst__jp_node(p, PTST__JN_TUPLE), *list = NULL, **tail = &list;
     bool comma = false;
-    while (p->code == PTST_OK && !ptst__jp_tuple_ends(p, word)) {
+    while (p->code == PTST_OK && !ptst__jp_tuple_ends(p)) {
         ptst__jp_link(&tail, (flags & PTST__JP_TARGET) != 0  ? ptst__jp_primary(p, true)
                              : (flags & PTST__JP_PLAIN) != 0 ? ptst__jp_level(p, 0)
                                                              : ptst__jp_expression(p));
@@ -14839,7 +15112,7 @@ static ptst__jnode *ptst__jp_primary(ptst__jparser *p, bool target) {
                 t->type == PTST__JT_INT ? ptst__j_int(t->integer, 0) : ptst__j_float(t->number, 0);
         }
     } else if (ptst__jp_take(p, '(')) {
-        n = ptst__jp_tuple(p, PTST__JP_EMPTY | (target ? PTST__JP_TARGET : 0), NULL);
+        n = ptst__jp_tuple(p, PTST__JP_EMPTY | (target ? PTST__JP_TARGET : 0));
         ptst__jp_expect(p, ')');
     } else if (ptst__jp_is_op(t, '[')) {
         n = ptst__jp_list(p);
@@ -14905,8 +15178,6 @@ static ptst__jnode *ptst__jp_subscript(ptst__jparser *p, ptst__jnode *of) {
     for (i = 0; i < 3 && p->code == PTST_OK; i++) {
         if (!ptst__jp_is_op(ptst__jp_token(p), ':') && !ptst__jp_is_op(ptst__jp_token(p), ']')) {
             part[i] = ptst__jp_expression(p);
-        } else if (i == 0 && ptst__jp_is_op(ptst__jp_token(p), ']')) {
-            ptst__jp_expected(p, "an expression");
         }
         if (i == 2 || !ptst__jp_take(p, ':')) {
             break;
@@ -14916,9 +15187,10 @@ static ptst__jnode *ptst__jp_subscript(ptst__jparser *p, ptst__jnode *of) {
     if (n == NULL) {
         return NULL;
     }
-    if (!slice && ptst__jp_is_op(ptst__jp_token(p), ',')) {
-        ptst__jnode *tuple = ptst__jp_node(p, PTST__JN_TUPLE), **tail = &part[0]->next;
-        while (tuple != NULL && ptst__jp_take(p, ',') && !ptst__jp_is_op(ptst__jp_token(p), ']')) {
+    if (!slice && (part[0] == NULL || ptst__jp_is_op(ptst__jp_token(p), ','))) { /* a[] is a[()] */
+        ptst__jnode *tuple = ptst__jp_node(p, PTST__JN_TUPLE);
+        ptst__jnode **tail = part[0] == NULL ? &part[0] : &part[0]->next;
+        while (tuple != NULL && ptst__jp_take(p, ',')) {
             ptst__jp_link(&tail, ptst__jp_expression(p));
         }
         if (tuple != NULL) {
@@ -15288,7 +15560,7 @@ static ptst__jnode *ptst__jp_if(ptst__jparser *p) {
         if (n == NULL) {
             break;
         }
-        n->a = ptst__jp_tuple(p, PTST__JP_PLAIN, NULL);
+        n->a = ptst__jp_tuple(p, PTST__JP_PLAIN);
         n->c = ptst__jp_inside(p, "elif else endif");
         *to = n;
         to = &n->e;
@@ -15310,12 +15582,12 @@ static ptst__jnode *ptst__jp_for(ptst__jparser *p) {
         return NULL;
     }
     p->fors++;
-    n->a = ptst__jp_tuple(p, PTST__JP_TARGET, "in");
+    n->a = ptst__jp_tuple(p, PTST__JP_TARGET);
     ptst__jp_check_target(p, n->a, false);
     if (!ptst__jp_take_name(p, "in")) {
         ptst__jp_expected(p, "'in'");
     }
-    n->b = ptst__jp_tuple(p, PTST__JP_PLAIN, "recursive");
+    n->b = ptst__jp_tuple(p, PTST__JP_PLAIN);
     p->soft = false;
     if (ptst__jp_take_name(p, "if")) {
         n->d = ptst__jp_expression(p);
@@ -15339,10 +15611,10 @@ static ptst__jnode *ptst__jp_set(ptst__jparser *p) {
     if (n == NULL) {
         return NULL;
     }
-    n->a = ptst__jp_tuple(p, PTST__JP_TARGET, NULL);
+    n->a = ptst__jp_tuple(p, PTST__JP_TARGET);
     ptst__jp_check_target(p, n->a, true);
     if (ptst__jp_take(p, '=')) {
-        n->b = ptst__jp_tuple(p, 0, NULL);
+        n->b = ptst__jp_tuple(p, 0);
         return n;
     }
     n->kind = PTST__JN_SET_BODY;
@@ -15451,7 +15723,7 @@ static ptst__jnode *ptst__jp_with(ptst__jparser *p) {
         if (k == NULL) {
             break;
         }
-        k->a = ptst__jp_tuple(p, PTST__JP_TARGET, NULL);
+        k->a = ptst__jp_tuple(p, PTST__JP_TARGET);
         ptst__jp_check_target(p, k->a, false);
         ptst__jp_expect(p, '=');
         k->b = ptst__jp_expression(p);
@@ -15587,7 +15859,7 @@ static ptst__jnode *ptst__jp_body(ptst__jparser *p, const char *ends) {
             ptst__jp_skip(p);
             n = ptst__jp_node(p, PTST__JN_PRINT);
             if (n != NULL) {
-                n->a = ptst__jp_tuple(p, 0, NULL);
+                n->a = ptst__jp_tuple(p, 0);
             }
             ptst__jp_close(p, PTST__JT_PRINT_END);
         } else {
@@ -16107,6 +16379,12 @@ static ptst__jvalue ptst__j_eval_slice(ptst__jrun *r, const ptst__jnode *n) {
     part[1] = n->c == NULL ? none : ptst__j_eval(r, n->c);
     part[2] = n->d == NULL ? none : ptst__j_eval(r, n->d);
     r->at = n;
+    if (n->a->kind == PTST__JN_CONST && (n->b == NULL || n->b->kind == PTST__JN_CONST) &&
+        (n->c == NULL || n->c->kind == PTST__JN_CONST) &&
+        (of.kind != PTST__J_STRING || !ptst__j_is_bound(part[0]) || !ptst__j_is_bound(part[1]))) {
+        /* Jinja2 computes what is constant while compiling, as an item that may be undefined */
+        return ptst__j_undefined(PTST__J_WHY_ITEM, NULL, of.kind);
+    }
     return r->code == PTST_OK ? ptst__j_slice(r, of, part[0], part[1], part[2]) : none;
 }
 
@@ -16310,6 +16588,7 @@ static void ptst__j_run_loop(ptst__jrun *r, const ptst__jnode *n, ptst__jvalue o
     ptst__jloop *l = (ptst__jloop *)ptst__j_alloc(r, 1, sizeof *l);
     ptst__jscope *outer = r->scope, *inner = NULL;
     size_t loop_name = ptst__j_name_id(r, "loop"), rounds = 0;
+    bool done = false; /* did a round reach its end? Only that keeps the else of Jinja2 away */
     ptst__jvalue loop = ptst__j_make(PTST__J_LOOP, 0), item;
     if (l == NULL || !ptst__j_iter(r, over, &l->iter)) {
         return;
@@ -16341,12 +16620,13 @@ static void ptst__j_run_loop(ptst__jrun *r, const ptst__jnode *n, ptst__jvalue o
         }
         ptst__j_bind_target(r, n->a, item);
         ptst__j_exec(r, n->c);
+        done = done || r->flow == 0;
         r->flow = r->flow == PTST__J_CONTINUE ? 0 : r->flow;
         r->scope = outer;
         ptst__j_close(r, inner);
     }
     r->flow = 0;
-    if (rounds == 0 && n->e != NULL && r->code == PTST_OK) {
+    if (!done && n->e != NULL && r->code == PTST_OK) {
         r->scope = ptst__j_scope(r, outer);
         if (r->scope != NULL) {
             ptst__j_exec(r, n->e);
@@ -16429,7 +16709,10 @@ static void ptst__j_exec_other(ptst__jrun *r, const ptst__jnode *n) {
             break;
         }
         if (n->kind == PTST__JN_FILTER_BODY) {
-            ptst__j_print(r, ptst__j_apply_all(r, n->a, v));
+            v = ptst__j_apply_all(r, n->a, v);
+            if (ptst__j_need_string(r, v, "the result of a filter block") != NULL) {
+                ptst__j_print(r, v);
+            }
         } else {
             v = n->b == NULL ? v : ptst__j_apply_all(r, n->b, v);
             r->at = n;
