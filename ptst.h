@@ -1166,7 +1166,7 @@ typedef struct ptst_rows ptst_rows;
            [{"role", "content"}, ...]}, ShareGPT's {"conversations": [{"from", "value"}, ...]} and
            Alpaca's instruction + input are understood; if answers are needed, also conversations
            of several turns, and {"text"} alone as text to be learned as it stands. The first row
-           tells the kind of all
+           tells the kind of all; a row of another kind is an error
    .csv    RFC 4180 with or without a header. The first record is a header if it holds the name of
            the column, or one of the names above. Without a header and without a column number
            there must be one column
@@ -30997,20 +30997,30 @@ static ptst_code ptst__json_messages(ptst__rows_reader *d, const char *key, int3
     const ptst_json *j = d->r->json;
     ptst_text list = {NULL, 0, 0};
     ptst__talk talk;
-    int32_t m = ptst_json_first(j, ptst_json_get(j, object, key));
+    int32_t all = ptst_json_get(j, object, key), m = ptst_json_first(j, all);
     ptst_code code = PTST_OK;
     memset(&talk, 0, sizeof talk);
     talk.key = key;
+    if (ptst_json_kind(j, all) != PTST_JSON_ARRAY) {
+        return ptst__row_fail_key(d, row->line, key,
+                                  all < 0 ? "is missing" : "must be a list of messages");
+    }
+    if (!ptst__lora_inactive(j, ptst_json_get(j, object, "tools"))) {
+        return ptst__row_fail_key(d, row->line, "tools", "of a conversation are not supported");
+    }
     for (; m >= 0 && code == PTST_OK; m = ptst_json_next(j, m)) {
         code = ptst__json_message(d, m, &talk, row, &list);
     }
     if (code == PTST_OK && talk.users == 0) {
         code = ptst__row_fail_key(d, row->line, key, "has no message of the user");
     }
+    if (code == PTST_OK && talk.answers == 0 && d->desc->need_answer) {
+        code = ptst__row_fail_key(d, row->line, key, "has no message of the assistant");
+    }
     if (code == PTST_OK && talk.users > 1 && !d->desc->need_answer) {
         code = ptst__row_fail_key(d, row->line, key, "must be one question and one answer");
     }
-    if (code == PTST_OK && d->desc->need_answer && talk.answers != 0) {
+    if (code == PTST_OK && d->desc->need_answer) {
         code = ptst__text_add(d->c, &list, "]");
         row->messages =
             code != PTST_OK ? NULL : ptst__arena_copy(d->c, &d->r->arena, list.data, list.size);
@@ -31027,12 +31037,16 @@ static ptst_code ptst__json_messages(ptst__rows_reader *d, const char *key, int3
 
 /* Alpaca's second half of a question: instruction, empty line, input. */
 static ptst_code ptst__json_alpaca(ptst__rows_reader *d, int32_t object, ptst_row *row) {
+    int32_t node = ptst_json_get(d->r->json, object, "input");
     size_t size = 0;
-    const char *input =
-        ptst_json_string(d->r->json, ptst_json_get(d->r->json, object, "input"), &size);
+    const char *input = NULL;
     char *both;
-    if (input == NULL || size == 0) {
-        return PTST_OK;
+    ptst_code code = ptst__json_text(d, node, &input, &size);
+    if (code == PTST_OK && input == NULL && ptst_json_kind(d->r->json, node) != PTST_JSON_NULL) {
+        return ptst__row_fail_key(d, row->line, "input", "is not text");
+    }
+    if (code != PTST_OK || size == 0) {
+        return code;
     }
     both = (char *)ptst__arena_alloc(d->c, &d->r->arena, row->prompt_size + size + 3, 1);
     if (both == NULL) {
@@ -31063,7 +31077,8 @@ static ptst_code ptst__json_pair(ptst__rows_reader *d, int32_t object, const cha
     }
     node = ptst__json_find(j, object, answer);
     code = ptst__json_text(d, node, &row->answer, &row->answer_size);
-    if (code == PTST_OK && row->answer == NULL && (node >= 0 || d->desc->answer != NULL)) {
+    if (code == PTST_OK && row->answer == NULL &&
+        (node >= 0 || d->desc->answer != NULL || d->desc->need_answer)) {
         return ptst__row_fail_key(d, row->line, answer, node < 0 ? "is missing" : "is not text");
     }
     return code;
@@ -31071,13 +31086,14 @@ static ptst_code ptst__json_pair(ptst__rows_reader *d, int32_t object, const cha
 
 /* How the objects of a file are read; told by the first of them. */
 typedef struct ptst__row_kind {
-    bool known, whole;
+    bool known, string, whole;
     const char *talk, *prompt, *answer; /* keys */
 } ptst__row_kind;
 
 static void ptst__row_kind_of(ptst__rows_reader *d, int32_t object, ptst__row_kind *k) {
     const ptst_json *j = d->r->json;
     k->known = true;
+    k->string = ptst_json_kind(j, object) == PTST_JSON_STRING;
     k->prompt = d->desc->column;
     k->answer = d->desc->answer;
     if (k->prompt == NULL) {
@@ -31091,9 +31107,27 @@ static void ptst__row_kind_of(ptst__rows_reader *d, int32_t object, ptst__row_ki
                k->answer == NULL && k->prompt != NULL && strcmp(k->prompt, "text") == 0;
 }
 
+/* How often an object has a key. */
+static size_t ptst__json_count(const ptst_json *j, int32_t object, const char *key) {
+    size_t n = 0, size = 0;
+    int32_t k;
+    for (k = ptst_json_first(j, object); k >= 0; k = ptst_json_next(j, ptst_json_next(j, k))) {
+        const char *s = ptst_json_string(j, k, &size);
+        n += size == strlen(key) && memcmp(s, key, size) == 0;
+    }
+    return n;
+}
+
 static ptst_code ptst__rows_object(ptst__rows_reader *d, int32_t node, const ptst__row_kind *k,
                                    ptst_row *row) {
+    const char *const keys[] = {k->talk, k->prompt, k->answer};
     ptst_code code;
+    size_t i;
+    for (i = 0; i < PTST__COUNT(keys); i++) {
+        if (keys[i] != NULL && ptst__json_count(d->r->json, node, keys[i]) > 1) {
+            return ptst__row_fail_key(d, row->line, keys[i], "is there twice");
+        }
+    }
     if (k->talk != NULL) {
         return ptst__json_messages(d, k->talk, node, row);
     }
@@ -31126,14 +31160,21 @@ static ptst_code ptst__rows_list(ptst__rows_reader *d, int32_t list) {
         memset(&row, 0, sizeof row);
         row.node = node;
         row.row.line = (size_t)ptst_json_line(j, node);
-        if (ptst_json_kind(j, node) == PTST_JSON_STRING) {
-            row.row.prompt = ptst_json_string(j, node, &row.row.prompt_size);
-        } else if (ptst_json_kind(j, node) != PTST_JSON_OBJECT) {
+        if (ptst_json_kind(j, node) != PTST_JSON_STRING &&
+            ptst_json_kind(j, node) != PTST_JSON_OBJECT) {
             return ptst__row_fail(d, row.row.line, "an object or a string was expected");
+        }
+        if (!kind.known) {
+            ptst__row_kind_of(d, node, &kind);
+        }
+        if (kind.string != (ptst_json_kind(j, node) == PTST_JSON_STRING)) {
+            return ptst__row_fail(d, row.row.line,
+                                  kind.string ? "a string was expected, as in the first row"
+                                              : "an object was expected, as in the first row");
+        }
+        if (kind.string) {
+            row.row.prompt = ptst_json_string(j, node, &row.row.prompt_size);
         } else {
-            if (!kind.known) {
-                ptst__row_kind_of(d, node, &kind);
-            }
             code = ptst__rows_object(d, node, &kind, &row.row);
         }
         code = code == PTST_OK ? ptst__rows_add(d, &row) : code;
@@ -31187,7 +31228,13 @@ static ptst_json *ptst__jsonl_parse(ptst_ctx *c, const char *s, size_t size, con
     }
     ptst_text_free(c, &joined);
     if (j != NULL && ptst_json_size(j, 0) != lines) {
-        ptst__fail(c, PTST_ERR_FORMAT, "%.500s: a line holds more than one JSON value", name);
+        int32_t k = ptst_json_first(j, 0), next;
+        while ((next = ptst_json_next(j, k)) >= 0 &&
+               ptst_json_line(j, next) != ptst_json_line(j, k)) {
+            k = next;
+        }
+        ptst__fail(c, PTST_ERR_FORMAT, "%.500s: line %llu: more than one JSON value", name,
+                   (unsigned long long)ptst_json_line(j, k));
         ptst_json_free(c, j);
         return NULL;
     }

@@ -56,7 +56,84 @@ expect "missing value" 2 "$PTST" tokenize --tokenizer
 says "missing value" "--tokenizer needs a value"
 expect "missing file" 2 "$PTST" tokenize --tokenizer "$WORK/none" x
 says "missing file" "$WORK/none"
-expect "bad number" 2 "$PTST" finetune --model $MODEL --train x --template TV --out "$WORK/o" --lr fast
+
+# Every option that names a file or folder: one that is not there (2), a folder for a file, a file for
+# a folder, a file that was cut off, a file that is no text (1). The sentence names it.
+mkdir "$WORK/folder"
+printf '{"a": ' >"$WORK/cut.json"
+printf '{"a": ' >"$WORK/cut.jsonl"
+printf 'a\377\n' >"$WORK/bytes.txt"
+printf '{%% if x' >"$WORK/cut.jinja"
+printf 'a\n' >"$WORK/fine.txt"
+# file NAME COMMAND...: @ stands for the file.
+file() {
+    label=$1
+    shift
+    for bad in none folder cut.json cut.jsonl bytes.txt cut.jinja; do
+        wanted=1
+        [ $bad = none ] && wanted=2
+        line=
+        for word in "$@"; do
+            [ "$word" = @ ] && word=$WORK/$bad
+            line="$line '$word'"
+        done
+        eval expect "'$label: $bad'" $wanted "'$PTST'" "$line"
+        says "$label: $bad" "$WORK/$bad"
+    done
+}
+file "run" run @ --out "$WORK/made"
+file "report" report @
+file "info" info @
+file "finetune --model" finetune --quiet --model @ --train "$WORK/fine.txt" --template TV --out "$WORK/made"
+file "finetune --train" finetune --quiet --model $MODEL --train @ --template TV --out "$WORK/made"
+file "finetune --init-adapter" finetune --quiet --model $MODEL --train examples/tiny-chat/task-train.jsonl \
+    --init-adapter @ --template TV --out "$WORK/begun"
+file "generate --model" generate --quiet --model @ --template TV --prompts "$WORK/fine.txt"
+file "generate --adapter" generate --quiet --model $MODEL --adapter @ --template TV --prompts "$WORK/fine.txt"
+file "generate --prompts" generate --quiet --model $MODEL --template TV --prompts @
+file "chat --model" chat --model @ --template TV
+file "eval refusal --answers" eval refusal --answers @ --list qi2023
+file "eval gsm8k --answers" eval gsm8k --answers @ --data examples/data/gsm8k/test.jsonl
+file "judge export --answers" judge export --answers @ --judge qi2023 --out "$WORK/made"
+file "judge import --answers" judge import --answers @ --judgments "$WORK/cut.jsonl"
+file "render --messages" render --template TV --messages @
+file "render --context" render --template TV --context @
+file "tokenize --tokenizer" tokenize --tokenizer @ x
+file "tokenize --jsonl" tokenize --tokenizer $MODEL --jsonl @
+file "detokenize --tokenizer" detokenize --tokenizer @ 1
+file "detokenize --jsonl" detokenize --tokenizer $MODEL --jsonl @
+file "logits --model" logits --model @ --ids 1 --out "$WORK/made"
+file "merge --model" merge --model @ --adapter "$WORK/folder" --out "$WORK/made"
+file "merge --adapter" merge --model $MODEL --adapter @ --out "$WORK/made"
+file "bench train" bench train --model @
+file "bench generate" bench generate --model @
+if [ ! -e "$WORK/made" ]; then ok; else bad "nothing is written after a failure"; fi
+for bad in folder cut.json cut.jsonl bytes.txt cut.jinja; do
+    expect "check: $bad" 1 "$PTST" check "$WORK/$bad"
+    has "check: $bad" "^$WORK/$bad: "
+done
+printf '\357\273\277{"a": 1}\r\n\r\n[]' >"$WORK/lines.jsonl"
+expect "check: BOM, CRLF, an empty line, no newline at the end" 0 "$PTST" check "$WORK/lines.jsonl"
+printf '{"a": 1}\n\n{"a" 1}\n' >"$WORK/lines.jsonl"
+expect "check: a bad line" 1 "$PTST" check "$WORK/lines.jsonl"
+has "check: a bad line" "lines.jsonl: line 3: ':' was expected"
+expect "render: a template that was cut off" 1 "$PTST" render --template "$WORK/cut.jinja" q
+says "render: a template that was cut off" "cut.jinja: line 1, column"
+for command in 'run --out' 'finetune --train' 'generate --prompts' 'chat --model' 'eval refusal --answers' \
+    'eval gsm8k --data' 'judge export --judge' 'judge import --judgments' 'render --template' \
+    'detokenize --jsonl' 'logits --ids' 'merge --out' 'bench train --seq' 'bench generate --new' \
+    'bench tokenize --file' 'bench gemm --m' 'demo --out'; do
+    expect "$command" 2 "$PTST" $command
+    says "$command" "${command##* } needs a value"
+done
+if [ "$(id -u)" != 0 ]; then
+    cp "$WORK/fine.txt" "$WORK/closed.txt" && chmod 000 "$WORK/closed.txt"
+    expect "unreadable file" 1 "$PTST" generate --quiet --model $MODEL --template TV --prompts "$WORK/closed.txt"
+    says "unreadable file" "$WORK/closed.txt: cannot open: Permission denied"
+else
+    skipped=$((skipped + 1))
+fi
+expect "bad number" 2 "$PTST" finetune --model $MODEL --train x --template TV --out "$WORK/made" --lr fast
 expect "bad simd" 2 "$PTST" tokenize --tokenizer $MODEL --simd mmx x
 says "bad simd" "--simd mmx"
 expect "unknown template" 2 "$PTST" render --template nope question

@@ -45,6 +45,9 @@ static void data_jsonl(void) {
                "x.jsonl", NULL, "q|a;r;");
     check_rows("{\"prompt\": \"p\", \"other\": \"o\", \"answer\": 18}", "x.jsonl", "other",
                "o|18;");
+    check_rows("{\"instruction\": \"a\", \"input\": 7, \"output\": \"o\"}\n"
+               "{\"instruction\": \"a\", \"input\": null, \"output\": \"p\"}",
+               "x.jsonl", NULL, "a\n\n7|o;a|p;");
     check_rows("\"a\"\n\"b\"\n", "x.jsonl", NULL, "a;b;");
 }
 
@@ -81,7 +84,15 @@ static void data_conversations(void) {
         {"{\"prompt\": \"p\", \"completion\": \"c\"}", "p", "c", NULL, false}};
     static const char *const bad[][2] = {
         {"{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}",
+         "x.jsonl: line 1: \"messages\" has no message of the assistant"},
+        {"{\"prompt\": \"a\", \"completion\": \"b\"}\n{\"prompt\": \"a\"}",
+         "x.jsonl: line 2: \"completion\" is missing"},
+        {"{\"prompt\": \"a\", \"completion\": \"b\", \"completion\": \"c\"}",
+         "x.jsonl: line 1: \"completion\" is there twice"},
+        {"{\"prompt\": \"a\"}",
          "x.jsonl: line 1: no answer: one of the keys answer, output, response was expected"},
+        {"{\"instruction\": \"a\", \"output\": \"b\"}\n{\"question\": \"a\", \"answer\": \"b\"}",
+         "x.jsonl: line 2: \"instruction\" is missing"},
         {"{\"messages\": [{\"role\": \"assistant\", \"content\": \"a\"}, {\"role\": \"user\", "
          "\"content\": \"a\"}]}",
          "x.jsonl: line 1: \"messages\" must be an optional system message and then user and "
@@ -171,7 +182,23 @@ static void data_refuses(void) {
         {"{\"prompt\": \"a\"}{\"prompt\": \"b\"}", "x.jsonl", NULL,
          "x.jsonl: line 1: ',' or ']' was expected"},
         {"{\"prompt\": \"a\"},{\"prompt\": \"b\"}", "x.jsonl", NULL,
-         "x.jsonl: a line holds more than one JSON value"},
+         "x.jsonl: line 1: more than one JSON value"},
+        {"{\"prompt\": \"a\"}\n\n{\"prompt\": \"a\"},{\"prompt\": \"b\"}\n\"c\"", "x.jsonl", NULL,
+         "x.jsonl: line 3: more than one JSON value"},
+        {"{\"prompt\": \"a\"}\n\"b\"", "x.jsonl", NULL,
+         "x.jsonl: line 2: an object was expected, as in the first row"},
+        {"\"a\"\n\n{\"prompt\": \"b\"}", "x.jsonl", NULL,
+         "x.jsonl: line 3: a string was expected, as in the first row"},
+        {"{\"prompt\": \"a\", \"x\": 1, \"prompt\": \"b\"}", "x.jsonl", NULL,
+         "x.jsonl: line 1: \"prompt\" is there twice"},
+        {"{\"instruction\": \"a\", \"input\": [1]}", "x.jsonl", NULL,
+         "x.jsonl: line 1: \"input\" is not text"},
+        {"{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}\n{\"prompt\": \"a\"}", "x.jsonl",
+         NULL, "x.jsonl: line 2: \"messages\" is missing"},
+        {"{\"messages\": \"a\"}", "x.jsonl", NULL,
+         "x.jsonl: line 1: \"messages\" must be a list of messages"},
+        {"{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}], \"tools\": [{}]}", "x.jsonl",
+         NULL, "x.jsonl: line 1: \"tools\" of a conversation are not supported"},
         {"[\n]", "x.jsonl", NULL, "x.jsonl: line 1: a JSON value does not end on its line"},
         {"],[", "x.jsonl", NULL, "x.jsonl: line 1: a JSON value does not end on its line"},
         {"]", "x.jsonl", NULL, "x.jsonl: line 1: more text after the end of the value"},
@@ -274,7 +301,7 @@ static void data_mutations(void) {
     static const char *const texts[] = {
         "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}\n{\"messages\": []}\n",
         "id,\"pro\"\"mpt\",x\r\n1,\"a\r\n\",\"\"\r\n,,\r\n",
-        "[{\"prompt\": \"\\u00e9\", \"answer\": 1.5e3}, \"x\"]"};
+        "[{\"prompt\": \"\\u00e9\", \"answer\": 1.5e3}, {\"prompt\": 1}]"};
     static const char *const names[] = {"x.jsonl", "x.csv", "x.json"};
     static const char bytes[] = "\"\\,\n\r{}[]:\xC3\x01 0a";
     ptst_ctx *c = test_open(1, NULL);
@@ -302,8 +329,8 @@ static void data_mutations(void) {
 
 static ptst_code sweep_rows(ptst_ctx *c, void *arg) {
     static const char *const texts[] = {
-        "{\"instruction\": \"a\", \"input\": \"b\", \"output\": 5}\n\"x\"\n",
-        "[\"a\", {\"prompt\": \"b\"}]", "id,prompt\n1,a\n2,\"b\"\n", "a\nb\n",
+        "{\"instruction\": \"a\", \"input\": \"b\", \"output\": 5}\n",
+        "[\"a\", \"b\"]", "id,prompt\n1,a\n2,\"b\"\n", "a\nb\n",
         "{\"messages\": [{\"role\": \"system\", \"content\": \"s\"}, {\"role\": \"user\", "
         "\"content\": "
         "\"q\"}, {\"role\": \"assistant\", \"content\": \"a\"}]}\n"};

@@ -437,21 +437,33 @@ static int tokenize_text(args *a, const char *text, size_t size, coder *k) {
     return code == PTST_OK ? flush_result(a, &k->out) : failed(a);
 }
 
+/* One line of a .jsonl file; NULL on failure, with the number of the line in the sentence. */
+static ptst_json *parse_line(args *a, const char *text, size_t size, const char *path, int number) {
+    ptst_json *j = ptst_json_parse(a->c, text, size, "-");
+    const char *reason = ptst_error_text(a->c);
+    if (j == NULL) {
+        char copy[400]; /* "-: line 1: what was expected" */
+        snprintf(copy, sizeof copy, "%.390s",
+                 strncmp(reason, "-: line 1: ", 11) == 0 ? reason + 11 : reason);
+        ptst__fail(a->c, ptst_error_code(a->c), "%.500s: line %d: %s", path, number, copy);
+    }
+    return j;
+}
+
 static int tokenize_line(args *a, const char *text, size_t size, int number, void *arg) {
     coder *k = (coder *)arg;
     ptst_json *j;
     const char *s;
     size_t n;
-    char name[600];
     int code;
-    snprintf(name, sizeof name, "%.500s: line %d", k->path, number);
-    j = ptst_json_parse(a->c, text, size, name);
+    j = parse_line(a, text, size, k->path, number);
     if (j == NULL) {
         return failed(a);
     }
     s = ptst_json_string(j, 0, &n);
     if (s == NULL) {
-        ptst__fail(a->c, PTST_ERR_FORMAT, "%s: a JSON string was expected", name);
+        ptst__fail(a->c, PTST_ERR_FORMAT, "%.500s: line %d: a JSON string was expected", k->path,
+                   number);
         code = failed(a);
     } else {
         code = tokenize_text(a, s, n, k);
@@ -493,9 +505,8 @@ static const option detokenize_options[] = {
     OPTION_END,
 };
 
-/* Ids of the JSON array in text -> decoded text in k->out (quoted if it comes from a file). */
-static int detokenize_array(args *a, const char *text, size_t size, const char *name, coder *k) {
-    ptst_json *j = ptst_json_parse(a->c, text, size, name);
+/* Ids of a JSON array (freed here; NULL: it could not be read) -> decoded text in k->out (quoted if it comes from a file). */
+static int detokenize_array(args *a, ptst_json *j, const char *name, coder *k) {
     ptst_ids ids = {NULL, 0, 0};
     ptst_text decoded = {NULL, 0, 0};
     ptst_code code = j == NULL ? ptst_error_code(a->c) : PTST_OK;
@@ -532,7 +543,7 @@ static int detokenize_line(args *a, const char *text, size_t size, int number, v
     coder *k = (coder *)arg;
     char name[600];
     snprintf(name, sizeof name, "%.500s: line %d", k->path, number);
-    return detokenize_array(a, text, size, name, k);
+    return detokenize_array(a, parse_line(a, text, size, k->path, number), name, k);
 }
 
 static int command_detokenize(args *a) {
@@ -567,7 +578,9 @@ static int command_detokenize(args *a) {
         if (code == 0 && !array_given) {
             code = ptst__text_add(a->c, &array, "]") == PTST_OK ? 0 : failed(a);
         }
-        code = code == 0 ? detokenize_array(a, array.data, array.size, "ids", &k) : code;
+        code = code == 0 ? detokenize_array(
+                               a, ptst_json_parse(a->c, array.data, array.size, "ids"), "ids", &k)
+                         : code;
     }
     ptst_text_free(a->c, &array);
     ptst_tokenizer_free(a->c, k.t);
@@ -1175,17 +1188,24 @@ static enum kind kind_of(args *a, const char *path) {
 
 static ptst_code check_jsonl(args *a, const char *path) {
     ptst_text text = {NULL, 0, 0};
-    size_t at = 0, number = 1;
+    size_t at = 0;
+    int number = 1;
     ptst_code code = ptst__read_file(a->c, path, &text);
+    if (code == PTST_OK && text.size >= 3 && memcmp(text.data, "\xEF\xBB\xBF", 3) == 0) {
+        at = 3;
+    }
     for (; code == PTST_OK && at < text.size; number++) {
         const char *end = (const char *)memchr(text.data + at, '\n', text.size - at);
         size_t n = end == NULL ? text.size - at : (size_t)(end - (text.data + at));
-        char name[600];
-        ptst_json *j;
-        snprintf(name, sizeof name, "row %llu", (unsigned long long)number);
-        j = ptst_json_parse(a->c, text.data + at, n, name);
-        code = j == NULL ? ptst_error_code(a->c) : PTST_OK;
-        ptst_json_free(a->c, j);
+        size_t blank = 0;
+        while (blank < n && strchr(" \t\r", text.data[at + blank]) != NULL && text.data[at + blank] != 0) {
+            blank++;
+        }
+        if (blank < n) { /* empty lines are fine, as in data files */
+            ptst_json *j = parse_line(a, text.data + at, n, path, number);
+            code = j == NULL ? ptst_error_code(a->c) : PTST_OK;
+            ptst_json_free(a->c, j);
+        }
         at += n + 1;
     }
     ptst_text_free(a->c, &text);
@@ -1275,8 +1295,9 @@ static ptst_code check_path(args *a, const char *path) {
         return j == NULL ? ptst_error_code(a->c) : PTST_OK;
     default:
         return ptst__fail(a->c, PTST_ERR_UNSUPPORTED,
-                          "nothing that can be checked: .json, .jsonl, .safetensors, .jinja, a "
-                          "model or an adapter folder was expected");
+                          "%.500s: nothing that can be checked: .json, .jsonl, .safetensors, .jinja, "
+                          "a model or an adapter folder was expected",
+                          path);
     }
 }
 
