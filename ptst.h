@@ -31108,7 +31108,7 @@ static void ptst__row_kind_of(ptst__rows_reader *d, int32_t object, ptst__row_ki
 }
 
 /* How often an object has a key. */
-static size_t ptst__json_count(const ptst_json *j, int32_t object, const char *key) {
+static size_t ptst__json_times(const ptst_json *j, int32_t object, const char *key) {
     size_t n = 0, size = 0;
     int32_t k;
     for (k = ptst_json_first(j, object); k >= 0; k = ptst_json_next(j, ptst_json_next(j, k))) {
@@ -31124,7 +31124,7 @@ static ptst_code ptst__rows_object(ptst__rows_reader *d, int32_t node, const pts
     ptst_code code;
     size_t i;
     for (i = 0; i < PTST__COUNT(keys); i++) {
-        if (keys[i] != NULL && ptst__json_count(d->r->json, node, keys[i]) > 1) {
+        if (keys[i] != NULL && ptst__json_times(d->r->json, node, keys[i]) > 1) {
             return ptst__row_fail_key(d, row->line, keys[i], "is there twice");
         }
     }
