@@ -708,7 +708,7 @@ typedef struct ptst_config {
     bool attention_bias;             /* on q, k, v, o; qwen2 has it on q, k, v without the key */
     bool mlp_bias;                   /* llama, smollm3 */
     int32_t sliding_window;          /* keys that a token sees up to itself; none */
-    bool sliding_layers[PTST_LAYERS_MAX];     /* layers with the window (mistral: all) */
+    bool sliding_layers[PTST_LAYERS_MAX];     /* with the window; mistral, phi3: none = all */
     bool unrotated_layers[PTST_LAYERS_MAX];   /* smollm3: layers without rope (no_rope_layers 0) */
     char rope_type[16];                       /* default, linear, dynamic, llama3, yarn, longrope */
     double rope_theta;                        /* 10000 (smollm3: 2000000) */
@@ -23638,10 +23638,10 @@ PTST_API void ptst_close(ptst_ctx *c) {
 
 typedef enum ptst__window_rule {
     PTST__NO_WINDOW,
-    PTST__ALL_LAYERS,
-    PTST__UPPER_LAYERS,    /* from max_window_layers on, if use_sliding_window */
+    PTST__ALL_LAYERS,       /* unless layer_types says otherwise */
+    PTST__UPPER_LAYERS,     /* from max_window_layers on, if use_sliding_window */
     PTST__UNROTATED_LAYERS, /* those without rope, if use_sliding_window */
-    PTST__PATTERN_LAYERS    /* all but every sliding_window_pattern-th (gemma2: second) */
+    PTST__PATTERN_LAYERS    /* all but every second (gemma3: sliding_window_pattern-th) */
 } ptst__window_rule;
 
 enum {
@@ -23667,29 +23667,32 @@ typedef struct ptst__family {
     double eps, theta;
     ptst__window_rule window;
     int32_t window_size;
+    int32_t bos, eos, pad; /* -1 = none */
 } ptst__family;
 
 static const ptst__family ptst__families[] = {
     {"llama", "LlamaForCausalLM", PTST__ATTENTION_BIAS | PTST__MLP_BIAS, 0, 0, 2048, 1e-6,
-     1e4, PTST__NO_WINDOW, 0},
-    {"mistral", "MistralForCausalLM", 0, 8, 0, 131072, 1e-6, 1e4, PTST__ALL_LAYERS, 4096},
+     1e4, PTST__NO_WINDOW, 0, 1, 2, -1},
+    {"mistral", "MistralForCausalLM", 0, 8, 0, 131072, 1e-6, 1e4, PTST__ALL_LAYERS, 4096, 1, 2,
+     -1},
     {"qwen2", "Qwen2ForCausalLM", PTST__QKV_BIAS, 32, 0, 32768, 1e-6, 1e4, PTST__UPPER_LAYERS,
-     4096},
+     4096, -1, -1, -1},
     {"qwen3", "Qwen3ForCausalLM", PTST__ATTENTION_BIAS | PTST__QK_NORM, 32, 128, 32768, 1e-6,
-     1e4, PTST__UPPER_LAYERS, 4096},
+     1e4, PTST__UPPER_LAYERS, 4096, -1, -1, -1},
     {"smollm3", "SmolLM3ForCausalLM",
      PTST__ATTENTION_BIAS | PTST__MLP_BIAS | PTST__NO_ROPE | PTST__TIED, 4, 0, 32768, 1e-6, 2e6,
-     PTST__UNROTATED_LAYERS, 0},
+     PTST__UNROTATED_LAYERS, 0, 128000, 128001, 128004},
     {"gemma", "GemmaForCausalLM", PTST__ATTENTION_BIAS | PTST__TIED | PTST__GEMMA, 16, 256, 8192,
-     1e-6, 1e4, PTST__NO_WINDOW, 0},
+     1e-6, 1e4, PTST__NO_WINDOW, 0, 2, 1, 0},
     {"gemma2", "Gemma2ForCausalLM",
      PTST__ATTENTION_BIAS | PTST__TIED | PTST__GEMMA | PTST__FOUR_NORMS, 4, 256, 8192, 1e-6, 1e4,
-     PTST__PATTERN_LAYERS, 4096},
+     PTST__PATTERN_LAYERS, 4096, 2, 1, 0},
     {"gemma3_text", "Gemma3ForCausalLM",
      PTST__ATTENTION_BIAS | PTST__TIED | PTST__GEMMA | PTST__FOUR_NORMS | PTST__LOCAL_ROPE |
          PTST__QK_NORM,
-     4, 256, 131072, 1e-6, 1e6, PTST__PATTERN_LAYERS, 4096},
-    {"phi3", "Phi3ForCausalLM", PTST__FUSED, 0, 0, 4096, 1e-5, 1e4, PTST__ALL_LAYERS, 0},
+     4, 256, 131072, 1e-6, 1e6, PTST__PATTERN_LAYERS, 4096, 2, 1, 0},
+    {"phi3", "Phi3ForCausalLM", PTST__FUSED, 0, 0, 4096, 1e-5, 1e4, PTST__ALL_LAYERS, 0, 1, 32000,
+     32000},
 };
 
 enum { PTST__FAMILIES = (int)(sizeof ptst__families / sizeof ptst__families[0]) };
@@ -23760,6 +23763,28 @@ static void ptst__config_fail(ptst__config_reader *r, ptst_code code, const char
     }
 }
 
+/* Refuses keys that are there twice, also in the objects of the outermost one: readers of JSON do not
+   agree on which one counts. */
+static void ptst__config_unique(ptst__config_reader *r, int32_t object) {
+    ptst__map seen = {NULL, 0, 0};
+    int32_t key = ptst_json_first(r->json, object), value;
+    for (; key >= 0 && r->code == PTST_OK; key = ptst_json_next(r->json, value)) {
+        size_t size;
+        const char *name = ptst_json_string(r->json, key, &size);
+        value = ptst_json_next(r->json, key);
+        if (ptst__map_get(&seen, name, size, 0) != 0) {
+            ptst__config_fail(r, PTST_ERR_FORMAT, name, "is there twice");
+        } else {
+            r->code = ptst__map_put(r->c, &seen, name, size, 1);
+        }
+        if (object == 0 && r->code == PTST_OK &&
+            ptst_json_kind(r->json, value) == PTST_JSON_OBJECT) {
+            ptst__config_unique(r, value);
+        }
+    }
+    ptst__map_free(r->c, &seen);
+}
+
 /* Value of a key, -1 if it is absent or null. */
 static int32_t ptst__config_get(ptst__config_reader *r, int32_t object, const char *key) {
     int32_t node = ptst_json_get(r->json, object, key);
@@ -23769,39 +23794,52 @@ static int32_t ptst__config_get(ptst__config_reader *r, int32_t object, const ch
     return ptst_json_kind(r->json, node) == PTST_JSON_NULL ? -1 : node;
 }
 
-/* Adds the keys that were not looked at to notes: "config.json: use_mup, scale_emb". Those that are
-   off (null, false, 0, "", empty) or say nothing about what a model computes are left out. */
-static ptst_code ptst__config_notes(ptst__config_reader *r, const char *file, ptst_text *notes) {
+/* Does a key that was not looked at say something? Not if it is off (null, false, 0, "", empty) or
+   tells nothing about what a model computes. */
+static bool ptst__config_says(const ptst__config_reader *r, const char *key, int32_t value) {
     static const char *const dumb[] = {
-        "architectures",  "transformers_version", "_name_or_path",       "torch_dtype",
-        "dtype",          "model_type",           "use_cache",           "pretraining_tp",
-        "sliding_window", "_from_model_config",   "num_key_value_heads", "cache_implementation"};
-    int32_t key = ptst_json_first(r->json, 0), value;
-    ptst_code code = PTST_OK;
-    bool first = true;
+        "architectures", "transformers_version", "_name_or_path",        "torch_dtype",
+        "dtype",         "model_type",           "use_cache",            "pretraining_tp",
+        "type",          "_from_model_config",   "cache_implementation", "return_dict"};
+    ptst_json_type kind = ptst_json_kind(r->json, value);
     size_t i;
+    for (i = 0; i < PTST__COUNT(dumb) && strcmp(dumb[i], key) != 0; i++) {
+    }
+    return i == PTST__COUNT(dumb) && kind != PTST_JSON_NULL && kind != PTST_JSON_FALSE &&
+           (kind == PTST_JSON_TRUE || (kind == PTST_JSON_NUMBER
+                                           ? ptst_json_number(r->json, value, 0) != 0
+                                           : ptst_json_size(r->json, value) != 0));
+}
+
+/* Adds the keys of an object that were not looked at to notes, those of objects within that were
+   with a dot. begin is what stands before the first: "config.json: ". */
+static ptst_code ptst__config_unread(ptst__config_reader *r, int32_t object, const char *begin,
+                                     const char *within, bool *any, ptst_text *notes) {
+    int32_t key = ptst_json_first(r->json, object), value;
+    ptst_code code = PTST_OK;
     for (; key >= 0 && code == PTST_OK; key = ptst_json_next(r->json, value)) {
         const char *name = ptst_json_string(r->json, key, NULL);
-        ptst_json_type kind;
+        bool known;
         value = ptst_json_next(r->json, key);
-        kind = ptst_json_kind(r->json, value);
-        for (i = 0; i < PTST__COUNT(dumb) && strcmp(dumb[i], name) != 0; i++) {
+        known = (size_t)value / 8 >= sizeof r->read || (r->read[value / 8] >> value % 8 & 1) != 0;
+        if (known && within[0] == 0 && ptst_json_kind(r->json, value) == PTST_JSON_OBJECT) {
+            code = ptst__config_unread(r, value, begin, name, any, notes);
+        } else if (!known && ptst__config_says(r, name, value)) {
+            code = ptst__text_format(r->c, notes, "%s%s%s%s%s",
+                                     *any                ? ", "
+                                     : notes->size != 0 ? "; "
+                                                        : "",
+                                     *any ? "" : begin, within, within[0] == 0 ? "" : ".", name);
+            *any = true;
         }
-        if (i < PTST__COUNT(dumb) || (size_t)value / 8 >= sizeof r->read ||
-            (r->read[value / 8] >> value % 8 & 1) != 0 || kind == PTST_JSON_NULL ||
-            kind == PTST_JSON_FALSE ||
-            (kind == PTST_JSON_NUMBER && ptst_json_number(r->json, value, 0) == 0) ||
-            (kind != PTST_JSON_NUMBER && kind != PTST_JSON_TRUE &&
-             ptst_json_size(r->json, value) == 0)) {
-            continue;
-        }
-        code = !first             ? ptst__text_add(r->c, notes, ", ")
-               : notes->size != 0 ? ptst__text_format(r->c, notes, "; %s: ", file)
-                                  : ptst__text_format(r->c, notes, "%s: ", file);
-        code = code == PTST_OK ? ptst__text_add(r->c, notes, name) : code;
-        first = false;
     }
     return code;
+}
+
+/* Adds the keys that were not looked at to notes: "config.json: use_mup, scale_emb". */
+static ptst_code ptst__config_notes(ptst__config_reader *r, const char *begin, ptst_text *notes) {
+    bool any = false;
+    return ptst__config_unread(r, 0, begin, "", &any, notes);
 }
 
 /* A whole number (1 or 1.0) from min to max; fallback if the node is -1. */
@@ -23923,7 +23961,42 @@ static void ptst__config_yarn(ptst__config_reader *r, int32_t rope, ptst_config 
     g->rope_beta_slow = ptst__config_number(r, rope, "beta_slow", 0, 1e6, 0);
     g->rope_attention_factor =
         ptst__config_number(r, rope, "attention_factor", 1e-6, 1e6, fallback);
-    g->rope_untruncated = !ptst__config_flag(r, rope, "truncate", true);
+    if (strcmp(g->model_type, "gemma3_text") != 0) { /* where transformers does not look */
+        g->rope_untruncated = !ptst__config_flag(r, rope, "truncate", true);
+    }
+}
+
+/* The numbers of the rope types, as far as they are there. */
+static void ptst__config_rope_numbers(ptst__config_reader *r, const ptst__family *family,
+                                      int32_t rope, ptst_config *g) {
+    int32_t old;
+    double part;
+    if (strcmp(g->rope_type, "longrope") == 0) {
+        g->rope_attention_factor = ptst__config_number(r, rope, "attention_factor", 1e-6, 1e6, 0);
+        g->rope_pairs = ptst__config_factors(r, rope, "short_factor", g->rope_short_factor);
+        if (ptst__config_factors(r, rope, "long_factor", g->rope_long_factor) != g->rope_pairs) {
+            ptst__config_fail(r, PTST_ERR_FORMAT, "long_factor",
+                              "expected as many numbers as in short_factor");
+        }
+    }
+    g->rope_factor = ptst__config_number(r, rope, "factor", 1e-6, 1e6, 0);
+    g->rope_low_freq_factor = ptst__config_number(r, rope, "low_freq_factor", 1e-6, 1e6, 0);
+    g->rope_high_freq_factor = ptst__config_number(r, rope, "high_freq_factor", 1e-6, 1e6, 0);
+    g->original_max_position_embeddings =
+        ptst__config_int(r, rope, "original_max_position_embeddings", 1, 1 << 28, 0);
+    if ((family->traits & PTST__LOCAL_ROPE) == 0) { /* the key outside counts, phi3 always has it */
+        old = (family->traits & PTST__FUSED) != 0 ? family->positions
+                                                  : g->original_max_position_embeddings;
+        g->original_max_position_embeddings =
+            ptst__config_int(r, 0, "original_max_position_embeddings", 1, 1 << 28, old);
+    }
+    part = ptst__config_number(r, 0, "partial_rotary_factor", 1e-3, 1, 1);
+    g->partial_rotary_factor =
+        ptst__config_number(r, rope, "partial_rotary_factor", 1e-3, 1, part);
+    if (g->partial_rotary_factor != 1 && (family->traits & PTST__FUSED) == 0) {
+        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "partial_rotary_factor",
+                          "is not supported for this model_type, only for phi3");
+    }
 }
 
 /* rope_parameters (transformers 5) or rope_scaling and rope_theta (before): how positions turn the
@@ -23931,17 +24004,23 @@ static void ptst__config_yarn(ptst__config_reader *r, int32_t rope, ptst_config 
 static void ptst__config_rope(ptst__config_reader *r, const ptst__family *family, ptst_config *g) {
     int32_t rope = ptst__config_get(r, 0, "rope_scaling"), node;
     const char *type;
-    double theta = ptst__config_number(r, 0, "rope_theta", 1e-3, 1e15, family->theta), part;
-    bool object;
+    double theta = ptst__config_number(r, 0, "rope_theta", 1e-3, 1e15, family->theta);
+    bool object, local = (family->traits & PTST__LOCAL_ROPE) != 0;
     object = ptst_json_kind(r->json, rope) == PTST_JSON_OBJECT;
     if (rope < 0 || (object && ptst_json_size(r->json, rope) == 0)) {
         rope = ptst__config_get(r, 0, "rope_parameters");
         object = ptst_json_kind(r->json, rope) == PTST_JSON_OBJECT;
+        if (object && ptst_json_size(r->json, rope) != 0 && local &&
+            ptst__config_get(r, rope, "full_attention") < 0 &&
+            ptst__config_get(r, rope, "sliding_attention") < 0) {
+            ptst__config_fail(r, PTST_ERR_FORMAT, "rope_parameters",
+                              "expected full_attention and sliding_attention");
+        }
     }
     if (rope >= 0 && !object) {
         ptst__config_fail(r, PTST_ERR_FORMAT, "rope_scaling", "expected an object or null");
     }
-    if ((family->traits & PTST__LOCAL_ROPE) != 0) {
+    if (local) {
         rope = ptst__config_local_rope(r, rope, g);
         object = ptst_json_kind(r->json, rope) == PTST_JSON_OBJECT;
     } else if (object && (ptst__config_get(r, rope, "full_attention") >= 0 ||
@@ -23963,24 +24042,7 @@ static void ptst__config_rope(ptst__config_reader *r, const ptst__family *family
         (void)ptst__config_name(g->rope_type, sizeof g->rope_type, "longrope");
     }
     ptst__config_yarn(r, rope, g);
-    if (strcmp(g->rope_type, "longrope") == 0) {
-        g->rope_attention_factor = ptst__config_number(r, rope, "attention_factor", 1e-6, 1e6, 0);
-        g->rope_pairs = ptst__config_factors(r, rope, "short_factor", g->rope_short_factor);
-        if (ptst__config_factors(r, rope, "long_factor", g->rope_long_factor) != g->rope_pairs) {
-            ptst__config_fail(r, PTST_ERR_FORMAT, "long_factor",
-                              "expected as many numbers as in short_factor");
-        }
-    }
-    g->rope_factor = ptst__config_number(r, rope, "factor", 1e-6, 1e6, 0);
-    g->rope_low_freq_factor = ptst__config_number(r, rope, "low_freq_factor", 1e-6, 1e6, 0);
-    g->rope_high_freq_factor = ptst__config_number(r, rope, "high_freq_factor", 1e-6, 1e6, 0);
-    g->original_max_position_embeddings =
-        ptst__config_int(r, rope, "original_max_position_embeddings", 1, 1 << 28, 0);
-    g->original_max_position_embeddings = ptst__config_int(
-        r, 0, "original_max_position_embeddings", 1, 1 << 28, g->original_max_position_embeddings);
-    part = ptst__config_number(r, 0, "partial_rotary_factor", 1e-3, 1, 1);
-    g->partial_rotary_factor =
-        ptst__config_number(r, rope, "partial_rotary_factor", 1e-3, 1, part);
+    ptst__config_rope_numbers(r, family, rope, g);
 }
 
 /* Layers without rope: a list of 0 (without) and 1, or every so many layers. */
@@ -23995,94 +24057,135 @@ static void ptst__config_no_rope(ptst__config_reader *r, const ptst__family *fam
         g->unrotated_layers[i] = (i + 1) % every == 0;
     }
     if (list >= 0 && (ptst_json_kind(r->json, list) != PTST_JSON_ARRAY ||
-                      ptst_json_size(r->json, list) != (size_t)g->num_hidden_layers)) {
+                      ptst_json_size(r->json, list) < (size_t)g->num_hidden_layers)) {
         ptst__config_fail(r, PTST_ERR_FORMAT, "no_rope_layers",
-                          "expected a list with one number for each layer");
+                          "expected a list with a number for each layer");
         return;
     }
-    for (k = ptst_json_first(r->json, list), i = 0; k >= 0; k = ptst_json_next(r->json, k), i++) {
+    for (k = ptst_json_first(r->json, list), i = 0; k >= 0 && i < g->num_hidden_layers;
+         k = ptst_json_next(r->json, k), i++) {
         g->unrotated_layers[i] = ptst__config_whole_at(r, k, "no_rope_layers", 0, 1, 1) == 0;
     }
 }
 
-/* Which layers see only sliding_window keys. */
-static void ptst__config_window(ptst__config_reader *r, const ptst__family *family,
-                                ptst_config *g) {
-    int32_t types = ptst__config_get(r, 0, "layer_types"), first, k, i = 0;
-    int32_t every = (family->traits & PTST__LOCAL_ROPE) != 0 ? 6 : 2;
-    int32_t window = ptst_json_get(r->json, 0, "sliding_window") < 0 ? family->window_size : 0;
-    if (family->window == PTST__NO_WINDOW) {
-        return;
+/* Which layers have the window if layer_types does not say. */
+static void ptst__config_usual_layers(ptst__config_reader *r, const ptst__family *family,
+                                      ptst_config *g) {
+    bool pattern = family->window == PTST__PATTERN_LAYERS;
+    int32_t first = 0, every = 2, i;
+    if (family->window == PTST__UPPER_LAYERS) {
+        first = ptst__config_int(r, 0, "max_window_layers", 0, INT32_MAX, 28);
+    } else if (pattern && (family->traits & PTST__LOCAL_ROPE) != 0) { /* gemma2 has no such key */
+        every = ptst__config_int(r, 0, "sliding_window_pattern", 1, INT32_MAX, 6);
     }
-    g->sliding_window = ptst__config_int(r, 0, "sliding_window", 1, INT32_MAX, window);
-    if (family->window == PTST__ALL_LAYERS) {
-        return;
+    for (i = 0; i < g->num_hidden_layers; i++) {
+        bool chosen = family->window == PTST__UNROTATED_LAYERS ? g->unrotated_layers[i]
+                      : pattern                                ? (i + 1) % every != 0
+                                                               : i >= first;
+        g->sliding_layers[i] = chosen && (g->sliding_window != 0 || pattern);
     }
-    for (i = 0; i < g->num_hidden_layers && family->window == PTST__UNROTATED_LAYERS; i++) {
-        g->sliding_layers[i] = g->unrotated_layers[i];
-    }
-    for (i = 0; i < g->num_hidden_layers && family->window == PTST__PATTERN_LAYERS; i++) {
-        g->sliding_layers[i] =
-            (i + 1) % ptst__config_int(r, 0, "sliding_window_pattern", 1, INT32_MAX, every) != 0;
-    }
-    first = family->window == PTST__UPPER_LAYERS ? 0 : -1;
-    first = first < 0 ? first : ptst__config_int(r, 0, "max_window_layers", 0, INT32_MAX, 28);
-    if (family->window != PTST__PATTERN_LAYERS &&
-        !ptst__config_flag(r, 0, "use_sliding_window", false)) {
-        g->sliding_window = 0;
-    }
-    for (i = 0; i < g->num_hidden_layers && types < 0; i++) {
-        bool chosen = first < 0 ? g->sliding_layers[i] : i >= first;
-        g->sliding_layers[i] = g->sliding_window != 0 && chosen;
-    }
-    if (types < 0) {
-        return;
-    }
+}
+
+/* Reads layer_types. */
+static void ptst__config_layer_types(ptst__config_reader *r, int32_t types, ptst_config *g) {
+    int32_t k, i = 0;
     if (ptst_json_kind(r->json, types) != PTST_JSON_ARRAY ||
         ptst_json_size(r->json, types) != (size_t)g->num_hidden_layers) {
         ptst__config_fail(r, PTST_ERR_FORMAT, "layer_types",
                           "expected a list with one name for each layer");
         return;
     }
-    for (k = ptst_json_first(r->json, types), i = 0; k >= 0; k = ptst_json_next(r->json, k), i++) {
+    for (k = ptst_json_first(r->json, types); k >= 0; k = ptst_json_next(r->json, k), i++) {
         const char *name = ptst_json_string(r->json, k, NULL);
-        bool sliding = name != NULL && strcmp(name, "sliding_attention") == 0;
-        if (!sliding && (name == NULL || strcmp(name, "full_attention") != 0)) {
+        g->sliding_layers[i] = name != NULL && strcmp(name, "sliding_attention") == 0;
+        if (!g->sliding_layers[i] && (name == NULL || strcmp(name, "full_attention") != 0)) {
             ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "layer_types",
                               "expected \"full_attention\" or \"sliding_attention\"");
         }
-        g->sliding_layers[i] = sliding && g->sliding_window != 0;
     }
+}
+
+/* Which layers see only sliding_window keys. */
+static void ptst__config_window(ptst__config_reader *r, const ptst__family *family,
+                                ptst_config *g) {
+    bool absent = ptst_json_get(r->json, 0, "sliding_window") < 0, any = false;
+    int32_t types, i;
+    if (family->window == PTST__NO_WINDOW) {
+        return;
+    }
+    g->sliding_window =
+        ptst__config_int(r, 0, "sliding_window", 1, INT32_MAX, absent ? family->window_size : 0);
+    types = family->traits & PTST__FUSED ? -1 : ptst__config_get(r, 0, "layer_types");
+    if (family->window == PTST__UPPER_LAYERS || family->window == PTST__UNROTATED_LAYERS) {
+        /* smollm3 has the window in the layers of layer_types even if it is said not to be used */
+        bool used = ptst__config_flag(r, 0, "use_sliding_window", false);
+        used = used || (types >= 0 && family->window == PTST__UNROTATED_LAYERS);
+        g->sliding_window = used ? g->sliding_window : 0;
+    }
+    ptst__config_usual_layers(r, family, g);
+    if (types >= 0) {
+        ptst__config_layer_types(r, types, g);
+    }
+    for (i = 0; i < g->num_hidden_layers; i++) {
+        any = any || g->sliding_layers[i];
+    }
+    if (any && g->sliding_window == 0) {
+        ptst__config_fail(r, PTST_ERR_FORMAT, "sliding_window",
+                          "is off, but there are layers that need it");
+    }
+    g->sliding_window = any ? g->sliding_window : 0;
 }
 
 /* Things that would change the result and are not done here. */
 static void ptst__config_refuse(ptst__config_reader *r, const ptst__family *family) {
-    static const char *const keys[] = {"hidden_activation", "hidden_act",
-                                       "use_bidirectional_attention", "attn_logit_softcapping",
-                                       "final_logit_softcapping"};
-    bool gemma = (family->traits & PTST__GEMMA) != 0;
-    int i, last = (family->traits & PTST__FOUR_NORMS) != 0 ? 3 : 5;
-    if (ptst__config_get(r, 0, "quantization_config") >= 0) {
-        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "quantization_config",
-                          "quantised files are not supported, take the original model");
+    static const char experts[] = "mixtures of experts are not supported";
+    static const char latent[] = "latent attention is not supported";
+    static const char *const keys[][2] = {
+        {"quantization_config", "quantised files are not supported, take the original model"},
+        {"per_layer_config", "layers of different sizes are not supported"},
+        {"use_bidirectional_attention", "is not supported, only attention to earlier tokens"},
+        {"num_experts", experts},
+        {"num_local_experts", experts},
+        {"n_routed_experts", experts},
+        {"kv_lora_rank", latent},
+        {"q_lora_rank", latent},
+        {"attention_chunk_size", "attention in chunks is not supported"}};
+    size_t i;
+    for (i = 0; i < PTST__COUNT(keys); i++) {
+        int32_t node = ptst__config_get(r, 0, keys[i][0]);
+        if (node >= 0 && ptst_json_kind(r->json, node) != PTST_JSON_FALSE &&
+            (ptst_json_kind(r->json, node) != PTST_JSON_NUMBER ||
+             ptst_json_number(r->json, node, 0) != 0)) {
+            ptst__config_fail(r, PTST_ERR_UNSUPPORTED, keys[i][0], keys[i][1]);
+        }
     }
+    for (i = 0; i < 2 && (family->traits & PTST__FOUR_NORMS) == 0; i++) {
+        const char *key = i == 0 ? "attn_logit_softcapping" : "final_logit_softcapping";
+        if (ptst__config_get(r, 0, key) >= 0) {
+            ptst__config_fail(r, PTST_ERR_UNSUPPORTED, key, "is not supported for this model_type");
+        }
+    }
+}
+
+/* The activation: silu, or with gemma gelu_pytorch_tanh, which gemma (not its successors) also
+   calls gelu in hidden_act. Of gemma2 and gemma3_text hidden_activation counts if it is there. */
+static void ptst__config_activation(ptst__config_reader *r, const ptst__family *family) {
+    bool gemma = (family->traits & PTST__GEMMA) != 0;
+    bool four = (family->traits & PTST__FOUR_NORMS) != 0;
+    int i;
     for (i = gemma ? 0 : 1; i < 2; i++) {
-        int32_t node = ptst__config_get(r, 0, keys[i]);
-        const char *act = node < 0 ? "" : ptst_json_string(r->json, node, NULL);
-        bool silu = act != NULL && (strcmp(act, "silu") == 0 || strcmp(act, "swish") == 0);
-        bool gelu = act != NULL && strcmp(act, "gelu_pytorch_tanh") == 0;
-        if (node >= 0 && !(gemma ? gelu : silu)) {
-            ptst__config_fail(r, PTST_ERR_UNSUPPORTED, keys[i],
+        const char *key = i == 0 ? "hidden_activation" : "hidden_act";
+        int32_t node = ptst__config_get(r, 0, key);
+        const char *text = ptst_json_string(r->json, node, NULL), *name = text == NULL ? "" : text;
+        bool tanh = strcmp(name, "gelu_pytorch_tanh") == 0 ||
+                    (gemma && !four && i == 1 && strcmp(name, "gelu") == 0);
+        bool silu = strcmp(name, "silu") == 0 || strcmp(name, "swish") == 0;
+        if (node >= 0 && !(gemma ? tanh : silu)) {
+            ptst__config_fail(r, PTST_ERR_UNSUPPORTED, key,
                               gemma ? "only \"gelu_pytorch_tanh\" is supported"
                                     : "only \"silu\" is supported");
         }
-        i += node >= 0 && gemma; /* the first key counts if both are there */
-    }
-    for (i = 2; i < last; i++) {
-        int32_t node = ptst__config_get(r, 0, keys[i]);
-        if (node >= 0 && ptst_json_kind(r->json, node) != PTST_JSON_FALSE) {
-            ptst__config_fail(r, PTST_ERR_UNSUPPORTED, keys[i], "is not supported");
-        }
+        i += four && node >= 0;
     }
 }
 
@@ -24094,6 +24197,14 @@ static const ptst__family *ptst__config_family(ptst__config_reader *r, ptst_conf
     int i;
     if (family != NULL && ptst__config_name(g->model_type, sizeof g->model_type, type)) {
         return family;
+    }
+    if (ptst_json_kind(r->json, ptst_json_get(r->json, 0, "text_config")) == PTST_JSON_OBJECT) {
+        snprintf(expected, sizeof expected,
+                 "\"%.40s\" is a text model (text_config) together with others, which is not "
+                 "supported; expected a folder with the text model alone",
+                 type == NULL ? "absent" : type);
+        ptst__config_fail(r, PTST_ERR_UNSUPPORTED, "model_type", expected);
+        return NULL;
     }
     used = (size_t)snprintf(expected, sizeof expected, "%s%.40s%s is not supported, expected",
                             type == NULL ? "" : "\"", type == NULL ? "absent" : type,
@@ -24151,6 +24262,7 @@ static void ptst__config_defaults(const ptst__family *family, ptst_config *g) {
 static ptst_code ptst__config_resolve(ptst_ctx *c, ptst_config *g, const char *where) {
     const ptst__family *family;
     const char *problem = NULL;
+    bool any = false;
     int i;
     if (g->model_type[0] == 0) {
         (void)ptst__config_name(g->model_type, sizeof g->model_type, "llama");
@@ -24182,7 +24294,10 @@ static ptst_code ptst__config_resolve(ptst_ctx *c, ptst_config *g, const char *w
         }
     }
     ptst__config_defaults(family, g);
-    for (i = 0; i < g->num_hidden_layers && family->window == PTST__ALL_LAYERS; i++) {
+    for (i = 0; i < g->num_hidden_layers; i++) {
+        any = any || g->sliding_layers[i];
+    }
+    for (i = 0; i < g->num_hidden_layers && family->window == PTST__ALL_LAYERS && !any; i++) {
         g->sliding_layers[i] = g->sliding_window != 0;
     }
     problem = problem != NULL ? problem
@@ -24215,6 +24330,13 @@ static ptst_code ptst__config_check_rope(ptst_ctx *c, const ptst_config *g, cons
         return ptst__fail(c, PTST_ERR_FORMAT, "%s: short_factor: has %ld numbers, expected %ld",
                           where, (long)g->rope_pairs, (long)(rotary / 2));
     }
+    if ((ptst__family_find(g->model_type)->traits & PTST__FUSED) != 0 && !lengthy &&
+        strcmp(g->rope_type, "default") != 0) {
+        return ptst__fail(c, PTST_ERR_UNSUPPORTED,
+                          "%s: rope_type: \"%s\" is not supported for phi3, expected \"default\" "
+                          "or \"longrope\"",
+                          where, g->rope_type);
+    }
     if (!linear && !llama3 && !yarn && !lengthy && !dynamic &&
         strcmp(g->rope_type, "default") != 0) {
         return ptst__fail(c, PTST_ERR_UNSUPPORTED,
@@ -24245,9 +24367,26 @@ static void ptst__config_caps(ptst__config_reader *r, const ptst__family *family
     int i;
     for (i = 0; i < 2 && (family->traits & PTST__FOUR_NORMS) != 0; i++) {
         double absent = usual && ptst_json_get(r->json, 0, keys[i]) < 0 ? (i == 0 ? 50 : 30) : 0;
+        if (i == 0 && !usual) { /* gemma3 has the key, but transformers does not use it */
+            continue;
+        }
         caps[i] = ptst__config_number(r, 0, keys[i], 1e-3, 1e9, absent);
         *(i == 0 ? &g->attn_logit_softcapping : &g->final_logit_softcapping) = caps[i];
     }
+}
+
+/* Ids with a meaning: null is none, an absent key is what the family has. */
+static void ptst__config_tokens(ptst__config_reader *r, const ptst__family *family,
+                                ptst_config *g) {
+    int32_t bos = ptst_json_get(r->json, 0, "bos_token_id") < 0 ? family->bos : -1;
+    int32_t pad = ptst_json_get(r->json, 0, "pad_token_id") < 0 ? family->pad : -1;
+    g->bos_token_id = ptst__config_int(r, 0, "bos_token_id", -1, INT32_MAX, bos);
+    g->pad_token_id = ptst__config_int(r, 0, "pad_token_id", -1, INT32_MAX, pad);
+    if (ptst_json_get(r->json, 0, "eos_token_id") < 0 && family->eos >= 0) {
+        g->eos_token_id[0] = family->eos;
+        g->eos_count = 1;
+    }
+    ptst__config_ids(r, "eos_token_id", g->eos_token_id, &g->eos_count);
 }
 
 static ptst_code ptst__config_parse(ptst_ctx *c, const ptst_json *j, const char *path,
@@ -24261,6 +24400,7 @@ static ptst_code ptst__config_parse(ptst_ctx *c, const ptst_json *j, const char 
     if (ptst_json_kind(j, 0) != PTST_JSON_OBJECT) {
         return ptst__fail(c, PTST_ERR_FORMAT, "%s: expected an object", path);
     }
+    ptst__config_unique(&r, 0);
     family = ptst__config_family(&r, g);
     if (family == NULL) {
         return r.code;
@@ -24285,17 +24425,16 @@ static ptst_code ptst__config_parse(ptst_ctx *c, const ptst_json *j, const char 
     ptst__config_rope(&r, family, g);
     ptst__config_no_rope(&r, family, g);
     ptst__config_window(&r, family, g);
+    ptst__config_activation(&r, family);
     ptst__config_refuse(&r, family);
     g->query_pre_attn_scalar = ptst__config_number(&r, 0, "query_pre_attn_scalar", 1e-6, 1e9, 0);
     ptst__config_caps(&r, family, g);
-    g->bos_token_id = ptst__config_int(&r, 0, "bos_token_id", -1, INT32_MAX, -1);
-    g->pad_token_id = ptst__config_int(&r, 0, "pad_token_id", -1, INT32_MAX, -1);
-    ptst__config_ids(&r, "eos_token_id", g->eos_token_id, &g->eos_count);
+    ptst__config_tokens(&r, family, g);
     if (r.code == PTST_OK) {
         r.code = ptst__config_resolve(c, g, path);
     }
     r.code = r.code == PTST_OK ? ptst__config_check_rope(c, g, path) : r.code;
-    return r.code == PTST_OK ? ptst__config_notes(&r, "config.json", notes) : r.code;
+    return r.code == PTST_OK ? ptst__config_notes(&r, "config.json: ", notes) : r.code;
 }
 
 /* generation_config.json; absent keys keep what config.json says. */
@@ -24306,6 +24445,7 @@ static ptst_code ptst__generation_parse(ptst_ctx *c, const ptst_json *j, const c
     if (ptst_json_kind(j, 0) != PTST_JSON_OBJECT) {
         return ptst__fail(c, PTST_ERR_FORMAT, "%s: expected an object", path);
     }
+    ptst__config_unique(&r, 0);
     ptst__config_ids(&r, "eos_token_id", g->eos_token_id, &g->eos_count);
     g->bos_token_id = ptst__config_int(&r, 0, "bos_token_id", -1, INT32_MAX, g->bos_token_id);
     g->pad_token_id = ptst__config_int(&r, 0, "pad_token_id", -1, INT32_MAX, g->pad_token_id);
@@ -24316,7 +24456,7 @@ static ptst_code ptst__generation_parse(ptst_ctx *c, const ptst_json *j, const c
     g->top_k = ptst__config_int(&r, 0, "top_k", 0, INT32_MAX, 0);
     g->top_k = g->top_k == 0 && ptst__config_get(&r, 0, "top_k") >= 0 ? -1 : g->top_k;
     g->max_new_tokens = ptst__config_int(&r, 0, "max_new_tokens", 0, INT32_MAX, 0);
-    return r.code == PTST_OK ? ptst__config_notes(&r, "generation_config.json", notes) : r.code;
+    return r.code == PTST_OK ? ptst__config_notes(&r, "generation_config.json: ", notes) : r.code;
 }
 
 /* ---- weights ---- */
@@ -24972,6 +25112,12 @@ PTST_API ptst_code ptst_model_unfreeze(ptst_ctx *c, ptst_model *m) {
    common head must not be computed once for sequences of different lengths. */
 static bool ptst__model_whole(const ptst_model *m) { return m->lengthy || m->dynamic; }
 
+/* Phi 3 with longrope: a sequence that grows beyond this length turns otherwise from its first token
+   on, so what was cached is computed again, as transformers does for this family; 0 = none. */
+static size_t ptst__model_switch(const ptst_model *m) {
+    return m->lengthy && m->fused ? (size_t)m->config.original_max_position_embeddings : 0;
+}
+
 PTST_API bool ptst_model_trainable(const ptst_model *m) { return m->trainable; }
 
 PTST_API const ptst_config *ptst_model_config(const ptst_model *m) { return &m->config; }
@@ -25166,13 +25312,14 @@ static ptst_code ptst__config_put_window(ptst_ctx *c, ptst_text *t, const ptst_c
     }
     code = ptst__text_format(c, t, "  \"sliding_window\": %s,\n",
                              g->sliding_window == 0 ? "null" : window);
-    if (code != PTST_OK || family->window == PTST__ALL_LAYERS) {
-        return code;
-    }
     for (i = g->num_hidden_layers - 1; i >= 0 && g->sliding_layers[i]; i--) {
         first = i;
     }
-    if (family->window != PTST__PATTERN_LAYERS) {
+    if (code != PTST_OK || (family->window == PTST__ALL_LAYERS && first == 0) ||
+        g->sliding_window == 0) {
+        return code;
+    }
+    if (family->window == PTST__UPPER_LAYERS || family->window == PTST__UNROTATED_LAYERS) {
         code = ptst__text_format(
             c, t, "  \"use_sliding_window\": %s,\n  \"max_window_layers\": %ld,\n",
             g->sliding_window == 0 ? "false" : "true", (long)first);
@@ -25459,6 +25606,7 @@ typedef struct ptst__rows_job {
     float *dst;
     const int32_t *index;
     const ptst__weight *table;
+    int32_t but; /* an index that is left out, -1 = none */
 } ptst__rows_job;
 
 enum { PTST__ROWS = 16, PTST__COLUMNS = 256 }; /* rows, or columns, of a task */
@@ -25548,14 +25696,17 @@ static void ptst__bias_backward_task(void *arg, size_t task, int thread) {
     (void)thread;
     for (i = 0; i < j->rows; i++) {
         size_t to = j->index == NULL ? 0 : (size_t)j->index[i];
-        j->c->kernels->axpy(n, 1, j->src + i * j->cols + at, j->dst + to * j->cols + at);
+        if (j->index == NULL || j->index[i] != j->but) {
+            j->c->kernels->axpy(n, 1, j->src + i * j->cols + at, j->dst + to * j->cols + at);
+        }
     }
 }
 
 /* Row index[i] (row 0 if index is NULL) of dst += row i of src [rows, cols], in the order of i:
-   the gradient of a bias, and of an embedding. Tasks share no column. */
+   the gradient of a bias, and of an embedding (where pad_token_id, `but`, learns nothing: the
+   padding_idx of torch.nn.Embedding). Tasks share no column. */
 static void ptst__add_rows(ptst_ctx *c, size_t rows, size_t cols, const float *src,
-                           const int32_t *index, float *dst) {
+                           const int32_t *index, int32_t but, float *dst) {
     ptst__rows_job j;
     memset(&j, 0, sizeof j);
     j.c = c;
@@ -25564,6 +25715,7 @@ static void ptst__add_rows(ptst_ctx *c, size_t rows, size_t cols, const float *s
     j.src = src;
     j.dst = dst;
     j.index = index;
+    j.but = but;
     ptst__parallel_for(c, ptst__ceil_div(cols, PTST__COLUMNS), ptst__bias_backward_task, &j);
 }
 
@@ -26704,7 +26856,7 @@ static void ptst__linear_backward(ptst_ctx *c, ptst__pass *p, size_t l, int kind
         ptst__gemm(c, out, in, rows, 1, dy, out, true, ptst__matrix_f32(x, in, false), 1, dw, in);
     }
     if (db != NULL) {
-        ptst__add_rows(c, rows, out, dy, NULL, db);
+        ptst__add_rows(c, rows, out, dy, NULL, -1, db);
     }
     if (ptst__branch_of(p->flow.a, l, kind) != NULL) {
         ptst__branch_backward(c, p, l, kind, rows, x, dy, dx);
@@ -26851,7 +27003,7 @@ static void ptst__pass_backward(ptst_ctx *c, ptst__pass *p) {
         ptst__rows_apply(c, f->rows, m->C, (float)sqrt((double)m->C), NULL, p->dx);
     }
     if (p->bottom) {
-        ptst__add_rows(c, f->rows, m->C, p->dx, f->tokens,
+        ptst__add_rows(c, f->rows, m->C, p->dx, f->tokens, m->config.pad_token_id,
                        ptst__pass_saved(p, PTST__SAVED_EMBEDDING));
     }
 }
@@ -30090,6 +30242,8 @@ typedef struct ptst__generator {
     const ptst_tokenizer *tokenizer;
     ptst_answer *answers;
     size_t vocab, count, batch, limit, max_new, head;
+    size_t again; /* sequences that become longer than this are read anew, 0 = none (see
+                     ptst__model_switch) */
     ptst_ids tokens;
     ptst__question *questions; /* [count] */
     ptst__speaker *speakers;   /* [batch] */
@@ -30363,6 +30517,13 @@ static ptst_code ptst__generate_refill(ptst_ctx *c, ptst__generator *g, size_t *
             s->rng.stream = q->stream;
             s->rng.counter = 0;
         }
+        if (s->busy && s->fed != 0 && s->fed <= g->again && s->count > g->again) {
+            ptst_code code = ptst_session_reset(c, g->session, slot, -1);
+            if (code != PTST_OK) {
+                return code;
+            }
+            s->fed = 0;
+        }
         if (s->busy) {
             ptst_chunk *k = &g->chunks[(*busy)++];
             k->slot = slot;
@@ -30508,6 +30669,7 @@ PTST_API ptst_code ptst_generate(ptst_ctx *c, const ptst_model *model, const pts
     code = code != PTST_OK ? code : ptst__generate_encode(c, &g, prompts);
     if (code == PTST_OK) {
         g.head = ptst__generate_head(&g, model);
+        g.again = ptst__model_switch(model);
         ptst__generate_stops(&g, model);
         code = ptst__generate_memory(c, &g, model, adapter);
     }
