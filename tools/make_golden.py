@@ -518,6 +518,38 @@ def model(_):
                   os.path.join(folder, "expected.safetensors"))
 
 
+def families(_):
+    """Losses of training each of the models with its adapter: eight steps of AdamW, each on all
+    three recorded sequences. Reads what `model` wrote."""
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+    torch.set_num_threads(1)
+    rows = []
+    for name in sorted(m[0] for m in MODELS):
+        folder = os.path.join(GOLDEN, "models", name)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
+                                                    attn_implementation="eager")
+        tuned = PeftModel.from_pretrained(base, os.path.join(folder, "adapter"), is_trainable=True)
+        given, at, batch = load_file(os.path.join(folder, "expected.safetensors")), 0, []
+        for n in given["lengths"].tolist():
+            batch.append((given["tokens"][at:at + n].tolist(), given["labels"][at:at + n].tolist()))
+            at += n
+        labels = sum(label >= 0 for _, some in batch for label in some)
+        weights = [p for p in tuned.parameters() if p.requires_grad]
+        optimizer, losses = torch.optim.AdamW(weights, lr=2e-3, weight_decay=0.0), []
+        for _ in range(8):
+            optimizer.zero_grad()
+            loss = sum(loss_of(tuned, *row)[1] for row in batch) / labels
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        rows.append('{"name": "%s", "losses": %s}' % (name, json.dumps(losses)))
+    with open(os.path.join(GOLDEN, "models", "steps.json"), "w") as file:
+        file.write("[\n" + ",\n".join(rows) + "\n]\n")
+
+
 # ---- template ----
 def chat_templates(shared):
     """Chat templates whose licence allows a copy; (name, source, special tokens)."""
@@ -705,8 +737,8 @@ def ops(_):
         f.write("\n")
 
 
-COMMANDS = {"generate": generate, "jinja": jinja, "judge": judge, "model": model, "ops": ops,
-            "sample": sample, "template": template, "tokenizer": tokenizer, "train": train}
+COMMANDS = {"families": families, "generate": generate, "jinja": jinja, "judge": judge,
+            "model": model, "ops": ops, "sample": sample, "template": template, "tokenizer": tokenizer, "train": train}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
