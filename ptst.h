@@ -22483,22 +22483,38 @@ static void ptst__tile_hide(const ptst__view *v, float value, float *tile) {
     }
 }
 
+/* x becomes out * tanh(in * x), slope (or NULL) 1 - tanh^2. tanh z = 1 - 2 / (exp(2 z) + 1), where
+   an infinite exp gives 1; near 0, where that difference would lose the digits of z, the series
+   z - z^3 / 3 + 2 z^5 / 15 - 17 z^7 / 315 + 62 z^9 / 2835, which is off by 4e-8 of z at 0.3. */
+static void ptst__cap_row(const struct ptst__kernels *kernels, size_t n, float in, float out,
+                          float *x, float *slope) {
+    float power[64];
+    size_t at, i, m;
+    for (at = 0; at < n; at += m, x += m) {
+        m = ptst__min(n - at, 64);
+        for (i = 0; i < m; i++) {
+            power[i] = 2 * (in * x[i]);
+        }
+        (void)kernels->row_exp(m, power, 0, power);
+        for (i = 0; i < m; i++) {
+            float z = in * x[i], q = z * z, far = 1 - 2 / (power[i] + 1);
+            float near = z - z * q * (1 / 3.0f - q * (2 / 15.0f - q * (17 / 315.0f -
+                                                                       q * (62 / 2835.0f))));
+            float tanh_z = q < 0.09f ? near : far;
+            x[i] = out * tanh_z;
+            if (slope != NULL) {
+                slope[at + i] = 1 - tanh_z * tanh_z;
+            }
+        }
+    }
+}
+
 /* n dot products become, still without the factor scale, what the soft cap leaves of them; slope
-   (or NULL): by how much. tanh z = 1 - 2 / (exp(2 z) + 1), where an infinite exp gives 1. */
+   (or NULL): by how much. */
 static void ptst__scores_cap(const ptst__attention_job *job, size_t n, float *s, float *slope) {
     float cap = job->a->softcap, scale = job->a->scale;
-    size_t i;
-    if (cap == 0) {
-        return;
-    }
-    job->kernels->scale(n, 2 * scale / cap, s);
-    (void)job->kernels->row_exp(n, s, 0, s);
-    for (i = 0; i < n; i++) {
-        float tanh_z = 1 - 2 / (s[i] + 1);
-        s[i] = tanh_z * (cap / scale);
-        if (slope != NULL) {
-            slope[i] = 1 - tanh_z * tanh_z;
-        }
+    if (cap != 0) {
+        ptst__cap_row(job->kernels, n, scale / cap, cap / scale, s, slope);
     }
 }
 
@@ -26258,7 +26274,7 @@ typedef struct ptst__cap_job {
     bool back;
 } ptst__cap_job;
 
-/* Task: one row. tanh as in ptst__scores_cap. */
+/* Task: one row. */
 static void ptst__cap_task(void *arg, size_t row, int thread) {
     const ptst__cap_job *j = (const ptst__cap_job *)arg;
     float *x = j->logits + row * j->ld;
@@ -26268,19 +26284,8 @@ static void ptst__cap_task(void *arg, size_t row, int thread) {
     for (i = 0; i < j->V && j->back; i++) {
         x[i] *= slope[i];
     }
-    if (j->back) {
-        return;
-    }
-    for (i = 0; i < j->V; i++) {
-        x[i] *= 2 / j->cap;
-    }
-    (void)j->kernels->row_exp(j->V, x, 0, x);
-    for (i = 0; i < j->V; i++) {
-        float tanh_z = 1 - 2 / (x[i] + 1);
-        x[i] = j->cap * tanh_z;
-        if (slope != NULL) {
-            slope[i] = 1 - tanh_z * tanh_z;
-        }
+    if (!j->back) {
+        ptst__cap_row(j->kernels, j->V, 1 / j->cap, j->cap, x, slope);
     }
 }
 
