@@ -23779,8 +23779,8 @@ static void ptst__config_fail(ptst__config_reader *r, ptst_code code, const char
     }
 }
 
-/* Refuses keys that are there twice, also in the objects of the outermost one: readers of JSON do not
-   agree on which one counts. */
+/* Refuses keys that are there twice, also in the objects of the outermost one: readers of JSON do
+   not agree on which one counts. */
 static void ptst__config_unique(ptst__config_reader *r, int32_t object) {
     ptst__map seen = {NULL, 0, 0};
     int32_t key = ptst_json_first(r->json, object), value;
@@ -25128,8 +25128,8 @@ PTST_API ptst_code ptst_model_unfreeze(ptst_ctx *c, ptst_model *m) {
    common head must not be computed once for sequences of different lengths. */
 static bool ptst__model_whole(const ptst_model *m) { return m->lengthy || m->dynamic; }
 
-/* Phi 3 with longrope: a sequence that grows beyond this length turns otherwise from its first token
-   on, so what was cached is computed again, as transformers does for this family; 0 = none. */
+/* Phi 3 with longrope: a sequence that grows beyond this length turns otherwise from its first
+   token on, so what was cached is computed again, as transformers does for this family; 0 = none. */
 static size_t ptst__model_switch(const ptst_model *m) {
     return m->lengthy && m->fused ? (size_t)m->config.original_max_position_embeddings : 0;
 }

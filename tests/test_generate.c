@@ -290,6 +290,57 @@ static void generate_stream(void) {
 }
 
 /* The limits: tokens, room, the caller's own end tokens. */
+/* Phi 3 with longrope: an answer that grows beyond the original length goes on as if all of it had
+   been read at once, which is not what was cached before. */
+static void generate_switches(void) {
+    enum { OLD = 30, NEW = 24 };
+    gen_world w;
+    ptst_config k;
+    ptst_model *m;
+    ptst_session *s;
+    ptst_session_desc sd;
+    ptst_generate_desc d;
+    ptst_answer a;
+    ptst_ids row = {NULL, 0, 0};
+    size_t i, prompt;
+    gen_open(&w, 1);
+    k = *ptst_model_config(w.model);
+    snprintf(k.model_type, sizeof k.model_type, "phi3");
+    snprintf(k.rope_type, sizeof k.rope_type, "longrope");
+    k.original_max_position_embeddings = OLD;
+    k.rope_pairs = 3;
+    k.rope_attention_factor = 1;
+    for (i = 0; i < 3; i++) {
+        k.rope_short_factor[i] = 1;
+        k.rope_long_factor[i] = (float)(3 + 2 * i);
+    }
+    m = ptst_model_new(w.c, &k, 5);
+    CHECK(m != NULL);
+    memset(&a, 0, sizeof a);
+    memset(&d, 0, sizeof d);
+    memset(&sd, 0, sizeof sd);
+    d.ignore_eos = true;
+    d.max_new_tokens = NEW;
+    CHECK(ptst_generate(w.c, m, NULL, w.tokenizer, w.prompts, 1, &d, &a) == PTST_OK);
+    CHECK(ptst_encode(w.c, w.tokenizer, (const char *)w.prompts[0].text.data,
+                      w.prompts[0].text.size, PTST_ADD_SPECIAL, &row) == PTST_OK);
+    prompt = row.count;
+    CHECK(a.ids.count == NEW && a.prompt_tokens == prompt && prompt < OLD && prompt + NEW > OLD + 5);
+    sd.capacity = 96;
+    s = ptst_session_new(w.c, m, NULL, &sd);
+    for (i = 0; i < a.ids.count; i++) {
+        ptst_chunk h = {0, row.data, row.count, PTST_LOGITS_LAST};
+        CHECK(ptst_session_reset(w.c, s, 0, -1) == PTST_OK && ptst_eval(w.c, s, &h, 1) == PTST_OK);
+        CHECK(ptst__sample_greedy(ptst_logits(s, 0), 260) == a.ids.data[i]);
+        CHECK(ptst_ids_append(w.c, &row, a.ids.data[i]) == PTST_OK);
+    }
+    ptst_session_free(w.c, s);
+    ptst_ids_free(w.c, &row);
+    ptst_answers_free(w.c, &a, 1);
+    ptst_model_free(w.c, m);
+    gen_close(&w);
+}
+
 static void generate_ends(void) {
     gen_world w;
     ptst_generate_desc d;
@@ -449,6 +500,7 @@ static void suite_generate(void) {
     RUN(sample_hostile);
     RUN(generate_company);
     RUN(generate_stream);
+    RUN(generate_switches);
     RUN(generate_ends);
     RUN(generate_stopped);
     RUN(generate_memory);

@@ -924,6 +924,30 @@ static void new_model(void) {
     ptst_close(c);
 }
 
+/* Soft caps: small scores keep their digits (bound: exp, its sum and the series in float). */
+static void caps_keep_digits_with(ptst_ctx *c) {
+    enum { N = 300 };
+    float x[N], y[N], slope[N];
+    double worst = 0;
+    size_t i;
+    for (i = 0; i < N; i++) {
+        x[i] = (i % 2 == 0 ? 1.0f : -1.0f) * (float)pow(10, (double)i / 40 - 6);
+        y[i] = x[i];
+    }
+    ptst__cap_row(c->kernels, N, 0.5f, 2, y, slope);
+    for (i = 0; i < N; i++) {
+        double t = tanh(0.5 * (double)x[i]), d = fabs((double)y[i] - 2 * t) / fabs(2 * t);
+        worst = d > worst ? d : worst;
+        CHECK_NEAR((double)slope[i], 1 - t * t, 5e-7);
+    }
+    CHECK_NEAR(worst, 0, 6e-7);
+    x[0] = y[0] = 1e9f;
+    ptst__cap_row(c->kernels, 1, 0.5f, 2, y, NULL);
+    CHECK(y[0] == 2);
+}
+
+static void caps_keep_digits(void) { models_each_level(caps_keep_digits_with); }
+
 /* ---- configurations ---- */
 
 static const char config_base[] =
@@ -1596,6 +1620,7 @@ static void suite_model(void) {
     RUN(saves_and_loads);
     RUN(new_model);
     RUN(new_model_refuses);
+    RUN(caps_keep_digits);
     RUN(config_refuses);
     RUN(config_means);
     RUN(config_families);
