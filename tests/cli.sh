@@ -237,7 +237,8 @@ expect "info --quantization-error --json" 0 "$PTST" info $MODEL --quantization-e
 if grep -q '^{"int8": {.*}, "int4": {.*}}$' "$WORK/out"; then ok; else bad "one object"; fi
 expect "a text that is not there" 2 "$PTST" info $MODEL --quantization-error --text "$WORK/absent.txt"
 expect "full training of int8 weights" 1 "$PTST" finetune --quiet --model $MODEL --dtype int8 --full \
-    --train tests/golden/gsm8k_cases.json --template TV --out "$WORK/full8"
+    --train examples/data/gsm8k/test.jsonl --limit 2 --template TV --out "$WORK/full8"
+says "full training of int8 weights" "int8 or int4 cannot be trained"
 
 # ---- finetune: log, adapter, kill and resume ----
 printf '{"question": "How are you?", "answer": "fine"}\n{"question": "Who?", "answer": "Lily"}\n{"question": "What?", "answer": "a big dog"}\n' >"$WORK/train.jsonl"
@@ -270,6 +271,14 @@ if cmp -s "$WORK/t1/adapter_model.safetensors" "$WORK/t3/adapter_model.safetenso
     cmp -s "$WORK/t1/adapter_model.safetensors" "$WORK/a/adapter_model.safetensors"; then ok; else bad "bit-identical for any number of threads"; fi
 expect "gradient checkpointing" 0 tune --out "$WORK/gc" --gradient-checkpointing
 if cmp -s "$WORK/gc/adapter_model.safetensors" "$WORK/a/adapter_model.safetensors"; then ok; else bad "bit-identical with gradient checkpointing"; fi
+expect "finetune --full" 0 tune --out "$WORK/full" --full
+expect "resume --full" 0 tune --out "$WORK/full" --full --resume
+expect "check a fully tuned model" 0 "$PTST" check "$WORK/full"
+expect "generate with it" 0 "$PTST" generate --quiet --model "$WORK/full" --template TV \
+    --prompts "$WORK/prompts.txt" --max-new-tokens 4
+if cmp -s $MODEL/model.safetensors "$WORK/full/model.safetensors"; then bad "nothing was trained"; else ok; fi
+expect "--full has no rank" 2 tune --out "$WORK/full2" --full --rank 4
+says "--full has no rank" "finetune: --full trains the weights themselves, --rank is for an adapter"
 expect "merge" 0 "$PTST" merge --model $MODEL --adapter "$WORK/a" --out "$WORK/merged"
 expect "check the merged model" 0 "$PTST" check "$WORK/merged"
 printf '{"text": "Once upon a time"}\n{"text": "The end"}\n' >"$WORK/plain.jsonl"

@@ -2314,6 +2314,19 @@ static bool get_long_rows(const args *a, ptst_long_rows *out) {
     return false;
 }
 
+/* The first option given that only an adapter has, NULL if there is none. */
+static const char *adapter_option(const args *a) {
+    static const char *const names[] = {"--init-adapter", "--rank",    "--alpha",
+                                        "--dropout",      "--targets", "--modules-to-save"};
+    size_t i;
+    for (i = 0; i < sizeof names / sizeof names[0]; i++) {
+        if (given(a, names[i])) {
+            return names[i];
+        }
+    }
+    return NULL;
+}
+
 static int command_finetune(args *a) {
     ptst_finetune_files files;
     ptst_finetune_desc desc;
@@ -2336,6 +2349,10 @@ static int command_finetune(args *a) {
         !get_long_rows(a, &desc.dataset.long_rows)) {
         return EXIT_CALL;
     }
+    if (given(a, "--full") && adapter_option(a) != NULL) {
+        return bad_call("finetune: --full trains the weights themselves, %s is for an adapter",
+                        adapter_option(a));
+    }
     files.model = get(a, "--model");
     files.train = get(a, "--train");
     files.template_is = get(a, "--template");
@@ -2344,8 +2361,8 @@ static int command_finetune(args *a) {
     files.rows.limit = (size_t)limit;
     desc.out = get(a, "--out");
     desc.init_adapter = get(a, "--init-adapter");
-    desc.lora = &lora;
     desc.full = given(a, "--full");
+    desc.lora = desc.full ? NULL : &lora;
     desc.resume = given(a, "--resume");
     desc.log = get(a, "--log");
     desc.save_every = (uint64_t)save_every;
