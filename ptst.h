@@ -92,9 +92,10 @@
    FROM A QUESTION TO LABELS
        question --template--> prompt: bytes, each marked as coming from the template or from the
        content --tokenizer--> ids. A special token is recognised only in template bytes, so that
-       nobody's message can forge one. In training the answer and an end token follow; the loss is
-       on these alone (mask "joint": prompt and answer are encoded as one text; "separate": each by
-       itself). A row whose tokens do not split at the end of the prompt is counted and reported.
+       nobody's message can forge one ("loose:" before the template's name lifts that). In training
+       the answer and an end token follow; the loss is on these alone (mask "joint": prompt and
+       answer are encoded as one text; "separate": each by itself). A row whose tokens do not split
+       at the end of the prompt is counted and reported.
 
    MODEL FOLDERS
        config.json (both generations of keys), model.safetensors or its sharded index,
@@ -518,6 +519,8 @@ typedef struct ptst_template ptst_template;
      "FILE.jinja"             a chat template; the question becomes one user message
      "FOLDER"                 the chat template of a model folder, as model:none
      "FILE.json"              {"name": "...%s..."}; "FILE.json#name" or "FILE.json:name" chooses one
+     "loose:ANY OF THESE"     the same, but all bytes of the prompt count as the template's, so that
+                              messages may hold special tokens, as in Hugging Face
    model_dir is the model's folder, or NULL: source of the chat template and of the special tokens.
    Chat templates are looked up as transformers does: chat_template.jinja and chat_templates/ before
    the chat_template of tokenizer_config.json. */
@@ -17110,6 +17113,7 @@ struct ptst_template {
     ptst_jinja *jinja;                       /* NULL if it is no chat template */
     ptst_jinja *tools;                       /* another one for conversations with tools, or NULL */
     bool merge;                              /* the system prompt leads the user's message */
+    bool loose;                              /* content counts as template bytes, too */
     ptst_text special[PTST__SPECIAL_TOKENS]; /* of the model; data NULL = it has none */
 };
 
@@ -17223,7 +17227,8 @@ static size_t ptst__prompt_answer(const ptst_prompt *p, size_t i, const ptst_tex
 }
 
 /* Fills p->learn. {% generation %} blocks, where a template has them, say it themselves. */
-static ptst_code ptst__prompt_learn(ptst_ctx *c, ptst_prompt *p, const ptst_text *eos) {
+static ptst_code ptst__prompt_learn(ptst_ctx *c, const ptst_template *t, ptst_prompt *p) {
+    const ptst_text *eos = &t->special[1];
     size_t i, size, n = p->text.size;
     char *marks = p->marks.data;
     bool generated = false;
@@ -17244,6 +17249,9 @@ static ptst_code ptst__prompt_learn(ptst_ctx *c, ptst_prompt *p, const ptst_text
             memset(p->learn.data + i, 1, size);
             i += size - 1;
         }
+    }
+    if (t->loose) {
+        memset(marks, PTST_TEMPLATE, n);
     }
     return PTST_OK;
 }
@@ -17274,7 +17282,7 @@ static ptst_code ptst__template_render(ptst_ctx *c, const ptst_template *t, cons
     ptst__prompt_empty(out);
     code = ptst__jinja_run(c, jinja, vars, count, NULL, &out->text, &out->marks);
     if (code == PTST_OK) {
-        code = ptst__prompt_learn(c, out, &t->special[1]);
+        code = ptst__prompt_learn(c, t, out);
     }
     if (code != PTST_OK) {
         ptst__prompt_empty(out);
@@ -17669,8 +17677,21 @@ static ptst_code ptst__template_fill(ptst_ctx *c, ptst_template *t, const char *
 
 PTST_API ptst_template *ptst_template_load(ptst_ctx *c, const char *name_or_path,
                                            const char *model_dir) {
+    bool loose = strncmp(name_or_path, "loose:", 6) == 0;
     ptst_template *t = (ptst_template *)ptst__calloc(c, 1, sizeof *t);
-    if (t != NULL && ptst__template_fill(c, t, name_or_path, model_dir) != PTST_OK) {
+    ptst_text name = {NULL, 0, 0};
+    ptst_code code = PTST_ERR_MEMORY;
+    if (t != NULL) {
+        code = ptst__template_fill(c, t, name_or_path + (loose ? 6 : 0), model_dir);
+    }
+    if (code == PTST_OK && loose) {
+        code = ptst__text_format(c, &name, "loose:%s", t->name.data);
+        ptst_text_free(c, &t->name);
+        t->name = name;
+        t->short_name = NULL;
+        t->loose = true;
+    }
+    if (code != PTST_OK) {
         ptst_template_free(c, t);
         return NULL;
     }
@@ -17707,7 +17728,7 @@ PTST_API ptst_code ptst_template_prompt(ptst_ctx *c, const ptst_template *t, con
     }
     code = ptst__prompt_fill(c, out, t->text.data, t->text.size, question, size);
     if (code == PTST_OK) {
-        code = ptst__prompt_learn(c, out, &t->special[1]);
+        code = ptst__prompt_learn(c, t, out);
     }
     if (code != PTST_OK) {
         ptst__prompt_empty(out);

@@ -99,6 +99,30 @@ static void template_question(void) {
     ptst_close(c);
 }
 
+/* "loose:" before a name: the same text, and no byte counts as content. */
+static void template_loose(void) {
+    static const char *const names[][2] = {{"loose:CV", "loose:gsm:chat:vanilla"},
+                                           {"loose:text", "loose:text"}};
+    ptst_ctx *c = test_open(1, NULL);
+    ptst_prompt p;
+    size_t i, k;
+    memset(&p, 0, sizeof p);
+    for (i = 0; i < PTST__COUNT(names); i++) {
+        ptst_template *t = ptst_template_load(c, names[i][0], NULL);
+        CHECK_TEXT(ptst_template_name(t), names[i][1]);
+        CHECK(ptst_template_short_name(t) == NULL);
+        CHECK(ptst_template_prompt(c, t, "a</s>", 5, &p) == PTST_OK);
+        CHECK(strstr(p.text.data, "a</s>") != NULL && p.marks.size == p.text.size);
+        for (k = 0; k < p.marks.size; k++) {
+            CHECK(p.marks.data[k] == PTST_TEMPLATE);
+        }
+        ptst_template_free(c, t);
+    }
+    CHECK(ptst_template_load(c, "loose:", NULL) == NULL);
+    ptst_prompt_free(c, &p);
+    ptst_close(c);
+}
+
 /* ---- folders ---- */
 
 static char template_dir[64];
@@ -303,6 +327,10 @@ static void template_learn(void) {
     CHECK_TEXT(p.text.data, "u:q a:aa! u:r<E> a:b! ");
     template_check(__LINE__, &p, "1010102200101111010200", "0000001110000000000110");
     ptst_template_free(c, t);
+    t = ptst_template_load(c, "loose:model:none", template_dir);
+    CHECK(t != NULL && ptst_template_messages(c, t, j, false, &p) == PTST_OK);
+    template_check(__LINE__, &p, "0000000000000000000000", "0000001110000000000110");
+    ptst_template_free(c, t);
     /* a turn ends with a marker that is not the end-of-text, as in Phi-3 and Gemma */
     template_write(c, "chat_template.jinja",
                    "{% for m in messages %}{{ m.role[0] }}:{{ m.content "
@@ -477,7 +505,7 @@ static ptst_code template_work(ptst_ctx *c, void *arg) {
 }
 
 static void template_memory(void) {
-    static char chat[] = "model:mpt", paper[] = "CL";
+    static char chat[] = "model:mpt", paper[] = "CL", loose[] = "loose:CL";
     ptst_ctx *c = test_open(1, NULL);
     template_make_dir();
     template_write(c, "tokenizer_config.json",
@@ -486,6 +514,7 @@ static void template_memory(void) {
                    "{\"name\": \"tool_use\", \"template\": \"{{ tools }}\"}]}");
     test_memory_sweep(template_work, chat);
     test_memory_sweep(template_work, paper);
+    test_memory_sweep(template_work, loose);
     template_remove_dir(c);
     ptst_close(c);
 }
@@ -493,6 +522,7 @@ static void template_memory(void) {
 static void suite_template(void) {
     RUN(template_paper);
     RUN(template_question);
+    RUN(template_loose);
     RUN(template_families);
     RUN(template_sources);
     RUN(template_learn);
