@@ -9819,6 +9819,16 @@ static bool ptst__j_equal(ptst__jrun *r, ptst__jvalue a, ptst__jvalue b) {
 
 /* Fails for what cannot be a key. */
 static bool ptst__j_hashable(ptst__jrun *r, ptst__jvalue key) {
+    size_t i;
+    if (key.kind == PTST__J_TUPLE && r->code == PTST_OK) {
+        if (++r->depth > r->depth_max) {
+            ptst__j_fail(r, PTST_ERR_LIMIT, "values are nested too deeply");
+        }
+        for (i = 0; i < key.as.list->count && ptst__j_pay(r, 1); i++) {
+            ptst__j_hashable(r, key.as.list->items[i]);
+        }
+        r->depth--;
+    }
     if (key.kind == PTST__J_LIST || key.kind == PTST__J_DICT) {
         ptst__j_fail(r, PTST_ERR_FORMAT, "unhashable type: '%s'", ptst__j_type(key));
         return false;
@@ -12028,7 +12038,10 @@ static ptst__jvalue ptst__j_capitals(ptst__jrun *r, ptst__jvalue v, ptst__jwords
     ptst__j_pay(r, s->size / 8);
     for (i = 0; i < s->size && r->code == PTST_OK; i += n) {
         uint32_t p = ptst__j_point(s, i, &n);
-        ptst__j_put_case(r, &o, v, i, begin ? PTST__J_TITLE : PTST__J_LOWER);
+        ptst__j_put_case(r, &o, v, i,
+                         !begin                    ? PTST__J_LOWER
+                         : where == PTST__J_BEGINS ? PTST__J_UPPER /* as Jinja2's title has it */
+                                                   : PTST__J_TITLE);
         begin = where == PTST__J_FIRST                                  ? false
                 : where == PTST__J_CASED                                ? !ptst__j_is_cased(p)
                 : p != 0 && p < 0x80 && strchr("-({[<", (int)p) != NULL ? true
@@ -13888,14 +13901,14 @@ static void ptst__j_map(ptst__jrun *r, ptst__jvalue out, ptst__jvalue self, cons
             return;
         }
         f = a->values[0].kind == PTST__J_STRING ? ptst__j_filter_of(a->values[0].as.string) : NULL;
-        if (f == NULL) {
-            ptst__j_fail(r, PTST_ERR_FORMAT, "map: there is no such filter");
-            return;
-        }
         rest = ptst__j_rest(a, 1);
     }
     if (ptst__j_iter(r, self, &i)) {
         while (ptst__j_next(r, &i, &item)) {
+            if (f == NULL && !ptst__j_given(path)) {
+                ptst__j_fail(r, PTST_ERR_FORMAT, "map: there is no such filter");
+                return;
+            }
             ptst__j_push(r, out,
                          f == NULL ? ptst__j_path(r, item, path, fallback)
                                    : ptst__j_call_builtin(r, f, item, &rest));
@@ -13933,15 +13946,15 @@ static void ptst__j_pick_into(ptst__jrun *r, ptst__jvalue out, ptst__jvalue self
     if (a->count > off) {
         test = a->values[off].kind == PTST__J_STRING ? ptst__j_test_of(a->values[off].as.string)
                                                      : NULL;
-        if (test == NULL) {
-            ptst__j_fail(r, PTST_ERR_FORMAT, "there is no such test");
-            return;
-        }
         rest = ptst__j_rest(a, off + 1);
     }
     if (ptst__j_iter(r, self, &i)) {
         while (ptst__j_next(r, &i, &item)) {
             ptst__jvalue v = ptst__j_path(r, item, path, none);
+            if (test == NULL && a->count > off) {
+                ptst__j_fail(r, PTST_ERR_FORMAT, "there is no such test");
+                return;
+            }
             if (test != NULL) {
                 v = ptst__j_call_builtin(r, test, v, &rest);
             }
