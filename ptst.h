@@ -978,7 +978,7 @@ typedef struct ptst_train_desc {
     size_t context;      /* tokens, for packing; 0 = 4096, or what the model was made for */
     double beta1, beta2; /* AdamW; 0 = 0.9, 0.999 */
     double eps;          /* 0 = 1e-8 */
-    double weight_decay; /* 0 = none */
+    double weight_decay; /* 0 = none; never of norms and biases, as transformers' Trainer has it */
     double clip;         /* largest norm of the gradient; 0 = off */
     double dropout;      /* on the input of the adapters, 0..1; 0 = none */
     uint64_t seed;       /* order and dropout */
@@ -29175,6 +29175,7 @@ static ptst_code ptst__train_options_text(ptst_ctx *c, const ptst_trainer *t, pt
     m.c = c;
     m.out = out;
     m.code = ptst__text_add(c, out, "{");
+    m.code = m.code != PTST_OK || t->extra == NULL ? m.code : ptst__text_add(c, out, t->extra);
     ptst__member(&m, "lr", d->lr);
     ptst__member_text(&m, "schedule", ptst__schedules[d->schedule]);
     ptst__member(&m, "gamma", d->gamma);
@@ -29195,9 +29196,6 @@ static ptst_code ptst__train_options_text(ptst_ctx *c, const ptst_trainer *t, pt
     ptst__member_count(&m, "no_shuffle", d->no_shuffle);
     ptst__member_count(&m, "no_prefix", d->no_prefix);
     ptst__member_text(&m, "rows", t->hash);
-    if (m.code == PTST_OK && t->extra != NULL) {
-        m.code = ptst__text_format(c, out, ",%s", t->extra);
-    }
     return m.code == PTST_OK ? ptst__text_add(c, out, "}") : m.code;
 }
 
@@ -29217,6 +29215,12 @@ static ptst_code ptst__train_same_options(ptst_ctx *c, const char *path, const p
         if (a == NULL) {
             a = "not there";
             na = strlen(a);
+        }
+        if (b != NULL && na == 64 && nb == 64 && memcmp(a, b, na) != 0) { /* hashes */
+            return ptst__fail(c, PTST_ERR_MISMATCH,
+                              "%s: cannot go on from it: \"%s\" are not the same as then (rows "
+                              "come from the file, its limit, the template and the tokenizer)",
+                              path, name);
         }
         if (b == NULL || na != nb || memcmp(a, b, na) != 0) {
             return ptst__fail(c, PTST_ERR_MISMATCH,

@@ -265,12 +265,18 @@ if cmp -s "$WORK/a/adapter_model.safetensors" "$WORK/b/adapter_model.safetensors
 if [ "$(wc -l <"$WORK/b.log")" -eq 6 ]; then ok; else bad "every step stands in the log once"; fi
 expect "resume a finished run" 0 tune --out "$WORK/b" --log "$WORK/b.log" --resume
 expect "changed options are refused" 1 tune --out "$WORK/b" --log "$WORK/b.log" --resume --rank 4
+says "changed options are refused" "rank was 8 and is 4 now"
 expect "one thread" 0 tune --out "$WORK/t1" --threads 1
 expect "three threads" 0 tune --out "$WORK/t3" --threads 3
 if cmp -s "$WORK/t1/adapter_model.safetensors" "$WORK/t3/adapter_model.safetensors" &&
     cmp -s "$WORK/t1/adapter_model.safetensors" "$WORK/a/adapter_model.safetensors"; then ok; else bad "bit-identical for any number of threads"; fi
 expect "gradient checkpointing" 0 tune --out "$WORK/gc" --gradient-checkpointing
 if cmp -s "$WORK/gc/adapter_model.safetensors" "$WORK/a/adapter_model.safetensors"; then ok; else bad "bit-identical with gradient checkpointing"; fi
+expect "changed rows are refused" 1 tune --out "$WORK/b" --log "$WORK/b.log" --resume --limit 1
+says "changed rows are refused" '"rows" are not the same as then'
+expect "another mask is named" 1 tune --out "$WORK/b" --log "$WORK/b.log" --resume --mask separate
+says "another mask is named" "mask was joint and is separate now"
+expect "targets of more than 1000 bytes" 0 tune --out "$WORK/long" --targets 'model\.layers\.[0-3]\..*_proj'
 expect "finetune --full" 0 tune --out "$WORK/full" --full
 expect "resume --full" 0 tune --out "$WORK/full" --full --resume
 expect "check a fully tuned model" 0 "$PTST" check "$WORK/full"
