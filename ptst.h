@@ -7166,8 +7166,16 @@ static const char *ptst__tok_text(ptst__tokenizer_reader *r, int32_t node, size_
     return s == NULL ? NULL : ptst__arena_copy(r->c, &r->t->arena, s, *size);
 }
 
-/* Types that have to be trained or need tables of their own are refused with what can be done. */
-static ptst_code ptst__tok_refuse_model(const ptst__tokenizer_reader *r, const char *type) {
+/* Other types are refused by name, which older files leave out: they tell by what they have. */
+static ptst_code ptst__tok_refuse_model(const ptst__tokenizer_reader *r, int32_t model) {
+    const char *type = ptst__tok_type(r, model);
+    ptst_json_type vocab = ptst_json_kind(r->j, ptst_json_get(r->j, model, "vocab"));
+    if (type[0] == 0 && vocab == PTST_JSON_ARRAY) {
+        type = "Unigram";
+    } else if (type[0] == 0 && vocab == PTST_JSON_OBJECT) {
+        bool pieces = ptst_json_get(r->j, model, "max_input_chars_per_word") >= 0;
+        type = pieces ? "WordPiece" : "WordLevel";
+    }
     if (type[0] == 0) {
         return ptst__tok_fail(r, PTST_ERR_FORMAT, "model.type: BPE was expected", "");
     }
@@ -7185,7 +7193,7 @@ static ptst_code ptst__tok_model(ptst__tokenizer_reader *r) {
     vocab = ptst_json_get(r->j, model, "vocab");
     merges = ptst_json_get(r->j, model, "merges");
     if (strcmp(s, "BPE") != 0 && !(s[0] == 0 && merges >= 0)) {
-        return ptst__tok_refuse_model(r, s);
+        return ptst__tok_refuse_model(r, model);
     }
     if (ptst_json_kind(r->j, vocab) != PTST_JSON_OBJECT ||
         ptst_json_kind(r->j, merges) != PTST_JSON_ARRAY) {

@@ -156,6 +156,19 @@ expect "tokenize a bad line" 1 "$PTST" tokenize --tokenizer $MODEL --jsonl "$WOR
 says "tokenize a bad line" "line 2"
 printf '{}' >"$WORK/tokenizer.json"
 expect "broken tokenizer" 1 "$PTST" tokenize --tokenizer "$WORK/tokenizer.json" x
+expect "check a broken tokenizer" 1 "$PTST" check "$WORK/tokenizer.json"
+expect "check a tokenizer" 0 "$PTST" check $MODEL/tokenizer.json
+expect "info of a tokenizer" 0 "$PTST" info $MODEL/tokenizer.json
+has "info of a tokenizer" "tokenizer of 512 tokens"
+mkdir "$WORK/older" && printf 'x' >"$WORK/older/tokenizer.model"
+expect "tokenizer.model alone" 1 "$PTST" tokenize --tokenizer "$WORK/older" x
+says "tokenizer.model alone" "save_pretrained"
+expect "check tokenizer.model alone" 1 "$PTST" check "$WORK/older"
+has "check tokenizer.model alone" "save_pretrained"
+printf '{"model":{"type":"BPE","vocab":{"a":0},"merges":[]},"truncation":{"max_length":5},"padding":{"strategy":"Fixed"}}' \
+    >"$WORK/tokenizer.json"
+expect "truncation and padding" 0 "$PTST" info "$WORK/tokenizer.json"
+has "truncation and padding" "ignored: truncation, padding"
 
 # ---- render ----
 expect "render CV" 0 "$PTST" render --template CV -- '-What is 1+1?'

@@ -1157,7 +1157,16 @@ static int command_merge(args *a) {
 
 /* ========================================================================= info and check ==== */
 
-enum kind { KIND_UNKNOWN, KIND_MODEL, KIND_ADAPTER, KIND_TENSORS, KIND_JSON, KIND_JSONL, KIND_JINJA };
+enum kind {
+    KIND_UNKNOWN,
+    KIND_MODEL,
+    KIND_ADAPTER,
+    KIND_TOKENIZER,
+    KIND_TENSORS,
+    KIND_JSON,
+    KIND_JSONL,
+    KIND_JINJA
+};
 
 static bool ends_with(const char *s, const char *end) {
     size_t n = strlen(s), m = strlen(end);
@@ -1176,7 +1185,12 @@ static enum kind kind_of(args *a, const char *path) {
     if (ptst__path_kind(path) == 2) {
         return file_in(a, path, "adapter_config.json") ? KIND_ADAPTER
                : file_in(a, path, "config.json")       ? KIND_MODEL
-                                                       : KIND_UNKNOWN;
+               : file_in(a, path, "tokenizer.json") || file_in(a, path, "tokenizer.model")
+                   ? KIND_TOKENIZER
+                   : KIND_UNKNOWN;
+    }
+    if (strcmp(path, "tokenizer.json") == 0 || ends_with(path, "/tokenizer.json")) {
+        return KIND_TOKENIZER;
     }
     return ends_with(path, ".safetensors") || ends_with(path, ".safetensors.index.json")
                ? KIND_TENSORS
@@ -1281,11 +1295,18 @@ static ptst_code check_adapter(args *a, const char *path) {
     return code;
 }
 
+static ptst_code check_tokenizer(args *a, const char *path) {
+    ptst_tokenizer *t = ptst_tokenizer_load(a->c, path);
+    ptst_tokenizer_free(a->c, t);
+    return t == NULL ? ptst_error_code(a->c) : PTST_OK;
+}
+
 static ptst_code check_path(args *a, const char *path) {
     ptst_json *j;
     switch (kind_of(a, path)) {
     case KIND_MODEL: return check_model(a, path);
     case KIND_ADAPTER: return check_adapter(a, path);
+    case KIND_TOKENIZER: return check_tokenizer(a, path);
     case KIND_TENSORS: return check_tensors(a, path);
     case KIND_JSONL: return check_jsonl(a, path);
     case KIND_JINJA: return check_jinja(a, path);
@@ -1545,6 +1566,22 @@ static int info_adapter(args *a, const char *path) {
     return info_tensors(a, path);
 }
 
+/* A tokenizer without model. */
+static int info_tokenizer(args *a, const char *path) {
+    ptst_tokenizer *t = ptst_tokenizer_load(a->c, path);
+    if (t == NULL) {
+        failed(a);
+        return EXIT_WORK;
+    }
+    printf(given(a, "--json") ? "{\"kind\": \"tokenizer\", \"tokens\": %d, \"ignored\": \"%s\"}\n"
+                              : "tokenizer of %d tokens\nignored: %s\n",
+           (int)ptst_vocab_size(t),
+           ptst_tokenizer_notes(t)[0] == 0 && !given(a, "--json") ? "nothing"
+                                                                  : ptst_tokenizer_notes(t));
+    ptst_tokenizer_free(a->c, t);
+    return 0;
+}
+
 static int command_info(args *a) {
     const char *path;
     if (!one_argument(a, "path", &path)) {
@@ -1560,6 +1597,7 @@ static int command_info(args *a) {
     case KIND_MODEL:
         return given(a, "--quantization-error") ? info_quantization(a, path) : info_model(a, path);
     case KIND_ADAPTER: return info_adapter(a, path);
+    case KIND_TOKENIZER: return info_tokenizer(a, path);
     case KIND_TENSORS: return info_tensors(a, path);
     default:
         if (check_path(a, path) != PTST_OK) {

@@ -4,14 +4,15 @@
     pip install tokenizers==0.23.3
     cc -O2 -pthread -o ptst tools/ptst.c -lm
     python3 tools/tokenizer_fuzz.py --ptst ./ptst [--texts N] [--seed N] [--points]
-            [--mix N] [--record FILE] TOKENIZER.JSON ...
+            [--mix N] [--train N] [--record FILE] TOKENIZER.JSON ...
 
 For every tokenizer: N random strings (all planes, runs of white space, control characters, line
 breaks, combining marks, emoji sequences, digits, code, tokens of the vocabulary, added tokens and
 pieces of them, words of up to 10 kB), ids with and without special tokens, and the text of these ids and of random ids. --points adds every
 code point for itself and between letters. --mix makes N further tokenizers out of each: its
 vocabulary with normalizers, pre-tokenizers, decoders and added tokens of many models, drawn at
-random. --record writes some of the cases that are most telling to a file for the tests.
+random; --train as many out of vocabularies made here, with marks of subwords and of ends of words.
+--record writes some of the cases that are most telling to a file for the tests.
 Prints a line for each tokenizer and ends with 1 if anything differs.
 """
 import argparse
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -87,23 +88,71 @@ def cutter(rnd):
                  "behavior": rnd.choice(BEHAVIOURS), "invert": rnd.random() < 0.2}])()
 
 
+def trained(rnd):
+    """A small tokenizer of its own: prefixes of subwords, ends of words, any unknown token."""
+    prefix, suffix = rnd.choice(["", "##", "-"]), rnd.choice(["", "</w>", "_"])
+    parts = {"unk_token": rnd.choice([None, "<unk>"])}
+    parts.update({"continuing_subword_prefix": prefix} if prefix else {})
+    parts.update({"end_of_word_suffix": suffix} if suffix else {})
+    t = Tokenizer(models.BPE(**parts))
+    t.pre_tokenizer = rnd.choice([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Whitespace(),
+                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    parts.pop("unk_token")
+    corpus = [string(rnd, []) for _ in range(300)] + WORDS * 3 + PIECES * 2
+    t.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=rnd.randrange(300, 900), special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
+        limit_alphabet=rnd.choice([100, 400]), **parts))
+    base = json.loads(t.to_str())
+    base["decoder"] = {"type": "BPEDecoder", "suffix": suffix or "</w>"}
+    return base
+
+
+def around(t, rnd):
+    """A post-processor with tokens of the vocabulary."""
+    a, b = (rnd.choice(list(t["model"]["vocab"].items())) for _ in range(2))
+    special = [{"SpecialToken": {"id": x[0], "type_id": 0}} for x in (a, b)]
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    template = {"type": "TemplateProcessing",
+                "single": rnd.choice([[text], [special[0], text], [text, special[1]],
+                                      [special[0], special[1], text, special[0]]]),
+                "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {x[0]: {"id": x[0], "ids": [x[1]], "tokens": [x[0]]} for x in (a, b)}}
+    level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    roberta = {"type": "RobertaProcessing", "sep": list(a), "cls": list(b), "trim_offsets": True,
+               "add_prefix_space": False}
+    return rnd.choice([None, level, template, roberta, {"type": "BertProcessing", "sep": list(a), "cls": list(b)},
+                       {"type": "Sequence", "processors": [level, template]}])
+
+
 def mixed(base, rnd):
     """A tokenizer with the vocabulary of base and other parts drawn at random."""
     t = copy.deepcopy(base)
+    t["post_processor"] = around(t, rnd)
+    if rnd.random() < 0.5:  # the other spelling
+        t["model"]["merges"] = [m if isinstance(m, list) else m.split(" ") for m in t["model"]["merges"]]
+    if rnd.random() < 0.3:
+        t["decoder"] = rnd.choice([
+            None, {"type": "BPEDecoder", "suffix": rnd.choice(["</w>", "e"])}, {"type": "Fuse"},
+            {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"Regex": "[a-d]+"}, "content": "*"}, {"type": "ByteFallback"},
+                {"type": "Fuse"}, {"type": "Strip", "content": rnd.choice([" ", "T"]),
+                                   "start": rnd.randrange(3), "stop": rnd.randrange(3)}]},
+            {"type": "Strip", "content": rnd.choice([" ", "e", "▁"]), "start": 1, "stop": 1}])
     byte_level = "Ġ" in t["model"]["vocab"]
     scheme = ""
     steps = [cutter(rnd) for _ in range(rnd.choice([0, 0, 1, 1, 2, 3]))]
     if byte_level:
         steps.append(level(rnd))
         steps += [cutter(rnd) for _ in range(rnd.choice([0, 0, 0, 1]))]
-        t["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
-                        "use_regex": True}
+        if rnd.random() < 0.9:
+            t["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
+                            "use_regex": True}
     elif rnd.random() < 0.6:
         scheme = rnd.choice(["always", "first", "never"])
         meta = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme,
                 "split": rnd.random() < 0.5}
         steps.insert(0 if scheme == "first" else rnd.randrange(len(steps) + 1), meta)
-        t["decoder"] = rnd.choice([meta, t["decoder"]])
+        t["decoder"] = rnd.choice([meta, base["decoder"]])
     t["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps} if steps else None
     norm = [rnd.choice(NORMALIZERS) for _ in range(rnd.choice([0, 1, 1, 2, 3]))]
     if scheme == "first":  # which characters it counts as the first depends on their offsets
@@ -115,6 +164,9 @@ def mixed(base, rnd):
     model["fuse_unk"] = rnd.random() < 0.5
     if rnd.random() < 0.15:
         model["unk_token"] = None
+    if rnd.random() < 0.3:  # whatever the file says, the reference gives ids in order
+        for a in t["added_tokens"]:
+            a["id"] += rnd.randrange(3)
     if not byte_level:
         model["byte_fallback"] = rnd.random() < 0.7
     most = max(list(model["vocab"].values()) + [a["id"] for a in t["added_tokens"]])
@@ -330,21 +382,27 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--points", action="store_true")
     parser.add_argument("--mix", type=int, default=0)
+    parser.add_argument("--train", type=int, default=0)
     parser.add_argument("--only-mix", action="store_true")
     parser.add_argument("--record", help="for the tests: mixed tokenizers are small enough to keep")
-    parser.add_argument("files", nargs="+")
+    parser.add_argument("files", nargs="*")
     options = parser.parse_args()
     os.environ["RUST_BACKTRACE"] = "0"
     rnd = random.Random(options.seed)
     total = failures = 0
     record = []
-    for path in options.files:
-        with open(path, encoding="utf-8") as file:
-            base = json.load(file)
-        if options.record:
+    for path in options.files + ["trained"] * (options.train != 0):
+        todo = [] if options.only_mix or path == "trained" else [(path, None)]
+        if path == "trained":
+            base = trained(rnd)
+            todo += [("trained, mix %d" % i, mixed(trained(rnd), rnd)) for i in range(options.train)]
+        else:
+            with open(path, encoding="utf-8") as file:
+                base = json.load(file)
+        if options.record and path != "trained":
             base = small(base)
-        todo = [] if options.only_mix else [(path, None)]
-        todo += [("%s, mix %d" % (path, i), mixed(base, rnd)) for i in range(options.mix)]
+        if path != "trained":
+            todo += [("%s, mix %d" % (path, i), mixed(base, rnd)) for i in range(options.mix)]
         for name, t in todo:
             added = [a["content"] for a in (t or base)["added_tokens"]]
             vocab = list((t or base)["model"]["vocab"])
