@@ -13462,12 +13462,12 @@ static ptst__jvalue ptst__j_f_sort(ptst__jrun *r, ptst__jvalue self, const ptst_
     bool reverse;
     (void)a;
     for (i = 0; r->code == PTST_OK && i < list.as.list->count; i++) {
-        ptst__jvalue item = list.as.list->items[i], key;
+        ptst__jvalue item = list.as.list->items[i];
+        ptst__jvalue key = ptst__j_list(r, PTST__J_LIST, NULL, 0); /* equal ones need no order */
         if (p[2].kind != PTST__J_STRING) {
-            key = ptst__j_fold(r, ptst__j_path(r, item, p[2], none), p[1]);
+            ptst__j_push(r, key, ptst__j_fold(r, ptst__j_path(r, item, p[2], none), p[1]));
         } else { /* several attributes: "a,b" */
             const ptst__jstring *s = p[2].as.string;
-            key = ptst__j_list(r, PTST__J_LIST, NULL, 0);
             for (k = from = 0; k <= s->size; k++) {
                 if (k == s->size || s->bytes[k] == ',') {
                     ptst__jvalue part = ptst__j_path(r, item, ptst__j_sub(r, p[2], from, k), none);
