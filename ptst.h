@@ -735,8 +735,8 @@ typedef struct ptst_config {
     size_t eos_count;
 } ptst_config;
 
-/* How the model's makers want it to be sampled: generation_config.json, or config.json where that
-   is silent. 0 (and false) = not given. */
+/* How the model's makers want it to be sampled: generation_config.json, or without such a file the
+   end tokens of config.json. 0 (and false) = not given. */
 typedef struct ptst_generation_config {
     int32_t eos_token_id[PTST_EOS_MAX]; /* any of them ends an answer */
     size_t eos_count;
@@ -25041,6 +25041,7 @@ static ptst_code ptst__model_read_config(ptst_ctx *c, ptst_model *m, const char 
         code = ptst__path_join(c, &path, folder, "generation_config.json");
     }
     if (code == PTST_OK && ptst__path_kind(path.data) != 0) {
+        n->eos_count = 0; /* if the file is there, transformers takes no end token from elsewhere */
         j = ptst_json_load(c, path.data);
         code =
             j == NULL ? ptst_error_code(c) : ptst__generation_parse(c, j, path.data, n, &m->notes);
@@ -25171,7 +25172,7 @@ PTST_API ptst_code ptst_model_unfreeze(ptst_ctx *c, ptst_model *m) {
 static bool ptst__model_whole(const ptst_model *m) { return m->lengthy || m->dynamic; }
 
 /* Phi 3 with longrope: a sequence that grows beyond this length turns otherwise from its first
-   token on, so what was cached is computed again, as transformers does for this family; 0 = none. */
+   token on, so what was cached is computed again, as in transformers for this family; 0 = none. */
 static size_t ptst__model_switch(const ptst_model *m) {
     return m->lengthy && m->fused ? (size_t)m->config.original_max_position_embeddings : 0;
 }

@@ -1497,6 +1497,7 @@ static void generation_config(void) {
           PTST_OK);
     m = ptst_model_load(c, f.path, PTST_DTYPE_FILE);
     CHECK(ptst_model_generation(m)->top_k == -1); /* off is not the same as not given */
+    CHECK(ptst_model_generation(m)->eos_count == 0 && ptst_model_config(m)->eos_count == 1);
     CHECK_TEXT(ptst_model_notes(m), "");
     ptst_model_free(c, m);
     models_folder_empty(&f, false);

@@ -277,13 +277,19 @@ def modules_of(config):
     return fused if config["model_type"] == "phi3" else plain
 
 
-def make(rnd, folder, family, long):
-    """A random model in a folder, with adapter and expected.safetensors."""
+def make_model(rnd, folder, family):
+    """config.json and weights."""
     config = random_config(rnd, family)
     with open(os.path.join(folder, "config.json"), "w") as file:
         json.dump(config, file, indent=2)
     empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     write_weights(rnd, folder, random_weights(rnd, empty, config, rnd.random() < 0.2))
+    return config
+
+
+def make(rnd, folder, family, long):
+    """A random model in a folder, with adapter and expected.safetensors."""
+    config = make_model(rnd, folder, family)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
                                                 attn_implementation="eager").eval()
     lengths, batch = (long or rnd.randint(20, 70), 9, 1), []
@@ -322,6 +328,13 @@ def make(rnd, folder, family, long):
 
 
 # ---- all families ----
+def quiet():
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", default="./check_models")
@@ -331,10 +344,7 @@ def main():
     parser.add_argument("--keep", help="folder for models that differ")
     parser.add_argument("families", nargs="*", default=FAMILIES)
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    quiet()
     failures = 0
     for family in options.families or FAMILIES:
         worst, refused = dict.fromkeys(ORDER, 0.0), []
@@ -370,4 +380,5 @@ def main():
     sys.exit(1 if failures else 0)
 
 
-main()
+if __name__ == "__main__":
+    main()

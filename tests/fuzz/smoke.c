@@ -22,14 +22,32 @@ static const char *const smoke_seeds[] = {
     "5[{\"prompt\": \"a\", \"answer\": \"b\"}, \"c\"]",
     "6{\"question\": \"a\", \"answer\": \"b #### 3\"}\n{\"question\": \"c\", \"answer\": \"d\"}\n",
     "7one\ntwo\n\nthree",
+    "0{\"model_type\":\"qwen2\",\"vocab_size\":23,\"hidden_size\":12,\"intermediate_size\":10,"
+    "\"num_hidden_layers\":2,\"num_attention_heads\":2,\"num_key_value_heads\":2,\"rope_scaling\":{"
+    "\"rope_type\":\"yarn\",\"factor\":2,\"truncate\":false,\"mscale\":1,\"mscale_all_dim\":0.5},"
+    "\"use_sliding_window\":true,\"sliding_window\":3,\"max_window_layers\":1,\"eos_token_id\":[1,2],"
+    "\"layer_types\":[\"full_attention\",\"sliding_attention\"]}",
+    "0{\"model_type\":\"phi3\",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,"
+    "\"num_hidden_layers\":1,\"num_attention_heads\":2,\"rope_scaling\":{\"type\":\"su\",\"short_factor\""
+    ":[1,1],\"long_factor\":[2,3]},\"original_max_position_embeddings\":7,\"sliding_window\":null,"
+    "\"partial_rotary_factor\":1.0,\"tie_word_embeddings\":true}",
+    "0{\"model_type\":\"gemma3_text\",\"vocab_size\":9,\"hidden_size\":6,\"intermediate_size\":5,"
+    "\"num_hidden_layers\":3,\"num_attention_heads\":2,\"num_key_value_heads\":1,\"head_dim\":4,"
+    "\"rope_parameters\":{\"full_attention\":{\"rope_type\":\"linear\",\"factor\":8.0,\"rope_theta\":1e6"
+    "},\"sliding_attention\":{\"rope_type\":\"default\"}},\"sliding_window_pattern\":2,"
+    "\"query_pre_attn_scalar\":4,\"final_logit_softcapping\":30,\"no_rope_layers\":[1,0]}",
+    "1{\"eos_token_id\":[5,6],\"temperature\":0.6,\"top_p\":0.9,\"top_k\":20,\"do_sample\":true,"
+    "\"repetition_penalty\":1.1,\"max_new_tokens\":99,\"min_p\":0.1,\"num_beams\":null}",
     "{\"t\":{\"dtype\":\"F32\",\"shape\":[2,1],\"data_offsets\":[0,8]},\"u\":{\"dtype\":\"BF16\","
     "\"shape\":[],\"data_offsets\":[8,10]},\"__metadata__\":{\"k\":\"v\"}}\n0123456789"};
+
+enum { SMOKE_SEEDS = (int)(sizeof smoke_seeds / sizeof smoke_seeds[0]) };
 
 /* One random change: a byte, a piece left out, doubled or moved, a piece of another seed. */
 static size_t smoke_change(ptst_rng *r, uint8_t *p, size_t n, size_t room) {
     static const char bytes[] = "{}[]()\",:|%#-0123456789eE\\\x00\xFF\xC3 \n";
     size_t at = ptst_rng_below(r, (uint32_t)n + 1), size = 1 + ptst_rng_below(r, 24);
-    const char *other = smoke_seeds[ptst_rng_below(r, 9)];
+    const char *other = smoke_seeds[ptst_rng_below(r, SMOKE_SEEDS)];
     switch (ptst_rng_below(r, 4)) {
     case 0:
         if (at < n) {
@@ -65,7 +83,7 @@ int main(int argc, char **argv) {
     ptst_rng r = {argc > 2 ? strtoull(argv[2], NULL, 10) : 1, 0, 0};
     unsigned long runs = 0;
     while (ptst__seconds() - start < seconds) {
-        const char *seed = smoke_seeds[ptst_rng_below(&r, 9)];
+        const char *seed = smoke_seeds[ptst_rng_below(&r, SMOKE_SEEDS)];
         uint8_t *exact, input[ROOM];
         size_t n = strlen(seed), changes = ptst_rng_below(&r, 12);
         memcpy(input, seed, n);
