@@ -290,6 +290,10 @@ says "changed rows are refused" '"rows" are not the same as then'
 expect "another mask is named" 1 tune --out "$WORK/b" --log "$WORK/b.log" --resume --mask separate
 says "another mask is named" "mask was joint and is separate now"
 expect "targets of more than 1000 bytes" 0 tune --out "$WORK/long" --targets 'model\.layers\.[0-3]\..*_proj'
+expect "a rate of 0 is not the default" 2 tune --out "$WORK/o" --lr 0
+expect "rank beside an adapter" 0 "$PTST" finetune --model $MODEL --train "$WORK/train.jsonl" --template TV \
+    --max-steps 1 --out "$WORK/more" --init-adapter "$WORK/a" --rank 4
+if grep -q "note: --rank counts for new adapters only" "$WORK/err"; then ok; else bad "no note on --rank"; fi
 expect "finetune --full" 0 tune --out "$WORK/full" --full
 expect "resume --full" 0 tune --out "$WORK/full" --full --resume
 expect "check a fully tuned model" 0 "$PTST" check "$WORK/full"

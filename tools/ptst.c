@@ -2272,7 +2272,7 @@ static bool get_choice(const args *a, const char *name, const char *zero, const 
 static bool get_train_options(const args *a, ptst_train_desc *t) {
     int64_t warmup, epochs, steps, batch, accumulate, context, seed;
     bool packing;
-    if (!get_number(a, "--lr", 0, 1e3, &t->lr) || !get_schedule(a, t) ||
+    if (!get_number(a, "--lr", 1e-30, 1e3, &t->lr) || !get_schedule(a, t) ||
         !get_integer(a, "--warmup", 0, 1e9, &warmup) ||
         !get_integer(a, "--epochs", 1, 1e6, &epochs) ||
         !get_integer(a, "--max-steps", 0, 1e9, &steps) ||
@@ -2352,12 +2352,12 @@ static bool get_long_rows(const args *a, ptst_long_rows *out) {
     return false;
 }
 
-/* The first option given that only an adapter has, NULL if there is none. */
-static const char *adapter_option(const args *a) {
-    static const char *const names[] = {"--init-adapter", "--rank",    "--alpha",
-                                        "--dropout",      "--targets", "--modules-to-save"};
+/* The first option given that only an adapter has, or only a new one; NULL if there is none. */
+static const char *adapter_option(const args *a, bool new_one) {
+    static const char *const names[] = {"--rank",            "--alpha",   "--targets",
+                                        "--modules-to-save", "--dropout", "--init-adapter"};
     size_t i;
-    for (i = 0; i < sizeof names / sizeof names[0]; i++) {
+    for (i = 0; i < (new_one ? 4 : sizeof names / sizeof names[0]); i++) {
         if (given(a, names[i])) {
             return names[i];
         }
@@ -2387,9 +2387,13 @@ static int command_finetune(args *a) {
         !get_long_rows(a, &desc.dataset.long_rows)) {
         return EXIT_CALL;
     }
-    if (given(a, "--full") && adapter_option(a) != NULL) {
+    if (given(a, "--full") && adapter_option(a, false) != NULL) {
         return bad_call("finetune: --full trains the weights themselves, %s is for an adapter",
-                        adapter_option(a));
+                        adapter_option(a, false));
+    }
+    if (given(a, "--init-adapter") && adapter_option(a, true) != NULL && !quiet(a)) {
+        fprintf(stderr, "note: %s counts for new adapters only, this one has its own\n",
+                adapter_option(a, true));
     }
     files.model = get(a, "--model");
     files.train = get(a, "--train");
