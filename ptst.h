@@ -870,7 +870,8 @@ PTST_API ptst_adapter *ptst_adapter_new(ptst_ctx *c, const ptst_model *m,
 /* Reads a PEFT folder (adapter_config.json, adapter_model.safetensors), with target_modules as a
    list or regular expression, exclude_modules, layers_to_transform, rank_pattern, alpha_pattern.
    Every tensor must find its weight and every target its tensors; a feature that is active there
-   and not supported here is named. */
+   and not supported here is named. Where Python knows more of regular expressions than we do, the
+   names of the tensors say which layers are meant, and a note says so. */
 PTST_API ptst_adapter *ptst_adapter_load(ptst_ctx *c, const ptst_model *m, const char *folder);
 /* A copy of its own. */
 PTST_API ptst_adapter *ptst_adapter_copy(ptst_ctx *c, const ptst_adapter *a);
@@ -885,7 +886,9 @@ PTST_API ptst_code ptst_adapter_save(ptst_ctx *c, const ptst_adapter *a, const c
                                      const char *base_model);
 /* Folds an adapter into its model: W + scale B A, computed in F32 and rounded once to the type of
    the weight. Everything else in the model's folder is copied; each file appears whole or not at
-   all, config.json last. out must be another folder. */
+   all, config.json last. The model keeps its shards. If it is tied and the adapter has an embedding
+   or a head of its own, the merged one is not (tie_word_embeddings false). out must be another
+   folder. */
 PTST_API ptst_code ptst_merge(ptst_ctx *c, const char *model_folder, const char *adapter_folder,
                               const char *out);
 
