@@ -987,6 +987,8 @@ typedef struct ptst_train_desc {
     uint64_t seed;       /* order and dropout */
     bool no_shuffle;     /* rows in the order of the dataset */
     bool no_prefix;      /* compute the common head of the rows of a batch for each row again */
+    size_t micro_batch_tokens;   /* a batch is computed some rows at a time, about so many tokens;
+                                    the memory of a step grows with it; 0 = see ptst__train_micro */
     bool gradient_checkpointing; /* keep only the input of each layer: less memory, about 40 % more
                                     time, the same results; done anyway if memory is short */
 } ptst_train_desc;
@@ -18676,8 +18678,9 @@ typedef struct ptst__tile {
     float alpha, beta;
     float *y;
     size_t ldy;
-    const float *ahead; /* a hint: ahead[k * b_step], k < K, is needed soon */
-    bool stream;        /* a hint, only with beta = 0: y is too large to be kept near */
+    const char *ahead; /* a hint: what lies at ahead + k * ahead_step, k < K, is needed soon */
+    size_t ahead_step; /* bytes */
+    bool stream;       /* a hint, only with beta = 0: y is too large to be kept near */
 } ptst__tile;
 
 struct ptst__adamw_factors;
@@ -19280,8 +19283,8 @@ PTST__UNUSED static void ptst__convert_from_f32(const ptst_ctx *c, void *dst, co
    Three kinds of product:
        large    as above
        short    few rows of Y: packing B is a large part of the work, so each task packs a panel of
-                it into its own buffer and multiplies at once, for all of K; F32 rows that lie as
-                the micro-kernel wants them are not even packed
+                it into its own buffer and multiplies at once, for all of K, while the next panel
+                is asked for; F32 rows that lie as the micro-kernel wants them are not even packed
        dots     very few rows (decoding) or columns (adapters of low rank): `dots` makes 4 x 4
                 scalar products of rows as they lie in memory. */
 
@@ -19296,7 +19299,8 @@ enum {
     PTST__PACK_ROWS = 32,   /* of B, in one task */
     PTST__UNPACKED = 1536,  /* up to so many columns of Y are made without packing A */
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
-    PTST__SHORT = 96,       /* and up to so many by tasks that pack for themselves */
+    PTST__SHORT = 96,       /* and up to so many by tasks that pack for themselves, */
+    PTST__MIDDLE = 384,     /* or so many, if A stays in the second cache */
     PTST__ALONE = 64 * 1024 /* multiplications that are done before another thread wakes up */
 };
 
@@ -19523,10 +19527,10 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     float *y = whole ? t->y : edge;
     const float *a = t->a, *b = t->b, *a3 = packed ? a : a + 3 * t->a_ld;
     size_t ld = t->a_ld, step = packed ? 8 : 1;
-    size_t ldy = whole ? t->ldy : 16, b_step = t->b_step, distance;
+    const char *ahead = t->ahead;
+    size_t ldy = whole ? t->ldy : 16, b_step = t->b_step, ahead_step = t->ahead_step;
     float alpha = whole ? t->alpha : 1, beta = whole ? t->beta : 0;
     bool stream = t->stream && whole && ((uintptr_t)y | ldy * sizeof *y) % 64 == 0;
-    distance = (size_t)((uintptr_t)t->ahead - (uintptr_t)b); /* saves a third pointer in the loop */
 #define PTST__X(i)                                                                                 \
     __m256 p##i = _mm256_setzero_ps(), q##i = _mm256_setzero_ps();                                 \
     if (whole && i < count && !stream) {                                                           \
@@ -19535,7 +19539,7 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     }
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
-    for (; K > 0; K--, a += step, a3 += step, b += b_step) {
+    for (; K > 0; K--, a += step, a3 += step, b += b_step, ahead += ahead_step) {
         __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8), ai;
 #define PTST__X(i)                                                                                 \
     if (i < count) {                                                                               \
@@ -19545,7 +19549,7 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     }
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
-        _mm_prefetch((const char *)((uintptr_t)b + distance), _MM_HINT_T1);
+        _mm_prefetch(ahead, _MM_HINT_T1);
     }
 #define PTST__X(i)                                                                                 \
     if (i < count) {                                                                               \
@@ -19870,8 +19874,8 @@ PTST__AVX512 static void ptst__pack_cols__avx512(float *dst, size_t width, const
     }
 }
 
-/* y = beta y + alpha sum, 16 numbers where mask is set. A whole cache line of a stream goes to memory
-   without being read first. */
+/* y = beta y + alpha sum, 16 numbers where mask is set. A whole cache line of a stream goes to
+   memory without being read first. */
 PTST__AVX512 PTST__INLINE void ptst__put16__avx512(float *y, __m512 sum, __mmask16 mask,
                                                    const ptst__tile *t) {
     sum = _mm512_mul_ps(sum, _mm512_set1_ps(t->alpha));
@@ -19891,7 +19895,9 @@ PTST__AVX512 PTST__INLINE void ptst__tile_rows__avx512(size_t K, const ptst__til
                                                        bool packed) {
     __mmask16 m0 = ptst__mask16__avx512(t->cols);
     __mmask16 m1 = t->cols > 16 ? ptst__mask16__avx512(t->cols - 16) : (__mmask16)0;
-    const float *a = t->a, *b = t->b, *ahead = t->ahead;
+    const float *a = t->a, *b = t->b;
+    const char *ahead = t->ahead;
+    size_t ahead_step = t->ahead_step;
     size_t rows = t->rows, ldy = t->ldy, b_step = t->b_step, ld = t->a_ld, step = packed ? 16 : 1;
     const float *a3 = a + 3 * ld, *a6 = a + 6 * ld, *a9 = a + 9 * ld, *a12 = a + 12 * ld;
     float *y = t->y;
@@ -19903,7 +19909,7 @@ PTST__AVX512 PTST__INLINE void ptst__tile_rows__avx512(size_t K, const ptst__til
     }
     PTST__ROWS_14(PTST__X)
 #undef PTST__X
-    for (; K > 0; K--, a += step, b += b_step, ahead += b_step) {
+    for (; K > 0; K--, a += step, b += b_step, ahead += ahead_step) {
         __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16), ai;
 #define PTST__X(i)                                                                                 \
     if (i < count) {                                                                               \
@@ -19915,7 +19921,7 @@ PTST__AVX512 PTST__INLINE void ptst__tile_rows__avx512(size_t K, const ptst__til
         PTST__ROWS_14(PTST__X)
 #undef PTST__X
         a3++, a6++, a9++, a12++;
-        _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+        _mm_prefetch(ahead, _MM_HINT_T1);
     }
 #define PTST__X(i)                                                                                 \
     if (i < count && i < rows) {                                                                   \
@@ -20264,7 +20270,7 @@ static double ptst__peak__neon(size_t rounds, float scale, float *sink) {
 /* One product, and the block of it that is being worked on. */
 typedef struct ptst__product {
     const struct ptst__kernels *kernels;
-    size_t M, N, K;
+    size_t M, N, K, threads;
     float alpha, beta;
     ptst__matrix A; /* as a matrix [K, M]: transposed if it lies row by row */
     ptst__matrix B;
@@ -20416,6 +20422,7 @@ static void ptst__tiles_task(void *arg, size_t task, int thread) {
     ptst__tile t;
     (void)thread;
     t.b_step = cols;
+    t.ahead_step = cols * sizeof(float);
     t.alpha = p->alpha;
     t.beta = p->k0 == 0 ? p->beta : 1;
     t.stream = t.beta == 0 && p->kc == p->K && p->M * p->N >= PTST__STREAM;
@@ -20430,7 +20437,7 @@ static void ptst__tiles_task(void *arg, size_t task, int thread) {
             ptst__tile_a(p, &t, p->m0 + m, p->k0,
                          p->packed_a + m / rows * kernels->a_width * p->kc);
             t.y = p->Y + (p->m0 + m) * p->ldy + p->n0 + n;
-            t.ahead = next < end ? next : t.b;
+            t.ahead = (const char *)(next < end ? next : t.b);
             next += 16;
             kernels->tile(p->kc, &t);
         }
@@ -20491,11 +20498,35 @@ static void ptst__short_pack_task(void *arg, size_t task, int thread) {
                      p->k0 + k, kc);
 }
 
-/* Task: all rows of one panel of columns of Y, for the blocks of K in [k0, k0 + kc). */
+/* What the n-th tile of a panel asks for: a part of the panel of B that this thread packs next (if
+   the threads go on in turn). It is in memory, perhaps nowhere nearer, and packing would wait for
+   each line. Rows of a transposed B follow each other, and so do the parts. */
+static void ptst__short_ahead(const ptst__product *p, ptst__tile *t, size_t at, size_t n, size_t k,
+                              size_t kc) {
+    const ptst__matrix *B = &p->B;
+    size_t cols = p->kernels->tile_cols, line = 64, row = ptst__dtype_bytes(B->dtype, B->ld);
+    size_t next = at + cols * p->threads, offset = line * kc * n;
+    t->ahead = (const char *)t->b;
+    t->ahead_step = 0;
+    if (next + cols > p->N) {
+        return;
+    }
+    if (B->transposed && offset < cols * row) {
+        t->ahead = (const char *)B->data + next * row + offset;
+        t->ahead_step = line;
+    } else if (!B->transposed && n < ptst__ceil_div(ptst__dtype_bytes(B->dtype, cols), line)) {
+        t->ahead = (const char *)B->data + k * row + ptst__dtype_bytes(B->dtype, next) + line * n;
+        t->ahead_step = row;
+    }
+}
+
+/* Task: rows of one panel of columns of Y, for the blocks of K in [k0, k0 + kc). */
 static void ptst__short_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
     const struct ptst__kernels *kernels = p->kernels;
-    size_t cols = kernels->tile_cols, rows = kernels->tile_rows, n = task * cols, k, kc, m;
+    size_t cols = kernels->tile_cols, rows = kernels->tile_rows, k, kc, m, count = 0;
+    size_t n = task % p->col_tasks * cols, m_first = task / p->col_tasks * p->task_rows;
+    size_t m_end = ptst__min(m_first + p->task_rows, p->M);
     const float *packed;
     float *own = p->own + (size_t)thread * cols * PTST__BLOCK_K;
     bool direct;
@@ -20514,16 +20545,32 @@ static void ptst__short_task(void *arg, size_t task, int thread) {
             ptst__pack_panel(kernels, own, cols, p->B, n, t.cols, p->k0 + k, kc);
             t.b = own;
         }
-        t.ahead = direct && p->k0 + k + kc + 8 <= p->K ? t.b + 8 * t.b_step : t.b;
+        t.ahead = (const char *)(p->k0 + k + kc + 8 <= p->K ? t.b + 8 * t.b_step : t.b);
+        t.ahead_step = t.b_step * sizeof(float);
         t.beta = p->k0 + k == 0 ? p->beta : 1;
-        packed = p->packed_a + ptst__ceil_div(p->M, rows) * k * kernels->a_width;
-        for (m = 0; m < p->M; m += rows, packed += kc * kernels->a_width) {
-            t.rows = ptst__min(rows, p->M - m);
+        packed = p->packed_a +
+                 (ptst__ceil_div(p->M, rows) * k + m_first / rows * kc) * kernels->a_width;
+        for (m = m_first; m < m_end; m += rows, packed += kc * kernels->a_width) {
+            t.rows = ptst__min(rows, m_end - m);
             ptst__tile_a(p, &t, m, p->k0 + k, packed);
             t.y = p->Y + m * p->ldy + n;
+            if (!direct) {
+                ptst__short_ahead(p, &t, n, count++, p->k0 + k, kc);
+            }
             kernels->tile(kc, &t);
         }
+        count = p->B.transposed ? count : 0;
     }
+}
+
+/* Cuts Y into panels, and these in rows if threads would have too few of them. */
+static size_t ptst__short_cut(ptst__product *p) {
+    size_t rows = p->kernels->tile_rows, wanted, parts;
+    p->col_tasks = ptst__ceil_div(p->N, p->kernels->tile_cols);
+    wanted = p->threads == 1 ? 1 : ptst__ceil_div(4 * p->threads, p->col_tasks);
+    parts = ptst__min(wanted, ptst__ceil_div(p->M, 4 * rows));
+    p->task_rows = ptst__ceil_div(ptst__ceil_div(p->M, parts), rows) * rows;
+    return p->col_tasks * ptst__ceil_div(p->M, p->task_rows);
 }
 
 /* Packs A for as many blocks of K as there is room for, then each task does a panel of B. */
@@ -20535,7 +20582,7 @@ static void ptst__gemm_short(ptst_ctx *c, ptst__product *p) {
         p->a_tasks = ptst__a_packed(p, p->M, panels);
         ptst__product_for(c, p->a_tasks * ptst__ceil_div(p->kc, p->k_step), ptst__short_pack_task,
                           p);
-        ptst__product_for(c, ptst__ceil_div(p->N, p->kernels->tile_cols), ptst__short_task, p);
+        ptst__product_for(c, ptst__short_cut(p), ptst__short_task, p);
     }
 }
 
@@ -20663,7 +20710,7 @@ static void ptst__gemm_run(ptst_ctx *c, ptst__product *p) {
     } else if (p->A.transposed && p->M > PTST__DOTS && p->N <= 2 * PTST__DOTS &&
                p->K <= room / p->N) {
         ptst__gemm_dots(c, p);
-    } else if (p->M <= PTST__SHORT) {
+    } else if (p->M <= PTST__SHORT || (p->M <= PTST__MIDDLE && p->K <= PTST__BLOCK_K)) {
         ptst__gemm_short(c, p);
     } else if (!p->A.transposed && p->N <= 2 * PTST__DOTS && p->M <= room / p->N) {
         ptst__gemm_turned(c, p);
@@ -20684,6 +20731,7 @@ PTST__UNUSED static void ptst__gemm(ptst_ctx *c, size_t M, size_t N, size_t K, f
     size_t a_floats = PTST__BLOCK_M / c->kernels->tile_rows * c->kernels->a_width * PTST__BLOCK_K;
     memset(&p, 0, sizeof p);
     p.kernels = c->kernels;
+    p.threads = (size_t)c->threads;
     p.M = M;
     p.N = N;
     p.K = K;
@@ -26335,8 +26383,8 @@ static void ptst__cap_task(void *arg, size_t row, int thread) {
     }
 }
 
-/* logits [rows, V], ld apart, become cap * tanh(logits / cap), with the slopes of that (or NULL); back: their
-   gradients become those of what they were before. */
+/* logits [rows, V], ld apart, become cap * tanh(logits / cap), with the slopes of that (or NULL);
+   back: their gradients become those of what they were before. */
 static void ptst__logits_cap(ptst_ctx *c, const ptst_model *m, size_t rows, float *logits,
                              size_t ld, float *slopes, bool back) {
     ptst__cap_job j;
@@ -26352,7 +26400,7 @@ static void ptst__logits_cap(ptst_ctx *c, const ptst_model *m, size_t rows, floa
     }
 }
 
-/* logits [rows, V], ld apart, of rows of f->normed from `first` on; slopes: see ptst__logits_cap. */
+/* logits [rows, V], ld apart, of rows of f->normed from `first` on; slopes: ptst__logits_cap. */
 static void ptst__flow_head(ptst_ctx *c, const ptst__flow *f, size_t first, size_t rows,
                             float *logits, size_t ld, float *slopes) {
     const ptst_model *m = f->m;
@@ -26822,7 +26870,7 @@ typedef struct ptst__pass {
     size_t head_rows;
     double *losses;   /* [head_rows] */
     float *logits;    /* [head_rows, V], ptst__head_ld floats apart */
-    float *slopes;    /* [head_rows, V], too, of the soft cap of the logits, NULL if there is none */
+    float *slopes;    /* [head_rows, V], too, of the soft cap of the logits, or NULL */
     float *dnormed;   /* [picks, C] */
     float *dx;        /* [N, C] */
     float *dpicked;   /* [picks, C] dx of the rows that the last layer works on */
@@ -28940,16 +28988,16 @@ static size_t ptst__train_take(ptst_trainer *t, ptst__cursor *at) {
     return taken;
 }
 
-/* Length of the common head of the rows of a batch: no label in it, and something left of each. */
-static size_t ptst__train_head(const ptst_trainer *t, size_t taken) {
+/* Length of the common head of rows of a batch: no label in it, and something left of each. */
+static size_t ptst__train_head(const ptst_trainer *t, const uint32_t *rows, size_t count) {
     const ptst_dataset *d = t->data;
-    const int32_t *first = d->tokens.data + d->rows[t->rows[0]].begin;
-    size_t head = d->rows[t->rows[0]].prompt - 1u, i, k;
-    if (taken < 2 || t->apart) {
+    const int32_t *first = d->tokens.data + d->rows[rows[0]].begin;
+    size_t head = d->rows[rows[0]].prompt - 1u, i, k;
+    if (count < 2 || t->apart) {
         return 0;
     }
-    for (i = 1; i < taken; i++) {
-        const ptst__sample *row = &d->rows[t->rows[i]];
+    for (i = 1; i < count; i++) {
+        const ptst__sample *row = &d->rows[rows[i]];
         const int32_t *tokens = d->tokens.data + row->begin;
         head = row->prompt - 1u < head ? row->prompt - 1u : head;
         for (k = 0; k < head && tokens[k] == first[k]; k++) {
@@ -28959,13 +29007,30 @@ static size_t ptst__train_head(const ptst_trainer *t, size_t taken) {
     return head < PTST__HEAD_MIN ? 0 : head;
 }
 
-/* Tokens, labels and segments of a batch of `taken` rows with a common head. */
-static ptst_batch ptst__train_fill(ptst_trainer *t, size_t taken, size_t head) {
+/* How many of the rows of a batch are computed at once: as many as have micro_batch_tokens, at
+   least one; or, since each time computes the head that all share, 16 times its length. */
+static size_t ptst__train_micro_rows(const ptst_trainer *t, const uint32_t *rows, size_t count,
+                                     size_t head) {
+    size_t most = t->desc.micro_batch_tokens, tokens = 0, n = 0;
+    most = head > most / 16 ? 16 * head : most;
+    for (; n < count; n++) {
+        size_t own = t->data->rows[rows[n]].count - 1u - head;
+        if (n > 0 && own > most - tokens) {
+            break;
+        }
+        tokens = own > most - tokens ? most : tokens + own;
+    }
+    return n;
+}
+
+/* Tokens, labels and segments of `count` rows with a common head. */
+static ptst_batch ptst__train_fill(ptst_trainer *t, const uint32_t *rows, size_t count,
+                                   size_t head) {
     const ptst_dataset *d = t->data;
     ptst_batch b;
     size_t at = 0, segments = 0, i, k;
     if (head != 0) {
-        memcpy(t->tokens, d->tokens.data + d->rows[t->rows[0]].begin, head * sizeof *t->tokens);
+        memcpy(t->tokens, d->tokens.data + d->rows[rows[0]].begin, head * sizeof *t->tokens);
         for (; at < head; at++) {
             t->labels[at] = -1;
         }
@@ -28973,8 +29038,8 @@ static ptst_batch ptst__train_fill(ptst_trainer *t, size_t taken, size_t head) {
         t->segments[segments].count = head;
         t->segments[segments++].prefix = -1;
     }
-    for (i = 0; i < taken; i++) {
-        const ptst__sample *row = &d->rows[t->rows[i]];
+    for (i = 0; i < count; i++) {
+        const ptst__sample *row = &d->rows[rows[i]];
         const int32_t *tokens = d->tokens.data + row->begin;
         const char *learn = d->learn.data + row->begin;
         t->segments[segments].begin = at;
@@ -29006,26 +29071,36 @@ static void ptst__train_next_step(const ptst_trainer *t, ptst__cursor *at) {
     }
 }
 
-/* Goes through the whole training without computing: the number of steps and the largest batch. */
+/* Makes room for `count` rows of a batch with a common head. */
+static void ptst__train_plan_rows(ptst_trainer *t, const uint32_t *rows, size_t count,
+                                  size_t head) {
+    size_t tokens = head, labels = 0, i;
+    for (i = 0; i < count; i++) {
+        const ptst__sample *row = &t->data->rows[rows[i]];
+        tokens += row->count - 1u - head;
+        labels += row->labels;
+    }
+    t->tokens_max = tokens > t->tokens_max ? tokens : t->tokens_max;
+    t->labels_max = labels > t->labels_max ? labels : t->labels_max;
+    t->segments_max = count + 1 > t->segments_max ? count + 1 : t->segments_max;
+}
+
+/* Goes through the whole training without computing: the number of steps and the most that is
+   computed at once. */
 static void ptst__train_plan(ptst_trainer *t) {
     ptst__cursor at = {0, 0, 0};
-    size_t batch, taken, i;
+    size_t batch, taken, i, n, head;
     for (; !ptst__train_at_end(t, &at); ptst__train_next_step(t, &at)) {
         for (batch = 0; batch < t->desc.accumulate; batch++) {
-            size_t head, tokens, labels = 0;
             taken = ptst__train_take(t, &at);
             if (taken == 0) {
                 break;
             }
-            head = tokens = ptst__train_head(t, taken);
-            for (i = 0; i < taken; i++) {
-                const ptst__sample *row = &t->data->rows[t->rows[i]];
-                tokens += row->count - 1u - head;
-                labels += row->labels;
+            head = ptst__train_head(t, t->rows, taken);
+            for (i = 0; i < taken; i += n) {
+                n = ptst__train_micro_rows(t, t->rows + i, taken - i, head);
+                ptst__train_plan_rows(t, t->rows + i, n, n > 1 ? head : 0);
             }
-            t->tokens_max = tokens > t->tokens_max ? tokens : t->tokens_max;
-            t->labels_max = labels > t->labels_max ? labels : t->labels_max;
-            t->segments_max = taken + 1 > t->segments_max ? taken + 1 : t->segments_max;
         }
     }
     t->steps = at.step;
@@ -29076,28 +29151,46 @@ static ptst_code ptst__train_not_finite(ptst_ctx *c, const ptst_trainer *t, cons
         (unsigned long long)t->at.step + 1, what);
 }
 
+/* Adds the gradients of batch number `number` (of the whole training), some rows at a time. Each
+   time has random numbers of its own for dropout. */
+static ptst_code ptst__train_batch(ptst_ctx *c, ptst_trainer *t, size_t taken, uint64_t number,
+                                   ptst_step *out, double *loss) {
+    uint64_t seed = t->desc.seed ^ ptst__stream_drop, piece = 0;
+    size_t head = ptst__train_head(t, t->rows, taken), i, n, labels = 0;
+    for (i = 0; i < taken; i += n) {
+        double sum = 0;
+        ptst_batch b;
+        ptst_code code;
+        n = ptst__train_micro_rows(t, t->rows + i, taken - i, head);
+        b = ptst__train_fill(t, t->rows + i, n, n > 1 ? head : 0);
+        code = ptst__pass_run(c, t->pass, &b, true, t->desc.dropout, seed, number + (piece << 40),
+                              &sum, &labels);
+        if (code != PTST_OK) {
+            return code;
+        }
+        piece++;
+        *loss += sum;
+        out->labels += labels;
+    }
+    for (i = 0; i < taken; i++) {
+        out->tokens += t->data->rows[t->rows[i]].count;
+    }
+    return PTST_OK;
+}
+
 /* Gradients of the sum of losses over the batches of one step. */
 static ptst_code ptst__train_gradients(ptst_ctx *c, ptst_trainer *t, ptst__cursor *at,
                                        ptst_step *out, double *loss) {
-    uint64_t seed = t->desc.seed ^ ptst__stream_drop;
-    size_t i, k, labels = 0, taken;
+    size_t i, taken;
     *loss = 0;
     for (i = 0; i < t->params_count; i++) {
         memset(t->params[i].grad, 0, t->params[i].count * sizeof *t->params[i].grad);
     }
     for (i = 0; i < t->desc.accumulate && (taken = ptst__train_take(t, at)) != 0; i++) {
-        size_t head = ptst__train_head(t, taken);
-        ptst_batch b = ptst__train_fill(t, taken, head);
-        double sum = 0;
-        ptst_code code = ptst__pass_run(c, t->pass, &b, true, t->desc.dropout, seed,
-                                        at->step * t->desc.accumulate + i, &sum, &labels);
+        ptst_code code =
+            ptst__train_batch(c, t, taken, at->step * t->desc.accumulate + i, out, loss);
         if (code != PTST_OK) {
             return code;
-        }
-        *loss += sum;
-        out->labels += labels;
-        for (k = 0; k < taken; k++) {
-            out->tokens += t->data->rows[t->rows[k]].count;
         }
     }
     return PTST_OK;
@@ -29105,8 +29198,15 @@ static ptst_code ptst__train_gradients(ptst_ctx *c, ptst_trainer *t, ptst__curso
 
 /* ---- options, resolved and as text ---- */
 
-static ptst_train_desc ptst__train_resolve(const ptst_train_desc *desc,
-                                           const ptst_config *config) {
+/* Tokens that are computed at once: enough that packing weights is a small part of multiplying by
+   them, which needs more if A does not stay in the second cache (see PTST__MIDDLE), and still more
+   if each time adds to the gradients of all weights. */
+static size_t ptst__train_micro(const ptst_config *config, bool full) {
+    return full ? 2048 : config->hidden_size <= PTST__BLOCK_K ? PTST__MIDDLE : 512;
+}
+
+static ptst_train_desc ptst__train_resolve(const ptst_train_desc *desc, const ptst_config *config,
+                                           bool full) {
     size_t longest = (size_t)config->max_position_embeddings;
     ptst_train_desc d;
     memset(&d, 0, sizeof d);
@@ -29122,6 +29222,8 @@ static ptst_train_desc ptst__train_resolve(const ptst_train_desc *desc,
     d.beta1 = d.beta1 == 0 ? 0.9 : d.beta1;
     d.beta2 = d.beta2 == 0 ? 0.999 : d.beta2;
     d.eps = d.eps == 0 ? 1e-8 : d.eps;
+    d.micro_batch_tokens =
+        d.micro_batch_tokens == 0 ? ptst__train_micro(config, full) : d.micro_batch_tokens;
     return d;
 }
 
@@ -29207,6 +29309,7 @@ static ptst_code ptst__train_options_text(ptst_ctx *c, const ptst_trainer *t, pt
     ptst__member_count(&m, "seed", d->seed);
     ptst__member_count(&m, "no_shuffle", d->no_shuffle);
     ptst__member_count(&m, "no_prefix", d->no_prefix);
+    ptst__member_count(&m, "micro_batch_tokens", d->micro_batch_tokens);
     ptst__member_text(&m, "rows", t->hash);
     return m.code == PTST_OK ? ptst__text_add(c, out, "}") : m.code;
 }
@@ -30044,7 +30147,7 @@ PTST_API ptst_trainer *ptst_trainer_new(ptst_ctx *c, ptst_model *model, ptst_ada
     if (t == NULL) {
         return NULL;
     }
-    t->desc = ptst__train_resolve(desc, config);
+    t->desc = ptst__train_resolve(desc, config, adapter == NULL);
     t->data = data;
     t->apart = t->desc.no_prefix || ptst__model_whole(model);
     t->order_epoch = UINT64_MAX;

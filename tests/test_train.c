@@ -302,14 +302,15 @@ static void train_rows_long(void) {
 /* ---- batches ---- */
 
 /* Takes a batch apart again and finds each of its rows. */
-static void tr_check_batch(const ptst_trainer *t, const ptst_batch *b, size_t taken, size_t head) {
+static void tr_check_batch(const ptst_trainer *t, const ptst_batch *b, const uint32_t *rows,
+                           size_t taken, size_t head) {
     size_t i, k;
     CHECK(b->count <= t->tokens_max && b->segments_count <= t->segments_max);
     CHECK(b->segments_count == taken + (head != 0));
     for (i = 0; i < taken; i++) {
         const ptst_segment *s = &b->segments[i + (head != 0)];
         size_t count = 0, prompt = 0;
-        const int32_t *row = ptst_dataset_row(t->data, t->rows[i], &count, &prompt);
+        const int32_t *row = ptst_dataset_row(t->data, rows[i], &count, &prompt);
         CHECK(s->prefix == (head != 0 ? 0 : -1) && s->count == count - 1 - head);
         for (k = 0; k < count - 1; k++) {
             size_t at = k < head ? k : s->begin + k - head;
@@ -329,15 +330,26 @@ static void tr_check_epochs(const tr_world *w, ptst_trainer *t) {
         for (k = 0; at.epoch == epoch && !ptst__train_at_end(t, &at);
              ptst__train_next_step(t, &at)) {
             for (i = 0; i < t->desc.accumulate; i++) {
-                size_t n = ptst__train_take(t, &at), head, r, tokens = 0;
+                size_t n = ptst__train_take(t, &at), head, r, tokens = 0, part;
                 ptst_batch b;
                 if (n == 0) {
                     break;
                 }
-                head = ptst__train_head(t, n);
+                head = ptst__train_head(t, t->rows, n);
                 CHECK((head != 0) == (n > 1 && !t->desc.no_prefix)); /* "<s>[INST] " */
-                b = ptst__train_fill(t, n, head);
-                tr_check_batch(t, &b, n, head);
+                for (r = 0; r < n; r += part) {
+                    size_t most = t->desc.micro_batch_tokens, shared;
+                    part = ptst__train_micro_rows(t, t->rows + r, n - r, head);
+                    shared = part > 1 ? head : 0;
+                    most = most < 16 * head ? 16 * head : most;
+                    b = ptst__train_fill(t, t->rows + r, part, shared);
+                    tr_check_batch(t, &b, t->rows + r, part, shared);
+                    CHECK(part == 1 || b.count - head <= most);
+                    CHECK(r + part == n || /* one more would have been too much */
+                          b.count - (shared != 0 ? head : part * head) +
+                                  t->data->rows[t->rows[r + part]].count - 1 - head >
+                              most);
+                }
                 for (r = 0; r < n; r++) {
                     order[epoch][k++] = t->rows[r];
                     seen[t->rows[r]]++;
@@ -372,6 +384,7 @@ static void train_batches(void) {
         desc.accumulate = (size_t)(k % 2) + 1;
         desc.no_shuffle = k % 4 == 3;
         desc.no_prefix = k % 6 == 5;
+        desc.micro_batch_tokens = k % 5 == 2 ? 1 : k % 5 == 3 ? 60 : 0;
         desc.batching = k < 12 ? PTST_BATCHING_EXAMPLES : PTST_BATCHING_PACKING;
         desc.context = 50;
         t = ptst_trainer_new(w.c, w.model, a, d, &desc);
@@ -426,10 +439,12 @@ static double tr_distance(const float *a, const float *b, size_t n) {
     return sqrt(difference / norm);
 }
 
-/* 8 rows at once, in 2, 4 and 8 parts, packed, and without the common head: the same training up to
-   the rounding of float sums in another order. 10 rows make the last window ragged. */
+/* 8 rows at once, in 2, 4 and 8 parts, packed, without the common head, and computed row by row: the
+   same training up to the rounding of float sums in another order. 10 rows make the last window
+   ragged. */
 static void train_equal_windows(void) {
-    static const size_t batch[] = {8, 4, 2, 1, 8, 4}, parts[] = {1, 2, 4, 8, 1, 2};
+    static const size_t batch[] = {8, 4, 2, 1, 8, 4, 8, 8}, parts[] = {1, 2, 4, 8, 1, 2, 1, 1};
+    const size_t other = sizeof batch / sizeof batch[0];
     tr_world w;
     ptst_dataset *d;
     double first[8] = {0}, losses[8];
@@ -437,26 +452,27 @@ static void train_equal_windows(void) {
     size_t n, i, k;
     tr_open(&w, 2);
     d = tr_dataset(&w);
-    for (k = 0; k < 7; k++) {
+    for (k = 0; k <= other; k++) {
         ptst_train_desc desc;
         memset(&desc, 0, sizeof desc);
         desc.epochs = 2;
-        desc.batch = k < 6 ? batch[k] : 4;
-        desc.accumulate = k < 6 ? parts[k] : 100;
-        desc.no_prefix = k >= 4;
+        desc.batch = k < other ? batch[k] : 4;
+        desc.accumulate = k < other ? parts[k] : 100;
+        desc.no_prefix = k >= 4 && k != 7;
+        desc.micro_batch_tokens = k == 6 || k == 7 ? 1 : 4096;
         desc.lr = 1e-2;
         desc.no_shuffle = true;
         desc.clip = 1;
         desc.weight_decay = 0.01;
         n = tr_train(&w, d, &desc, losses, &weights);
-        for (i = 0; i < 4 && k < 6; i++) {
+        for (i = 0; i < 4 && k < other; i++) {
             first[i] = k == 0 ? losses[i] : first[i];
             CHECK_NEAR(losses[i], first[i], 2e-6 * first[i]);
         }
         /* Adam divides by the root of the squared gradient, so tiny gradients turn rounding into
            steps: hence 1e-4 and not 1e-6 */
-        CHECK(k == 0 || k == 6 || tr_distance(reference, weights, n) < 1e-4);
-        CHECK(k != 6 || fabs(losses[0] - first[0]) > 1e-3); /* another window, another loss */
+        CHECK(k == 0 || k == other || tr_distance(reference, weights, n) < 1e-4);
+        CHECK(k != other || fabs(losses[0] - first[0]) > 1e-3); /* another window, another loss */
         if (k == 0) {
             reference = weights;
         } else {
@@ -909,12 +925,47 @@ static void train_finished(void) {
     tr_close(&w);
 }
 
+/* The same row twice in a batch: the same gradient as once, unless dropout differs, as it must where
+   rows are computed one after the other as well. */
+static void train_micro_dropout(void) {
+    tr_world w;
+    double losses[4];
+    float *weights[2][2] = {{NULL, NULL}, {NULL, NULL}};
+    size_t n = 0, count = 0;
+    int drop, twice;
+    tr_open(&w, 1);
+    for (drop = 0; drop < 2; drop++) {
+        for (twice = 0; twice < 2; twice++) {
+            ptst_dataset *all = tr_dataset(&w), *d = ptst_dataset_new(w.c, NULL);
+            const int32_t *row = ptst_dataset_row(all, 0, &count, NULL);
+            ptst_train_desc desc;
+            int i;
+            for (i = 0; i <= twice; i++) {
+                CHECK(ptst_dataset_add_tokens(w.c, d, row, count, 2) == PTST_OK);
+            }
+            memset(&desc, 0, sizeof desc);
+            desc.epochs = 1;
+            desc.batch = 2;
+            desc.micro_batch_tokens = 1;
+            desc.dropout = drop ? 0.5 : 0;
+            n = tr_train(&w, d, &desc, losses, &weights[drop][twice]);
+            ptst_dataset_free(w.c, all);
+            ptst_dataset_free(w.c, d);
+        }
+        /* Adam's first step is the sign of the gradient, so rounding moves few weights */
+        CHECK((tr_distance(weights[drop][0], weights[drop][1], n) < 1e-6) == !drop);
+        free(weights[drop][0]);
+        free(weights[drop][1]);
+    }
+    tr_close(&w);
+}
+
 static void train_other_options(void) {
     static const char *const names[] = {
         "lr",      "schedule",   "gamma",        "warmup",    "epochs",       "max_steps",
         "batch",   "accumulate", "batching",     "context",   "weight_decay", "clip",
         "dropout", "seed",       "no_shuffle",   "no_prefix", "rows",         "mask",
-        "rank",    "targets",    "first weights"};
+        "rank",    "targets",    "first weights", "micro_batch_tokens"};
     tr_world w;
     tr_run run;
     ptst_lora_desc lora;
@@ -950,6 +1001,7 @@ static void train_other_options(void) {
         d.train.seed = strcmp(name, "seed") == 0 ? 12 : d.train.seed;
         d.train.no_shuffle = strcmp(name, "no_shuffle") == 0;
         d.train.no_prefix = strcmp(name, "no_prefix") == 0;
+        d.train.micro_batch_tokens = strcmp(name, "micro_batch_tokens") == 0 ? 7 : 0;
         d.examples_count -= strcmp(name, "rows") == 0;
         d.dataset.mask = strcmp(name, "mask") == 0 ? PTST_MASK_SEPARATE : PTST_MASK_JOINT;
         lora.rank = strcmp(name, "rank") == 0 ? 4 : 0;
@@ -1313,6 +1365,7 @@ static void suite_train(void) {
     RUN(train_bad_state);
     RUN(train_kill_and_resume);
     RUN(train_finished);
+    RUN(train_micro_dropout);
     RUN(train_other_options);
     RUN(train_mix);
     RUN(train_full);

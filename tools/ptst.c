@@ -840,6 +840,7 @@ static const option finetune_options[] = {
     {"--long-rows", "HOW", "cut", "rows longer than the context: cut, drop or error"},
     {"--weight-decay", "X", "0", "AdamW weight decay"},
     {"--clip", "X", "0", "clips the gradient's norm; 0 = off"},
+    {"--micro-batch-tokens", "N", "0", "computes a batch in parts of about N tokens; 0 = by model"},
     {"--gradient-checkpointing", NULL, NULL,
      "less memory for about 40 % more time, the same results"},
     {"--no-shuffle", NULL, NULL, "keeps the order of the file"},
@@ -960,6 +961,7 @@ static const option bench_train_options[] = {
     {"--prefix", "P", "0", "first tokens that all rows share"},
     {"--rank", "N", "8", "LoRA rank"},
     {"--targets", "LIST", "q_proj,v_proj", "linear layers with LoRA, or all-linear"},
+    {"--micro-batch-tokens", "N", "0", "computes a batch in parts of about N tokens; 0 = by model"},
     {"--gradient-checkpointing", NULL, NULL, "computes the layers again for the backward pass"},
     {"--full", NULL, NULL, "trains all weights"},
     {"--steps", "N", "3", "timed steps; the median is printed"},
@@ -2124,7 +2126,7 @@ static int bench_train_report(args *a, const loaded *l, ptst_trainer *t, int64_t
 }
 
 static int command_bench_train(args *a) {
-    int64_t batch, seq, prefix, rank, steps;
+    int64_t batch, seq, prefix, rank, steps, micro;
     ptst_lora_desc lora;
     ptst_train_desc train;
     ptst_dataset *data = NULL;
@@ -2136,6 +2138,7 @@ static int command_bench_train(args *a) {
     if (!get_integer(a, "--batch", 1, 4096, &batch) || !get_integer(a, "--seq", 2, 1e6, &seq) ||
         !get_integer(a, "--prefix", 0, (double)seq - 1, &prefix) ||
         !get_integer(a, "--rank", 1, 4096, &rank) ||
+        !get_integer(a, "--micro-batch-tokens", 0, 1e9, &micro) ||
         !get_integer(a, "--steps", 1, RUNS_MAX, &steps)) {
         return EXIT_CALL;
     }
@@ -2154,6 +2157,7 @@ static int command_bench_train(args *a) {
     train.batch = (size_t)batch;
     train.epochs = (uint64_t)steps + 1;
     train.no_shuffle = true;
+    train.micro_batch_tokens = (size_t)micro;
     train.gradient_checkpointing = given(a, "--gradient-checkpointing");
     if (code == 0) {
         data = bench_rows(a, ptst_model_config(l.model), (size_t)batch, (size_t)seq, (size_t)prefix);
@@ -2270,7 +2274,7 @@ static bool get_choice(const args *a, const char *name, const char *zero, const 
 
 /* Options of the optimiser and of the batches. */
 static bool get_train_options(const args *a, ptst_train_desc *t) {
-    int64_t warmup, epochs, steps, batch, accumulate, context, seed;
+    int64_t warmup, epochs, steps, batch, accumulate, context, seed, micro;
     bool packing;
     if (!get_number(a, "--lr", 1e-30, 1e3, &t->lr) || !get_schedule(a, t) ||
         !get_integer(a, "--warmup", 0, 1e9, &warmup) ||
@@ -2279,6 +2283,7 @@ static bool get_train_options(const args *a, ptst_train_desc *t) {
         !get_integer(a, "--batch", 1, 65536, &batch) ||
         !get_integer(a, "--accumulate", 1, 65536, &accumulate) ||
         !get_integer(a, "--context", 2, 1e7, &context) ||
+        !get_integer(a, "--micro-batch-tokens", 0, 1e9, &micro) ||
         !get_integer(a, "--seed", 0, 9e15, &seed) ||
         !get_number(a, "--weight-decay", 0, 1e3, &t->weight_decay) ||
         !get_number(a, "--clip", 0, 1e9, &t->clip) ||
@@ -2291,6 +2296,7 @@ static bool get_train_options(const args *a, ptst_train_desc *t) {
     t->batch = (size_t)batch;
     t->accumulate = (size_t)accumulate;
     t->context = (size_t)context;
+    t->micro_batch_tokens = (size_t)micro;
     t->seed = (uint64_t)seed;
     t->batching = packing ? PTST_BATCHING_PACKING : PTST_BATCHING_EXAMPLES;
     t->no_shuffle = given(a, "--no-shuffle");
