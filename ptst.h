@@ -1724,9 +1724,14 @@ static ptst_code ptst__fail_memory(ptst_ctx *c, size_t size) {
 
 /* Failure of a system call on a path. */
 static ptst_code ptst__fail_errno(ptst_ctx *c, const char *path, const char *verb, int error) {
+    const char *end = strrchr(path, '/');
     ptst_code code = error == ENOENT || error == ENOTDIR ? PTST_ERR_NOT_FOUND
                      : error == ENOMEM                   ? PTST_ERR_MEMORY
                                                          : PTST_ERR_IO;
+    if (error == ENOTDIR && end != NULL && strcmp(verb, "open") == 0) {
+        return ptst__fail(c, code, "%.*s: is a file, a folder with %s was expected",
+                          (int)(end - path < 4096 ? end - path : 4096), path, end + 1);
+    }
     return ptst__fail(c, code, "%s: cannot %s: %s", path, verb, strerror(error));
 }
 
@@ -9842,7 +9847,8 @@ static bool ptst__j_hashable(ptst__jrun *r, ptst__jvalue key) {
         }
         r->depth--;
     }
-    if (key.kind == PTST__J_LIST || key.kind == PTST__J_DICT) {
+    if (key.kind == PTST__J_LIST || key.kind == PTST__J_DICT || key.kind == PTST__J_KEYS ||
+        key.kind == PTST__J_ITEMS) {
         ptst__j_fail(r, PTST_ERR_FORMAT, "unhashable type: '%s'", ptst__j_type(key));
         return false;
     }
@@ -10875,6 +10881,26 @@ static void ptst__j_group(char *to, const char *from, const ptst__jspec *p, size
     memcpy(to, from + whole, rest + 1);
 }
 
+/* What "#" makes of a float without a type: no zero and no point is left out. `number` holds what
+   would stand without it. */
+static void ptst__j_float_full(char *number, size_t room, double f, int precision) {
+    char *e = strchr(number, 'e');
+    if (precision >= 0) {
+        int n = precision == 0 ? 1 : precision, exponent;
+        snprintf(number, room, "%#.*e", n - 1, f);
+        exponent = (int)strtol(strchr(number, 'e') + 1, NULL, 10);
+        if (exponent >= -4 && exponent < n - 1) {
+            snprintf(number, room, "%#.*f", n - 1 - exponent, f);
+        }
+        if ((e = strchr(number, ',')) != NULL) { /* the locale's decimal point */
+            *e = '.';
+        }
+    } else if (e != NULL && strchr(number, '.') == NULL) {
+        memmove(e + 1, e, strlen(e) + 1);
+        *e = '.';
+    }
+}
+
 /* Text of |f| in `to` (PTST__J_NUMBER bytes). */
 static void ptst__j_float_body(char *to, double f, const ptst__jspec *p, size_t width) {
     char format[8] = "%.*f", number[PTST__J_NUMBER / 2];
@@ -10883,14 +10909,18 @@ static void ptst__j_float_body(char *to, double f, const ptst__jspec *p, size_t 
     size_t i;
     if (!(f - f == 0)) {
         memcpy(to, f != f ? "nan" : "inf", 4);
-    } else if (p->type == 0 && p->precision < 0) {
-        ptst__j_float_text(number, f);
-        ptst__j_group(to, number, p, width);
     } else if (p->type == 0) {
         int n = p->precision == 0 ? 1 : p->precision; /* like g, but the exponent comes earlier */
         char digits[PTST__J_NUMBER / 2];
-        snprintf(digits, sizeof digits, "%.*e", n - 1, f);
-        ptst__j_float_layout(number, digits, n - 1);
+        if (n < 0) {
+            ptst__j_float_text(number, f);
+        } else {
+            snprintf(digits, sizeof digits, "%.*e", n - 1, f);
+            ptst__j_float_layout(number, digits, n - 1);
+        }
+        if (p->alternate) {
+            ptst__j_float_full(number, sizeof number, f, p->precision);
+        }
         ptst__j_group(to, number, p, width);
     } else {
         if (p->alternate) {
@@ -11664,10 +11694,19 @@ static ptst__jvalue ptst__j_lines(ptst__jrun *r, ptst__jvalue v, bool keep) {
     return out;
 }
 
+/* An argument that is an int of C in Python. */
+static int64_t ptst__j_need_small(ptst__jrun *r, ptst__jvalue v, int64_t fallback) {
+    int64_t n = ptst__j_need_int(r, v, fallback);
+    if (n > INT32_MAX || n < INT32_MIN) {
+        ptst__j_fail(r, PTST_ERR_FORMAT, "an integer beyond 32 bits");
+    }
+    return n;
+}
+
 static ptst__jvalue ptst__j_m_splitlines(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
                                          const ptst__jargs *a) {
     (void)a;
-    return ptst__j_lines(r, self, ptst__j_need_int(r, p[0], 0) != 0);
+    return ptst__j_lines(r, self, ptst__j_need_small(r, p[0], 0) != 0);
 }
 
 /* self.replace(old, new, count) for strings; count < 0 = all */
@@ -12337,7 +12376,7 @@ static ptst__jvalue ptst__j_m_zfill(ptst__jrun *r, ptst__jvalue self, const ptst
 static ptst__jvalue ptst__j_m_expandtabs(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
                                          const ptst__jargs *a) {
     const ptst__jstring *s = self.as.string;
-    int64_t size = ptst__j_need_int(r, p[0], 8);
+    int64_t size = ptst__j_need_small(r, p[0], 8);
     ptst__jsink o = {NULL, NULL, 0, 0};
     size_t i, n, column = 0, fill;
     (void)a;
@@ -13320,7 +13359,8 @@ static ptst__jvalue ptst__j_round_int(ptst__jrun *r, ptst__jvalue v, int64_t n) 
 
 static ptst__jvalue ptst__j_f_round(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
                                     const ptst__jargs *a) {
-    int64_t n = ptst__j_need_int(r, p[0], 0);
+    bool whole = p[0].kind == PTST__J_NONE; /* Python's round(x, None) is an int */
+    int64_t n = whole ? 0 : ptst__j_need_int(r, p[0], 0);
     ptst__jvalue method = ptst__j_given(p[1]) ? p[1] : ptst__j_text(r, "common");
     double scale, f;
     (void)a;
@@ -13338,7 +13378,20 @@ static ptst__jvalue ptst__j_f_round(ptst__jrun *r, ptst__jvalue self, const ptst
         if (ptst__j_is_int(self)) {
             return ptst__j_round_int(r, self, n);
         }
-        return ptst__j_float(ptst__j_round(f, n), self.mark);
+        f = ptst__j_round(f, n);
+        if (!whole) {
+            return ptst__j_float(f, self.mark);
+        }
+        if (!(f - f == 0)) {
+            return ptst__j_fail(r, PTST_ERR_FORMAT, "cannot round this number");
+        }
+        return fabs(f) < 9.2e18 ? ptst__j_int((int64_t)f, self.mark) : ptst__j_fail_big(r);
+    }
+    if (whole) {
+        return ptst__j_fail(r, PTST_ERR_FORMAT, "precision must be an int");
+    }
+    if (ptst__j_is_int(self) && n >= 0) { /* 10^n is an int too: nothing to round */
+        return ptst__j_float(f, self.mark);
     }
     scale = pow(10, (double)n);
     f = method.as.string->bytes[0] == 'c' ? ceil(f * scale) : floor(f * scale);
@@ -13602,13 +13655,21 @@ static ptst__jvalue ptst__j_f_join(ptst__jrun *r, ptst__jvalue self, const ptst_
     return ptst__j_join(r, separator, list, true);
 }
 
-/* Lists of n elements; the last one is filled up if `fill` is given. */
+/* Lists of n elements; the last one is filled up if `fill` is given. Python only compares n with
+   lengths, so what is no number makes one list of all. */
 static ptst__jvalue ptst__j_f_batch(ptst__jrun *r, ptst__jvalue self, const ptst__jvalue *p,
                                     const ptst__jargs *a) {
     ptst__jvalue out = ptst__j_list(r, PTST__J_ITERATOR, NULL, 0), item, part = ptst__j_none();
-    int64_t n = ptst__j_need_int(r, p[0], 0), k = 0;
+    int64_t n = -1, k = 0;
+    bool fill = ptst__j_given(p[1]) && p[1].kind != PTST__J_NONE;
+    double size = ptst__j_is_number(p[0]) ? ptst__j_double(p[0]) : -1;
     ptst__jiter i;
     (void)a;
+    if (ptst__j_is_int(p[0])) {
+        n = p[0].as.integer;
+    } else if (size >= 0 && size < 1e15 && floor(size) == size) {
+        n = (int64_t)size;
+    }
     if (ptst__j_iter(r, self, &i)) {
         while (ptst__j_next(r, &i, &item)) {
             if (k == n) {
@@ -13626,7 +13687,8 @@ static ptst__jvalue ptst__j_f_batch(ptst__jrun *r, ptst__jvalue self, const ptst
             k++;
         }
     }
-    if (k != 0 && ptst__j_given(p[1]) && p[1].kind != PTST__J_NONE) {
+    if (k != 0 && fill && !(p[0].kind == PTST__J_FLOAT && (double)k >= size)) {
+        ptst__j_need_int(r, p[0], 0);
         for (; k < n && ptst__j_pay(r, 1); k++) {
             ptst__j_push(r, part, p[1]);
         }
@@ -14468,10 +14530,14 @@ static size_t ptst__jl_raw(const ptst__jparser *p, size_t at, const char *name, 
     return ptst__jl_has(p, at, "%}") ? ptst__jl_tag_end(p, at, sign, end) : 0;
 }
 
-/* Everything up to {% endraw %} is data; `from` is the end of {% raw %}. */
+/* Everything up to {% endraw %} is data; `from` is the end of {% raw %}. As in Jinja2's lexer, one
+   that opens at the very end of the template needs no end. */
 static void ptst__jl_raw_data(ptst__jparser *p, size_t from) {
     size_t i, end = 0;
     ptst__jl_move(p, from);
+    if (from == p->size) {
+        return;
+    }
     p->line_starts = from > 0 && p->s[from - 1] == '\n';
     for (i = from; i + 1 < p->size; i++) {
         if (p->s[i] == '{' && p->s[i + 1] == '%') {
@@ -14494,6 +14560,10 @@ static void ptst__jl_comment(ptst__jparser *p) {
     size_t i, from = p->at + 2;
     char sign;
     from += from < p->size && (p->s[from] == '-' || p->s[from] == '+');
+    if (from == p->size) { /* opens at the very end: Jinja2's lexer asks for no end either */
+        ptst__jl_move(p, from);
+        return;
+    }
     for (i = from; !ptst__jl_has(p, i, "#}"); i++) {
         if (i >= p->size) {
             ptst__jl_fail(p, "Missing end of comment tag");
@@ -29568,6 +29638,7 @@ typedef struct ptst__finetune {
     ptst_trainer *trainer;
     ptst_text state, log_path, log, extra; /* paths of checkpoint and log; text of the log */
     int lock;                              /* on the output folder */
+    bool made;                             /* the output folder was not there before */
     ptst_finetune_info info;
 } ptst__finetune;
 
@@ -29860,7 +29931,9 @@ static ptst_code ptst__finetune_finish(ptst_ctx *c, ptst__finetune *f) {
 }
 
 static ptst_code ptst__finetune_paths(ptst_ctx *c, ptst__finetune *f) {
-    ptst_code code = ptst__make_folders(c, f->d->out);
+    ptst_code code;
+    f->made = ptst__path_kind(f->d->out) == 0;
+    code = ptst__make_folders(c, f->d->out);
     if (code == PTST_OK) {
         code = ptst__folder_lock(c, f->d->out, &f->lock);
     }
@@ -30246,6 +30319,9 @@ PTST_API ptst_code ptst_finetune(ptst_ctx *c, const ptst_finetune_desc *desc,
     ptst_trainer_free(c, f.trainer);
     ptst_adapter_free(c, f.adapter);
     ptst_dataset_free(c, f.data);
+    if (code != PTST_OK && f.made) {
+        ptst__remove_folder(desc->out); /* if nothing was written */
+    }
     ptst__folder_unlock(f.lock);
     ptst_text_free(c, &f.state);
     ptst_text_free(c, &f.log_path);

@@ -108,6 +108,19 @@ file "merge --adapter" merge --model $MODEL --adapter @ --out "$WORK/made"
 file "bench train" bench train --model @
 file "bench generate" bench generate --model @
 if [ ! -e "$WORK/made" ]; then ok; else bad "nothing is written after a failure"; fi
+if [ ! -e "$WORK/begun" ]; then ok; else bad "no empty folder is left by finetune"; fi
+mkdir "$WORK/own"
+expect "finetune --out: an empty folder of the user" 1 "$PTST" finetune --quiet --model $MODEL \
+    --train examples/tiny-chat/task-train.jsonl --init-adapter "$WORK/folder" --template TV --out "$WORK/own"
+if [ -d "$WORK/own" ]; then ok; else bad "a folder of the user is left alone"; fi
+expect "a file for a model folder" 1 "$PTST" logits --model $MODEL/config.json --ids 1 --out "$WORK/made"
+says "a file for a model folder" "$MODEL/config.json: is a file, a folder with config.json was expected"
+expect "a file for an adapter folder" 1 "$PTST" merge --model $MODEL --adapter "$WORK/fine.txt" --out "$WORK/made"
+says "a file for an adapter folder" "$WORK/fine.txt: is a file, a folder with adapter_config.json was expected"
+printf '\357\273\277[{"role": "user", "content": "q"}]' >"$WORK/mark.json"
+expect "render --messages: BOM" 0 "$PTST" render --template CV --messages "$WORK/mark.json"
+printf '%s' '[INST] Question: q [/INST]' >"$WORK/expected"
+if cmp -s "$WORK/out" "$WORK/expected"; then ok; else bad "render --messages: BOM"; fi
 for bad in folder cut.json cut.jsonl bytes.txt cut.jinja; do
     expect "check: $bad" 1 "$PTST" check "$WORK/$bad"
     has "check: $bad" "^$WORK/$bad: "

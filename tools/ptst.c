@@ -979,15 +979,22 @@ static const option bench_generate_options[] = {
     OPTION_END,
 };
 
-/* Reads a JSON file that the user named; NULL after the sentence and the exit code. */
+/* Reads a JSON file that the user named, with a byte order mark or without; NULL after the sentence
+   and the exit code. */
 static ptst_json *load_json(args *a, const char *path, int *code) {
-    ptst_json *j;
+    ptst_json *j = NULL;
+    ptst_text text = {NULL, 0, 0};
+    size_t mark;
     *code = EXIT_CALL;
     if (!exists(a, path)) {
         return NULL;
     }
-    j = ptst_json_load(a->c, path);
+    if (ptst__read_file(a->c, path, &text) == PTST_OK) {
+        mark = text.size >= 3 && memcmp(text.data, "\xEF\xBB\xBF", 3) == 0 ? 3 : 0;
+        j = ptst_json_parse(a->c, text.data + mark, text.size - mark, path);
+    }
     *code = j == NULL ? failed(a) : 0;
+    ptst_text_free(a->c, &text);
     return j;
 }
 
