@@ -1245,6 +1245,7 @@ static void train_faults(void) {
     d = tr_finetune(&w, tiny_path("out"), &run);
     d.init_adapter = tiny_path("no-adapter");
     CHECK(ptst_finetune(w.c, &d, NULL) == PTST_ERR_NOT_FOUND);
+    CHECK(ptst__path_kind(tiny_path("out")) == 0); /* no empty folder is left */
     if (ptst__path_is_device("/dev/full")) {
         d = tr_finetune(&w, tiny_path("out"), &run);
         d.log = "/dev/full";
@@ -1252,6 +1253,7 @@ static void train_faults(void) {
         CHECK(strstr(ptst_error_text(w.c), "/dev/full") != NULL);
     }
     d = tr_finetune(&w, tiny_path("out"), &run); /* a folder where the state should go */
+    CHECK(mkdir(tiny_path("out"), 0777) == 0);
     CHECK(mkdir(tiny_path("out/trainer_state.safetensors"), 0777) == 0);
     d.resume = true;
     CHECK(ptst_finetune(w.c, &d, NULL) != PTST_OK);
