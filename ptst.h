@@ -24844,12 +24844,25 @@ static float ptst__yarn_frequency(const ptst_config *g, size_t i, float turn) {
     return 1 / ((float)g->rope_factor * turn) * (1 - ramp) + 1 / turn * ramp;
 }
 
+/* Llama 3: pairs that turn more than high_freq_factor times within the original length keep their
+   frequency f, those that turn less than low_freq_factor times are stretched by the factor, and
+   between these two the mixture is linear in the number of turns. Each operation is rounded as in
+   torch, where number / tensor is (1 / tensor) * number: what little the difference `turns - low`
+   keeps of a rounding grows with the position. */
+static float ptst__llama3_frequency(const ptst_config *g, float f) {
+    float low = (float)g->rope_low_freq_factor, smooth;
+    volatile float turns = 1 / (1 / f * (float)(2 * 3.14159265358979323846)); /* never fused */
+    turns = turns * (float)g->original_max_position_embeddings;
+    smooth = (turns - low) / (float)(g->rope_high_freq_factor - g->rope_low_freq_factor);
+    return smooth <= 0   ? f / (float)g->rope_factor
+           : smooth >= 1 ? f
+                         : (1 - smooth) * f / (float)g->rope_factor + smooth * f;
+}
+
 /* Angle of rotation per position of each pair of elements: theta^(-2i / R), stretched by the rope
    type. In float where transformers uses float, so that long positions turn alike. */
 static void ptst__model_frequencies(ptst_model *m) {
     const ptst_config *g = &m->config;
-    const double pi = 3.14159265358979323846;
-    double old = g->original_max_position_embeddings, smooth, wave;
     size_t i;
     for (i = 0; i < m->R / 2; i++) {
         float exponent = (float)(2 * i) / (float)m->R;
@@ -24859,11 +24872,7 @@ static void ptst__model_frequencies(ptst_model *m) {
         } else if (strcmp(g->rope_type, "yarn") == 0) {
             f = ptst__yarn_frequency(g, i, turn);
         } else if (strcmp(g->rope_type, "llama3") == 0) {
-            wave = 2 * pi / (double)f;
-            smooth = (old / wave - g->rope_low_freq_factor) /
-                     (g->rope_high_freq_factor - g->rope_low_freq_factor);
-            smooth = smooth < 0 ? 0 : smooth > 1 ? 1 : smooth;
-            f = (float)((1 - smooth) * ((double)f / g->rope_factor) + smooth * (double)f);
+            f = ptst__llama3_frequency(g, f);
         }
         m->frequencies[i] = m->frequencies[m->R / 2 + i] = f;
         if (m->lengthy) {

@@ -368,8 +368,58 @@ static void prefix_is_repetition(void) {
     ptst_close(c);
 }
 
-/* A model large enough for several tasks in every operation; the bits of loss, gradients, logits
-   and new weights on 1, 2 and 3 threads. */
+/* Gradients of all weights, those of the embedding first, of a small model in which `pad` is the
+   padding, and of its head in *head; the head is the embedding or equal to it. */
+static float *model_padded(ptst_ctx *c, int32_t pad, bool tied, float **head, size_t *count) {
+    static const int32_t tokens[] = {3, 5, 7, 5, 2, 9, 5, 3}, labels[] = {5, 7, 5, 2, 9, 5, 3, 1};
+    static const ptst_segment segment = {0, 8, -1};
+    ptst_config g = models_config("llama");
+    ptst_batch b;
+    ptst_model *m;
+    ptst__pass *p;
+    float *grads;
+    g.pad_token_id = pad;
+    g.tie_word_embeddings = tied;
+    m = ptst_model_new(c, &g, 4);
+    memcpy((float *)(uintptr_t)m->head->data, m->embedding->data, m->V * m->C * sizeof(float));
+    b.tokens = tokens;
+    b.labels = labels;
+    b.count = segment.count;
+    b.segments = &segment;
+    b.segments_count = 1;
+    p = ptst__pass_new(c, m, NULL, b.count, b.count, 1, false);
+    CHECK(p != NULL && ptst__pass_run(c, p, &b, true, 0, 0, 0, NULL, NULL) == PTST_OK);
+    CHECK(m->embedding == m->weights);
+    *count = p->grads_count;
+    grads = (float *)malloc(p->grads_count * sizeof *grads);
+    model_copy_grads(p, grads);
+    *head = grads + (p->weight_grads[m->head - m->weights] - p->grads);
+    ptst__pass_free(c, p);
+    ptst_model_free(c, m);
+    return grads;
+}
+
+/* The row of pad_token_id in the embedding learns nothing, as with padding_idx of torch's Embedding;
+   if the embedding is also the head it learns what the head does. All else learns the same. */
+static void padding_learns_nothing(void) {
+    enum { PAD = 5 };
+    ptst_ctx *c = test_open(2, NULL);
+    size_t C = (size_t)models_config("llama").hidden_size, n, i;
+    float *head, *tied_head;
+    float *none = model_padded(c, -1, false, &head, &n);
+    float *pad = model_padded(c, PAD, false, &head, &n);
+    float *tied = model_padded(c, PAD, true, &tied_head, &i);
+    CHECK(models_norm(none + PAD * C, C) != 0 && models_norm(pad + PAD * C, C) == 0);
+    memset(none + PAD * C, 0, C * sizeof *none);
+    CHECK(memcmp(none, pad, n * sizeof *none) == 0);
+    CHECK(tied_head == tied && models_norm(head + PAD * C, C) != 0);
+    CHECK(memcmp(tied + PAD * C, head + PAD * C, C * sizeof *head) == 0);
+    free(none);
+    free(pad);
+    free(tied);
+    ptst_close(c);
+}
+
 /* Gradient checkpointing: less memory, the same bits; adapters, also with dropout, and all weights. */
 static void again_same_bits(void) {
     ptst_ctx *c = test_open(2, NULL);
@@ -407,6 +457,8 @@ static void again_same_bits(void) {
     ptst_close(c);
 }
 
+/* A model large enough for several tasks in every operation; the bits of loss, gradients, logits
+   and new weights on 1, 2 and 3 threads. */
 static void threads_same_bits(void) {
     enum { N = 150 };
     static const ptst_segment segments[4] = {{0, 40, -1}, {40, 60, 0}, {100, 30, 0}, {130, 20, -1}};
@@ -1525,6 +1577,34 @@ static void new_model_refuses(void) {
 
 /* ---- no memory ---- */
 
+/* The frequencies of transformers' _compute_llama3_parameters, which rounds each step to float; the
+   third pair lies between the limits. Bound: one rounding of the last bit. */
+static void rope_llama3_rounds(void) {
+    static const double expected[2][4] = {{1, 0.444015592, 0.00771783106, 0.00273555075},
+                                          {1, 0.444015592, 0.00693938183, 0.00273555075}};
+    ptst_ctx *c = test_open(1, NULL);
+    int i, pair;
+    for (i = 0; i < 2; i++) {
+        ptst_config g = models_config("llama");
+        ptst_model *m;
+        g.head_dim = 12;
+        g.rope_theta = 130.5;
+        memcpy(g.rope_type, "llama3", 7);
+        g.rope_factor = 32;
+        g.rope_low_freq_factor = 2;
+        g.rope_high_freq_factor = i == 0 ? 3 : 4;
+        g.original_max_position_embeddings = 64;
+        m = ptst_model_new(c, &g, 1);
+        for (pair = 0; m != NULL && pair < 4; pair++) {
+            double e = expected[i][pair];
+            CHECK_NEAR((double)m->frequencies[pair], e, 1.2e-7 * e);
+        }
+        CHECK(m != NULL);
+        ptst_model_free(c, m);
+    }
+    ptst_close(c);
+}
+
 static ptst_code sweep_load(ptst_ctx *c, void *arg) {
     static const int32_t tokens[5] = {1, 2, 3, 4, 5};
     static const ptst_segment segment = {0, 5, -1};
@@ -1609,6 +1689,7 @@ static void suite_model(void) {
     RUN(differences_saved);
     RUN(packed_is_separate);
     RUN(prefix_is_repetition);
+    RUN(padding_learns_nothing);
     RUN(again_same_bits);
     RUN(threads_same_bits);
     RUN(cached_is_full);
@@ -1628,6 +1709,7 @@ static void suite_model(void) {
     RUN(config_lists);
     RUN(weights_refuse);
     RUN(tied_head);
+    RUN(rope_llama3_rounds);
     RUN(generation_config);
     RUN(memory);
     RUN(runs_without_allocating);

@@ -1164,7 +1164,8 @@ static void train_golden(void) {
 }
 
 /* Eight steps with the adapter of a recorded model, on its sequences as rows. The bound is what is
-   asked for; measured: below 4e-6. */
+   asked for; measured: 1.8e-5 in gemma2_caps, whose caps of 2 and 3 bend everything, below 2e-6 in
+   the others. */
 static void tr_family_run(ptst_ctx *c, const ptst_json *j, int32_t run) {
     const char *name = ptst_json_string(j, ptst_json_get(j, run, "name"), NULL);
     int32_t losses = ptst_json_get(j, run, "losses"), at;

@@ -1881,8 +1881,6 @@ static int command_judge_import(args *a) {
 
 /* ================================================================================== chat ==== */
 
-/* Sampling options; what is not given comes from generation_config.json if the model's makers want
-   sampling, else it is greedy. */
 /* Most tokens of an answer: the option, or what the model's makers want. */
 static size_t new_tokens(const args *a, const ptst_model *m, int64_t limit) {
     const ptst_generation_config *g = ptst_model_generation(m);
@@ -1891,6 +1889,8 @@ static size_t new_tokens(const args *a, const ptst_model *m, int64_t limit) {
                                         : 512;
 }
 
+/* Sampling options; what is not given comes from generation_config.json if the model's makers want
+   sampling, else it is greedy. */
 static bool get_sampling(const args *a, const ptst_model *m, ptst_sample_desc *out) {
     const ptst_generation_config *g = ptst_model_generation(m);
     double temperature, top_p, penalty;
