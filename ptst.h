@@ -20400,10 +20400,14 @@ static void ptst__pack_panel(const struct ptst__kernels *kernels, float *dst, si
     }
 }
 
+static bool ptst__product_small(const ptst__product *p) {
+    return p->M * p->N <= PTST__ALONE && p->M * p->N * p->K <= PTST__ALONE;
+}
+
 /* Runs tasks of a product on all threads, or on this one if it is very small. */
 static void ptst__product_for(ptst_ctx *c, size_t tasks, ptst__task run, ptst__product *p) {
     size_t i;
-    if (p->M * p->N > PTST__ALONE || p->M * p->N * p->K > PTST__ALONE) {
+    if (!ptst__product_small(p)) {
         ptst__parallel_for(c, tasks, run, p);
         return;
     }
@@ -20643,15 +20647,22 @@ static size_t ptst__short_cut(ptst__product *p) {
     return p->col_tasks * ptst__ceil_div(p->M, p->task_rows);
 }
 
+/* Of K, as much as there is room for in packed_a: whole blocks. */
+static size_t ptst__short_room(const ptst__product *p) {
+    size_t panels = ptst__ceil_div(p->M, p->kernels->tile_rows);
+    return (size_t)(p->own - p->packed_a) / (panels * p->kernels->a_width * p->k_step) * p->k_step;
+}
+
+static void ptst__short_pack(ptst_ctx *c, ptst__product *p) {
+    p->a_tasks = ptst__a_packed(p, p->M, ptst__ceil_div(p->M, p->kernels->tile_rows));
+    ptst__product_for(c, p->a_tasks * ptst__ceil_div(p->kc, p->k_step), ptst__short_pack_task, p);
+}
+
 /* Packs A for as many blocks of K as there is room for, then each task does a panel of B. */
 static void ptst__gemm_short(ptst_ctx *c, ptst__product *p) {
-    size_t panels = ptst__ceil_div(p->M, p->kernels->tile_rows);
-    size_t room = (size_t)(p->own - p->packed_a) / (panels * p->kernels->a_width * p->k_step);
     for (p->k0 = 0; p->k0 < p->K; p->k0 += p->kc) {
-        p->kc = ptst__min(p->K - p->k0, room * p->k_step);
-        p->a_tasks = ptst__a_packed(p, p->M, panels);
-        ptst__product_for(c, p->a_tasks * ptst__ceil_div(p->kc, p->k_step), ptst__short_pack_task,
-                          p);
+        p->kc = ptst__min(p->K - p->k0, ptst__short_room(p));
+        ptst__short_pack(c, p);
         ptst__product_for(c, ptst__short_cut(p), ptst__short_task, p);
     }
 }
@@ -20741,14 +20752,20 @@ static void ptst__dots_copy_task(void *arg, size_t task, int thread) {
     }
 }
 
-static void ptst__gemm_dots(ptst_ctx *c, ptst__product *p) {
-    bool turned = p->M > PTST__DOTS;
-    p->task_rows = turned ? 0 : p->M;
+/* Few rows: cuts w into tasks, long enough that memory is read in long runs. Returns their number. */
+static size_t ptst__dots_cut(ptst__product *p) {
+    size_t fair = ptst__ceil_div(ptst__ceil_div(p->N, 8 * p->threads), 4) * 4;
+    p->task_rows = p->M;
+    p->task_cols = fair < 16 ? 16 : ptst__min(fair, 256);
+    return ptst__ceil_div(p->N, p->task_cols);
+}
+
+/* Few columns. */
+static void ptst__gemm_dots_turned(ptst_ctx *c, ptst__product *p) {
+    p->task_rows = 0;
     p->task_cols = 32;
-    if (turned) {
-        ptst__product_for(c, ptst__ceil_div(p->K, 64), ptst__dots_copy_task, p);
-    }
-    ptst__product_for(c, ptst__ceil_div(turned ? p->M : p->N, 32), ptst__dots_task, p);
+    ptst__product_for(c, ptst__ceil_div(p->K, 64), ptst__dots_copy_task, p);
+    ptst__product_for(c, ptst__ceil_div(p->M, 32), ptst__dots_task, p);
 }
 
 /* ---- the choice ---- */
@@ -20764,39 +20781,113 @@ static void ptst__scale_task(void *arg, size_t m, int thread) {
     }
 }
 
-/* Runs a product the way that suits its shape. The order of sums depends on the shape only. */
-static void ptst__gemm_run(ptst_ctx *c, ptst__product *p) {
+enum { PTST__BY_SCALE, PTST__BY_DOTS, PTST__BY_DOTS_TURNED, PTST__BY_SHORT, PTST__BY_TURNED,
+       PTST__BY_LARGE };
+
+/* The way that suits the shape of a product. The order of sums depends on the shape only. */
+static int ptst__gemm_way(const ptst__product *p) {
     size_t room = (size_t)PTST__BLOCK_N * PTST__BLOCK_K; /* floats in packed_b */
+    if (p->K == 0 || p->alpha == 0) {
+        return PTST__BY_SCALE;
+    }
+    if (p->A.transposed && p->M <= PTST__DOTS && p->B.transposed) {
+        return PTST__BY_DOTS;
+    }
+    if (p->A.transposed && p->M > PTST__DOTS && p->N <= 2 * PTST__DOTS && p->K <= room / p->N) {
+        return PTST__BY_DOTS_TURNED;
+    }
+    if (p->M <= PTST__SHORT || (p->M <= PTST__MIDDLE && p->K <= PTST__BLOCK_K)) {
+        return PTST__BY_SHORT;
+    }
+    return !p->A.transposed && p->N <= 2 * PTST__DOTS && p->M <= room / p->N ? PTST__BY_TURNED
+                                                                             : PTST__BY_LARGE;
+}
+
+static void ptst__gemm_run(ptst_ctx *c, ptst__product *p) {
+    int way;
     if (p->M == 0 || p->N == 0) {
         return;
     }
-    if (p->K == 0 || p->alpha == 0) {
+    way = ptst__gemm_way(p);
+    if (way == PTST__BY_SCALE) {
         ptst__product_for(c, p->M, ptst__scale_task, p);
-        return;
-    }
-    p->k_step = ptst__ceil_div(p->K, ptst__ceil_div(p->K, p->kernels->block_k));
-    if (p->A.transposed && p->M <= PTST__DOTS && p->B.transposed) {
-        ptst__gemm_dots(c, p);
-    } else if (p->A.transposed && p->M > PTST__DOTS && p->N <= 2 * PTST__DOTS &&
-               p->K <= room / p->N) {
-        ptst__gemm_dots(c, p);
-    } else if (p->M <= PTST__SHORT || (p->M <= PTST__MIDDLE && p->K <= PTST__BLOCK_K)) {
+    } else if (way == PTST__BY_DOTS) {
+        ptst__product_for(c, ptst__dots_cut(p), ptst__dots_task, p);
+    } else if (way == PTST__BY_DOTS_TURNED) {
+        ptst__gemm_dots_turned(c, p);
+    } else if (way == PTST__BY_SHORT) {
         ptst__gemm_short(c, p);
-    } else if (!p->A.transposed && p->N <= 2 * PTST__DOTS && p->M <= room / p->N) {
+    } else if (way == PTST__BY_TURNED) {
         ptst__gemm_turned(c, p);
     } else {
         ptst__gemm_large(c, p);
     }
 }
 
-/* Y[m * ldy + n] = beta Y[m * ldy + n] + alpha sum_k A(m, k) B(k, n) for m < M, n < N, k < K,
-   where A(m, k) = a_transposed ? A[k * lda + m] : A[m * lda + k]. With beta = 0 the old Y is not
-   read, with alpha = 0 or K = 0 neither are A and B. Y must not overlap A or B. Same bits for any
-   number of threads. Called by the thread that uses the context, not from inside a parallel
-   operation (it uses the packing buffers of the context). */
-PTST__UNUSED static void ptst__gemm(ptst_ctx *c, size_t M, size_t N, size_t K, float alpha,
-                                    const float *A, size_t lda, bool a_transposed, ptst__matrix B,
-                                    float beta, float *Y, size_t ldy) {
+/* ---- products with the same A ---- */
+
+enum { PTST__PRODUCTS = 3 };
+
+typedef struct ptst__group {
+    ptst__product p[PTST__PRODUCTS];
+    size_t count, ends[PTST__PRODUCTS]; /* tasks of the products up to this one */
+    ptst__task run;
+} ptst__group;
+
+static void ptst__group_task(void *arg, size_t task, int thread) {
+    ptst__group *g = (ptst__group *)arg;
+    size_t i = 0;
+    while (task >= g->ends[i]) {
+        i++;
+    }
+    g->run(&g->p[i], task - (i == 0 ? 0 : g->ends[i - 1]), thread);
+}
+
+/* Cuts all products of a group into tasks that can be done in any order, A (if it must be) packed
+   before. False if they are not of that kind: then nothing is done. */
+static bool ptst__group_cut(ptst_ctx *c, ptst__group *g) {
+    int way = ptst__gemm_way(&g->p[0]);
+    size_t i, panels = ptst__ceil_div(g->p[0].M, c->kernels->tile_rows), tasks = 0;
+    for (i = 0; i < g->count; i++) {
+        ptst__product *p = &g->p[i];
+        p->kc = p->K;
+        p->a_tasks = ptst__a_packed(p, p->M, panels);
+        if (ptst__gemm_way(p) != way || p->a_tasks != g->p[0].a_tasks ||
+            (way != PTST__BY_DOTS && way != PTST__BY_SHORT) || p->N == 0 ||
+            (way == PTST__BY_SHORT && p->K > ptst__short_room(p))) {
+            return false;
+        }
+        tasks += way == PTST__BY_DOTS ? ptst__dots_cut(p) : ptst__short_cut(p);
+        g->ends[i] = tasks;
+    }
+    g->run = way == PTST__BY_DOTS ? ptst__dots_task : ptst__short_task;
+    if (way == PTST__BY_SHORT) {
+        ptst__short_pack(c, &g->p[0]);
+    }
+    return true;
+}
+
+/* Runs the products of a group, if it can be as one parallel operation: threads wait for each other
+   once instead of each time, and there is more to share out. */
+static void ptst__group_run(ptst_ctx *c, ptst__group *g) {
+    size_t i, largest = 0;
+    if (g->count > 1 && g->p[0].M != 0 && ptst__group_cut(c, g)) {
+        for (i = 0; i < g->count; i++) {
+            largest = g->p[i].N > g->p[largest].N ? i : largest;
+        }
+        if (!ptst__product_small(&g->p[largest])) {
+            ptst__parallel_for(c, g->ends[g->count - 1], ptst__group_task, g);
+            return;
+        }
+    }
+    for (i = 0; i < g->count; i++) {
+        ptst__gemm_run(c, &g->p[i]);
+    }
+}
+
+static ptst__product ptst__product_make(const ptst_ctx *c, size_t M, size_t N, size_t K,
+                                        float alpha, const float *A, size_t lda, bool a_transposed,
+                                        ptst__matrix B, float beta, float *Y, size_t ldy) {
     ptst__product p;
     size_t a_floats = PTST__BLOCK_M / c->kernels->tile_rows * c->kernels->a_width * PTST__BLOCK_K;
     memset(&p, 0, sizeof p);
@@ -20805,6 +20896,7 @@ PTST__UNUSED static void ptst__gemm(ptst_ctx *c, size_t M, size_t N, size_t K, f
     p.M = M;
     p.N = N;
     p.K = K;
+    p.k_step = K == 0 ? 0 : ptst__ceil_div(K, ptst__ceil_div(K, p.kernels->block_k));
     p.alpha = alpha;
     p.beta = beta;
     p.A.data = A;
@@ -20817,6 +20909,19 @@ PTST__UNUSED static void ptst__gemm(ptst_ctx *c, size_t M, size_t N, size_t K, f
     p.packed_b = (float *)c->scratch;
     p.packed_a = p.packed_b + (size_t)PTST__BLOCK_N * PTST__BLOCK_K;
     p.own = p.packed_a + a_floats;
+    return p;
+}
+
+/* Y[m * ldy + n] = beta Y[m * ldy + n] + alpha sum_k A(m, k) B(k, n) for m < M, n < N, k < K,
+   where A(m, k) = a_transposed ? A[k * lda + m] : A[m * lda + k]. With beta = 0 the old Y is not
+   read, with alpha = 0 or K = 0 neither are A and B. Y must not overlap A or B. Same bits for any
+   number of threads. Called by the thread that uses the context, not from inside a parallel
+   operation (it uses the packing buffers of the context). */
+PTST__UNUSED static void ptst__gemm(ptst_ctx *c, size_t M, size_t N, size_t K, float alpha,
+                                    const float *A, size_t lda, bool a_transposed, ptst__matrix B,
+                                    float beta, float *Y, size_t ldy) {
+    ptst__product p =
+        ptst__product_make(c, M, N, K, alpha, A, lda, a_transposed, B, beta, Y, ldy);
     ptst__gemm_run(c, &p);
 }
 
@@ -23948,7 +24053,7 @@ static void ptst__config_unique(ptst__config_reader *r, int32_t object) {
     ptst__map seen = {NULL, 0, 0};
     int32_t key = ptst_json_first(r->json, object), value;
     for (; key >= 0 && r->code == PTST_OK; key = ptst_json_next(r->json, value)) {
-        size_t size;
+        size_t size = 0;
         const char *name = ptst_json_string(r->json, key, &size);
         value = ptst_json_next(r->json, key);
         if (ptst__map_get(&seen, name, size, 0) != 0) {
@@ -26258,18 +26363,19 @@ static const float *ptst__branch_input(ptst_ctx *c, const ptst__flow *f, size_t 
     return f->dropped;
 }
 
-/* y [rows, out] = x [rows, in] W^T + b + scale drop(x) A^T B^T; with add, that is added to y. */
-static void ptst__linear_forward(ptst_ctx *c, ptst__flow *f, size_t layer, int kind, size_t rows,
-                                 const float *x, float *y, bool add) {
+static ptst__product ptst__linear_product(const ptst_ctx *c, const ptst__linear *n, size_t rows,
+                                          const float *x, float *y, bool add) {
+    return ptst__product_make(c, rows, n->w->rows, n->w->cols, 1, x, n->w->cols, false,
+                              ptst__weight_matrix(n->w, true), add ? 1 : 0, y, n->w->rows);
+}
+
+/* What is added to x W^T: y [rows, out] += b + scale drop(x) A^T B^T. */
+static void ptst__linear_rest(ptst_ctx *c, ptst__flow *f, size_t layer, int kind, size_t rows,
+                              const float *x, float *y) {
     const ptst__linear *n = &f->m->layers[layer].linears[kind];
     const ptst__branch *b = ptst__branch_of(f->a, layer, kind);
     size_t in = n->w->cols, out = n->w->rows;
     float *low = f->saved[layer].low[kind];
-    if (rows == 0) {
-        return;
-    }
-    ptst__gemm(c, rows, out, in, 1, x, in, false, ptst__weight_matrix(n->w, true), add ? 1 : 0, y,
-               out);
     if (n->b != NULL) {
         ptst__bias_add(c, rows, out, (const float *)n->b->data, y);
     }
@@ -26279,6 +26385,36 @@ static void ptst__linear_forward(ptst_ctx *c, ptst__flow *f, size_t layer, int k
                    b->rank);
         ptst__gemm(c, rows, out, b->rank, b->scale, low, b->rank, false,
                    ptst__matrix_f32(b->B, b->rank, true), 1, y, out);
+    }
+}
+
+/* y [rows, out] = x [rows, in] W^T + b + scale drop(x) A^T B^T; with add, that is added to y. */
+static void ptst__linear_forward(ptst_ctx *c, ptst__flow *f, size_t layer, int kind, size_t rows,
+                                 const float *x, float *y, bool add) {
+    ptst__product p;
+    if (rows != 0) {
+        p = ptst__linear_product(c, &f->m->layers[layer].linears[kind], rows, x, y, add);
+        ptst__gemm_run(c, &p);
+        ptst__linear_rest(c, f, layer, kind, rows, x, y);
+    }
+}
+
+/* The same for `count` layers of the same input: kind `first` to y[0], and so on. */
+static void ptst__linears_forward(ptst_ctx *c, ptst__flow *f, size_t layer, int first, int count,
+                                  size_t rows, const float *x, float *const *y) {
+    ptst__group g;
+    int i;
+    if (rows == 0) {
+        return;
+    }
+    memset(&g, 0, sizeof g);
+    for (i = 0; i < count; i++) {
+        g.p[g.count++] = ptst__linear_product(c, &f->m->layers[layer].linears[first + i], rows, x,
+                                              y[i], false);
+    }
+    ptst__group_run(c, &g);
+    for (i = 0; i < count; i++) {
+        ptst__linear_rest(c, f, layer, first + i, rows, x, y[i]);
     }
 }
 
@@ -26346,9 +26482,11 @@ static void ptst__layer_attention(ptst_ctx *c, ptst__flow *f, size_t l) {
         ptst__linear_forward(c, f, l, PTST__QKV, N, f->n, f->fused, false);
         ptst__qkv_columns(c, f, s->q, s->k, s->v, false);
     } else {
-        ptst__linear_forward(c, f, l, PTST__Q, N, f->n, m->qk_norm ? s->raw[0] : s->q, false);
-        ptst__linear_forward(c, f, l, PTST__K, N, f->n, m->qk_norm ? s->raw[1] : s->k, false);
-        ptst__linear_forward(c, f, l, PTST__V, N, f->n, s->v, false);
+        float *qkv[3];
+        qkv[0] = m->qk_norm ? s->raw[0] : s->q;
+        qkv[1] = m->qk_norm ? s->raw[1] : s->k;
+        qkv[2] = s->v;
+        ptst__linears_forward(c, f, l, PTST__Q, 3, N, f->n, qkv);
     }
     if (m->qk_norm) { /* each head is a row */
         ptst_rmsnorm_forward(c, N * m->H, m->D, (float)m->config.rms_norm_eps, s->raw[0],
@@ -26395,8 +26533,10 @@ static void ptst__layer_mlp(ptst_ctx *c, ptst__flow *f, size_t l, size_t M, cons
         ptst__columns(c, M, 2 * m->F, f->fused, 0, m->F, s->gate, false);
         ptst__columns(c, M, 2 * m->F, f->fused, m->F, m->F, s->up, false);
     } else {
-        ptst__linear_forward(c, f, l, PTST__GATE, M, f->n, s->gate, false);
-        ptst__linear_forward(c, f, l, PTST__UP, M, f->n, s->up, false);
+        float *both[2];
+        both[0] = s->gate;
+        both[1] = s->up;
+        ptst__linears_forward(c, f, l, PTST__GATE, 2, M, f->n, both);
     }
     if (out == NULL) {
         return;
