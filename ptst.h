@@ -20752,7 +20752,7 @@ static void ptst__dots_copy_task(void *arg, size_t task, int thread) {
     }
 }
 
-/* Few rows: cuts w into tasks, long enough that memory is read in long runs. Returns their number. */
+/* Few rows: cuts w into tasks, long enough that memory is read in long runs; how many. */
 static size_t ptst__dots_cut(ptst__product *p) {
     size_t fair = ptst__ceil_div(ptst__ceil_div(p->N, 8 * p->threads), 4) * 4;
     p->task_rows = p->M;
