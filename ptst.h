@@ -8946,8 +8946,10 @@ PTST_API int32_t ptst_token_eos(const ptst_tokenizer *t) { return t->eos; }
    lexer, parser, evaluator. After a failure (run->code) every function returns at once with some
    harmless value, so results need no check before they are passed on. */
 
-/* Bits of a mark inside the interpreter: a ptst_mark, and "inside {% generation %}". */
-enum { PTST__MARK_SOURCE = 3, PTST__MARK_GENERATED = 4 };
+/* Bits of a mark inside the interpreter: a ptst_mark, "inside {% generation %}", and what the
+   assistant says has the number of its message (of messages of the assistant, modulo 32), so that
+   the words of two messages stay apart. */
+enum { PTST__MARK_SOURCE = 3, PTST__MARK_GENERATED = 4, PTST__MARK_TURN = 8 };
 
 /* A variable of a rendering. */
 typedef enum ptst__jvar_kind {
@@ -11259,7 +11261,9 @@ static void ptst__j_put_spec(ptst__jrun *r, ptst__jsink *o, ptst__jvalue v,
         p.align != '=' && p.group == 0 && !p.alternate) {
         p.fill = p.zero && p.fill == 0 ? '0' : p.fill;
         ptst__j_put_padded(r, o, &p, v, p.align == 0 ? '<' : p.align);
-    } else if (ptst__j_is_int(v) && p.type == 'c') {
+    } else if (ptst__j_is_int(v) && p.type == 'c' && p.sign == 0 && !p.alternate &&
+               p.precision < 0) {
+        p.fill = p.zero && p.fill == 0 ? '0' : p.fill;
         ptst__j_percent_put(r, o, &p, 'c', v, false);
     } else if (ptst__j_is_int(v) && p.type != 0 && strchr("dboxXneEfFgG%", p.type) != NULL &&
                (p.precision < 0 || strchr("dboxXn", p.type) == NULL)) {
@@ -13398,7 +13402,7 @@ static ptst__jvalue ptst__j_f_round(ptst__jrun *r, ptst__jvalue self, const ptst
     if (!(f - f == 0) || scale == 0) {
         return ptst__j_fail(r, PTST_ERR_FORMAT, "cannot round this number");
     }
-    return ptst__j_float(f / scale, self.mark);
+    return ptst__j_float((f == 0 ? 0 : f) / scale, self.mark); /* Python's ceil is an int: no -0 */
 }
 
 /* ---- filters of sequences ---- */
@@ -16891,6 +16895,7 @@ typedef struct ptst__jload {
     ptst__jrun *r;
     const ptst_json *j;
     size_t bytes; /* of strings, and 8 for each value */
+    size_t turns; /* of the assistant */
 } ptst__jload;
 
 static ptst__jvalue ptst__j_load(ptst__jload *l, int32_t node, uint8_t mark);
@@ -16929,8 +16934,9 @@ static ptst__jvalue ptst__j_load_object(ptst__jload *l, int32_t node, uint8_t ma
     ptst__map seen = {NULL, 0, 0};
     size_t size = ptst_json_size(l->j, node), n = 0;
     bool assistant = mark == PTST_CONTENT && ptst__j_is_assistant(l->j, node);
+    uint8_t own = assistant ? (uint8_t)(PTST_ASSISTANT | l->turns++ % 32 * PTST__MARK_TURN) : mark;
     int32_t k = ptst_json_first(l->j, node), value;
-    out.mark = assistant ? (uint8_t)PTST_ASSISTANT : mark;
+    out.mark = own;
     if (r->code == PTST_OK && size != 0) {
         d->pairs = (ptst__jpair *)ptst__j_alloc(r, size, sizeof *d->pairs);
     }
@@ -16938,7 +16944,7 @@ static ptst__jvalue ptst__j_load_object(ptst__jload *l, int32_t node, uint8_t ma
         const char *text = ptst_json_string(l->j, k, &n);
         ptst__jstring name = {text, NULL, n, 0, NULL};
         bool header = ptst__j_listed("role name tool_call_id", &name);
-        uint8_t inner = assistant && !header ? (uint8_t)PTST_ASSISTANT : mark;
+        uint8_t inner = header ? mark : own;
         int32_t at = ptst__map_get(&seen, text, n, -1);
         value = ptst_json_next(l->j, k);
         key = ptst__j_string(r, text, n, NULL, mark);
@@ -17026,7 +17032,7 @@ static ptst__jvalue ptst__j_tidy_message(ptst__jrun *r, ptst__jvalue m) {
 
 /* Sets the variables that the template mentions. Returns the bytes of the context. */
 static size_t ptst__j_load_all(ptst__jrun *r, const ptst__jvar *vars, size_t count) {
-    ptst__jload l = {r, NULL, 0};
+    ptst__jload l = {r, NULL, 0, 0};
     size_t i, k, size;
     for (i = 0; i < count && r->code == PTST_OK; i++) {
         const ptst__jvar *var = &vars[i];
@@ -17066,7 +17072,7 @@ static void ptst__j_set_limits(ptst__jrun *r, const ptst_jinja_desc *desc, size_
     r->now = d->now;
 }
 
-/* Renders; *marks (not NULL) keeps the bit "generated". */
+/* Renders; *marks (not NULL) keeps all bits of the interpreter. */
 static ptst_code ptst__jinja_run(ptst_ctx *c, const ptst_jinja *t, const ptst__jvar *vars,
                                  size_t count, const ptst_jinja_desc *desc, ptst_text *out,
                                  ptst_text *marks) {
@@ -17302,16 +17308,17 @@ static size_t ptst__prompt_tag(const ptst_prompt *p, size_t k) {
     return end < p->text.size && text[end] == '>' ? end + 1 - k : 0;
 }
 
-/* Length of the answer that begins at byte i: what the assistant says and the template's bytes
-   inside it, up to and with what ends a turn: a marker at once, or else the end-of-text.
+/* Length of the answer that begins at byte i: what one message of the assistant says and the
+   template's bytes inside it, up to and with what ends a turn: a marker at once, or else the
+   end-of-text. The marks still have their turns.
 
        <|im_start|>assistant\n Hello. <|im_end|> \n<|im_start|>user\n ...
        0                       1      1          0                              */
 static size_t ptst__prompt_answer(const ptst_prompt *p, size_t i, const ptst_text *eos) {
     const char *marks = p->marks.data;
     size_t k, n = p->text.size, last = i, end = 0;
-    for (k = i; k < n && marks[k] != PTST_CONTENT && end == 0; k++) {
-        if (marks[k] == PTST_ASSISTANT) {
+    for (k = i; k < n && (marks[k] == marks[i] || marks[k] == PTST_TEMPLATE) && end == 0; k++) {
+        if (marks[k] == marks[i]) {
             last = k;
         } else if (eos->size != 0 && n - k >= eos->size &&
                    memcmp(p->text.data + k, eos->data, eos->size) == 0) {
@@ -17337,17 +17344,17 @@ static ptst_code ptst__prompt_learn(ptst_ctx *c, const ptst_template *t, ptst_pr
     for (i = 0; i < n; i++) {
         p->learn.data[i] = (marks[i] & PTST__MARK_GENERATED) != 0;
         generated = generated || p->learn.data[i] != 0;
-        marks[i] = (char)(marks[i] & PTST__MARK_SOURCE);
+        marks[i] = (char)(marks[i] & ~PTST__MARK_GENERATED);
     }
     for (i = 0; i < n && !generated; i++) {
-        if (marks[i] == PTST_ASSISTANT) {
+        if ((marks[i] & PTST__MARK_SOURCE) == PTST_ASSISTANT) {
             size = ptst__prompt_answer(p, i, eos);
             memset(p->learn.data + i, 1, size);
             i += size - 1;
         }
     }
-    if (t->loose) {
-        memset(marks, PTST_TEMPLATE, n);
+    for (i = 0; i < n; i++) {
+        marks[i] = (char)(t->loose ? PTST_TEMPLATE : marks[i] & PTST__MARK_SOURCE);
     }
     return PTST_OK;
 }

@@ -302,8 +302,12 @@ static void template_learn(void) {
         "[{\"role\": \"user\", \"content\": \"q\"}, {\"role\": \"assistant\", \"content\": \"aa\"}, "
         "{\"role\": \"user\", \"content\": \"r<E>\"}, {\"role\": \"assistant\", \"content\": \"b\", "
         "\"tool_calls\": [1]}]";
+    static const char quiet[] =
+        "[{\"role\": \"assistant\", \"think\": \"t\", \"content\": \"b\"}, {\"role\": \"user\", "
+        "\"content\": \"\"}, {\"role\": \"assistant\", \"think\": \"t\", \"content\": \"d\", "
+        "\"open\": true}, {\"role\": \"assistant\", \"think\": \"\", \"content\": \"e\"}]";
     ptst_ctx *c = test_open(1, NULL);
-    ptst_json *j = ptst_json_parse(c, talk, sizeof talk - 1, "talk");
+    ptst_json *j2, *j = ptst_json_parse(c, talk, sizeof talk - 1, "talk");
     ptst_template *t;
     ptst_prompt p;
     memset(&p, 0, sizeof p);
@@ -341,6 +345,19 @@ static void template_learn(void) {
     template_check(__LINE__, &p, "101000001022000001011110000010200000000",
                    "000000000011111110000000000000111111000");
     ptst_template_free(c, t);
+    /* what stands between the words of two messages is neither's, though no user says anything */
+    j2 = ptst_json_parse(c, quiet, sizeof quiet - 1, "quiet");
+    template_write(c, "chat_template.jinja",
+                   "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}<end>{% else %}"
+                   " <a>{{ m.think }}/{{ m.content }}{% if not m.open %}<end>{% endif %}{% endif %}"
+                   "{% endfor %}");
+    t = ptst_template_load(c, template_dir, NULL);
+    CHECK(t != NULL && ptst_template_messages(c, t, j2, false, &p) == PTST_OK);
+    CHECK_TEXT(p.text.data, " <a>t/b<end><u><end> <a>t/d <a>/e<end>");
+    template_check(__LINE__, &p, "00002020000000000000000020200000200000",
+                   "00001111111100000000000011100000111111");
+    ptst_template_free(c, t);
+    ptst_json_free(c, j2);
     template_remove_dir(c);
     ptst_prompt_free(c, &p);
     ptst_json_free(c, j);

@@ -9,7 +9,8 @@ Random templates from a grammar over every filter, test, method, operator and st
 changes of the recorded cases (tests/golden/jinja_cases.json): the same text, or both refuse. What
 ptst.h refuses by choice (integers beyond 64 bits, complex numbers, a few filters) is counted by
 itself, and so are slips of Jinja2's compiler, which writes constants into Python's source: a negative
-one before ** binds weaker there than computed (-2 ** z), and inf and nan are unknown names. --templates renders each file over N random conversations instead.
+one before ** binds weaker there than computed (-2 ** z), inf and nan are unknown names, and a slice
+of a number is undefined if Jinja2 computes it while compiling, an error if Python does. --templates renders each file over N random conversations instead.
 Prints what differs and ends with 1 if anything does; --shrink makes the templates shorter first.
 """
 import argparse
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -84,6 +86,7 @@ class Oracle:
         from transformers.utils import chat_template_utils
         self.environment = chat_template_utils._cached_compile_jinja_template("").environment
         self.last = None, None
+        warnings.filterwarnings("ignore", category=SyntaxWarning)
         signal.signal(signal.SIGVTALRM, self.stop)
 
     @staticmethod
@@ -95,6 +98,11 @@ class Oracle:
         if reason is not None and re.search("NameError: name '(inf|nan)'", reason):
             return True
         try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                self.environment.from_string(source)
+            if "is not subscriptable" in (reason or "") and "is not subscriptable" in str([w.message for w in seen]):
+                return True
             return bool(SLIP.search(self.environment.compile(source, raw=True)))
         except Exception:
             return False
