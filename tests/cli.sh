@@ -368,6 +368,7 @@ expect "bench gemm" 0 "$PTST" bench gemm --m 32 --n 64 --k 48
 has "bench gemm" '"gflops"'
 expect "bench tokenize" 0 "$PTST" bench tokenize --tokenizer $MODEL --file "$WORK/prompts.txt"
 has "bench tokenize" '"mb_per_second"'
+has "bench tokenize" '"load_seconds": [0-9]'
 expect "bench train" 0 "$PTST" bench train --model $MODEL --batch 1 --seq 16 --steps 1
 has "bench train" '"mfu"'
 expect "bench generate" 0 "$PTST" bench generate --model $MODEL --prompt 8 --new 4

@@ -741,14 +741,16 @@ static int command_bench_tokenize(args *a) {
     ptst_text text = {NULL, 0, 0};
     ptst_ids ids = {NULL, 0, 0};
     ptst_tokenizer *t;
-    double times[RUNS_MAX], start;
+    double times[RUNS_MAX], start, load;
     size_t tokens = 0, size;
     int64_t runs, i;
     if (!need(a, "--tokenizer") || !need(a, "--file") || !exists(a, get(a, "--tokenizer")) ||
         !exists(a, get(a, "--file")) || !get_integer(a, "--runs", 1, RUNS_MAX, &runs)) {
         return EXIT_CALL;
     }
+    start = ptst__seconds();
     t = ptst_tokenizer_load(a->c, get(a, "--tokenizer"));
+    load = ptst__seconds() - start;
     if (t == NULL || ptst__read_file(a->c, get(a, "--file"), &text) != PTST_OK) {
         ptst_tokenizer_free(a->c, t);
         return failed(a);
@@ -765,9 +767,10 @@ static int command_bench_tokenize(args *a) {
     if (tokens == SIZE_MAX) {
         return failed(a);
     }
-    printf("{\"mb_per_second\": %.3f, \"tokens\": %llu, \"bytes\": %llu, \"seconds\": %.6f}\n",
+    printf("{\"mb_per_second\": %.3f, \"tokens\": %llu, \"bytes\": %llu, \"seconds\": %.6f, "
+           "\"load_seconds\": %.6f}\n",
            1e-6 * (double)size / median(times, (int)i), (unsigned long long)tokens,
-           (unsigned long long)size, median(times, (int)i));
+           (unsigned long long)size, median(times, (int)i), load);
     return 0;
 }
 
