@@ -1030,6 +1030,28 @@ PTST_API ptst_code ptst_trainer_step(ptst_ctx *c, ptst_trainer *t, ptst_step *ou
 PTST_API ptst_code ptst_trainer_save(ptst_ctx *c, ptst_trainer *t, const char *path);
 PTST_API ptst_code ptst_trainer_restore(ptst_ctx *c, ptst_trainer *t, const char *path);
 
+/* ---- what a training takes, before it is taken ---- */
+
+typedef struct ptst_train_plan {
+    ptst_dataset_info data;
+    uint64_t steps;
+    uint64_t tokens;   /* of the rows of all steps, a common head counted for each row */
+    uint64_t labels;   /* of these */
+    uint64_t computed; /* tokens that go through the layers: a head once for all rows at a time */
+    double flops;      /* that the algorithm needs, 2 for a multiplication and its addition */
+    bool checkpointing; /* layers are computed twice: asked for, or memory is short */
+    size_t bytes;       /* memory of trainer and trained copies of weights, still to be taken */
+    size_t mapped;      /* bytes of weights that are used as they lie in files */
+    uint64_t probed;    /* steps that were timed; 0 = none, then there are no seconds */
+    double seconds;     /* of all steps on this machine */
+} ptst_train_plan;
+
+/* What a trainer for these would do and take. Computes and changes nothing; with adapter NULL the
+   model need not be trainable yet. desc may be NULL. */
+PTST_API ptst_code ptst_trainer_plan(ptst_ctx *c, const ptst_model *model,
+                                     const ptst_adapter *adapter, const ptst_dataset *data,
+                                     const ptst_train_desc *desc, ptst_train_plan *out);
+
 /* ---- one call: fine-tune, with log, checkpoints and resume ---- */
 
 typedef struct ptst_finetune_desc {
@@ -1069,6 +1091,15 @@ typedef struct ptst_finetune_info {
    may be NULL. */
 PTST_API ptst_code ptst_finetune(ptst_ctx *c, const ptst_finetune_desc *desc,
                                  ptst_finetune_info *info);
+
+/* What ptst_finetune would take. Writes nothing (`out` is not read, `resume` neither). Then, if
+   probe_seconds is not 0 and there is memory enough (ptst_train_plan.probed says), it makes steps
+   until so much time is over, one to warm up and at least one more, and judges by them how long all
+   will take; the model is left unfrozen and changed if `full`. ptst_desc.progress is called in stage
+   "plan" before the first step, when everything is loaded and bytes are still to be taken, and in
+   stage "probe" after each step. */
+PTST_API ptst_code ptst_finetune_plan(ptst_ctx *c, const ptst_finetune_desc *desc,
+                                      double probe_seconds, ptst_train_plan *out);
 
 /* ---- api >>generate -------------------------------------------------------------------------- */
 
@@ -1136,6 +1167,21 @@ PTST_API ptst_code ptst_generate(ptst_ctx *c, const ptst_model *model, const pts
                                  size_t count, const ptst_generate_desc *desc,
                                  ptst_answer *answers);
 PTST_API void ptst_answers_free(ptst_ctx *c, ptst_answer *answers, size_t count);
+
+/* What answering takes, before it is taken. */
+typedef struct ptst_generate_needs {
+    uint64_t prompt_tokens;
+    uint64_t computed;      /* of these: a head that all share is read once */
+    uint64_t answer_tokens; /* if no answer ends by itself */
+    double flops;           /* for that, 2 for a multiplication and its addition */
+    size_t bytes;           /* memory that ptst_generate takes and gives back */
+} ptst_generate_needs;
+
+/* The needs of a ptst_generate with these arguments. Nothing is computed. */
+PTST_API ptst_code ptst_generate_plan(ptst_ctx *c, const ptst_model *model,
+                                      const ptst_adapter *adapter, const ptst_tokenizer *tokenizer,
+                                      const ptst_prompt *prompts, size_t count,
+                                      const ptst_generate_desc *desc, ptst_generate_needs *out);
 
 /* ---- api >>data ------------------------------------------------------------------------------ */
 
@@ -1299,6 +1345,10 @@ typedef struct ptst_finetune_files {
    their counts) are not read. info may be NULL. */
 PTST_API ptst_code ptst_finetune_file(ptst_ctx *c, const ptst_finetune_files *files,
                                       const ptst_finetune_desc *options, ptst_finetune_info *info);
+/* ptst_finetune_plan on files, likewise. */
+PTST_API ptst_code ptst_finetune_file_plan(ptst_ctx *c, const ptst_finetune_files *files,
+                                           const ptst_finetune_desc *options, double probe_seconds,
+                                           ptst_train_plan *out);
 
 typedef struct ptst_answer_files {
     const char *model, *adapter; /* folders; adapter NULL = none */
@@ -1350,6 +1400,24 @@ typedef struct ptst_run_desc {
    on where it was. */
 PTST_API ptst_code ptst_experiment_run(ptst_ctx *c, const ptst_experiment *e,
                                        const ptst_run_desc *desc);
+
+/* What a whole experiment takes, before it is taken. */
+typedef struct ptst_run_plan {
+    size_t cells;
+    size_t adapters;       /* that are trained */
+    ptst_train_plan train; /* sums over these; data: of the first; bytes: the most of any */
+    size_t answers;
+    ptst_generate_needs answer; /* sums over these; bytes: the most of any set */
+    double answer_seconds;      /* 0 = not probed */
+    bool answer_seconds_at_most; /* the probe did not see the end of answers, so each counts with
+                                    the most tokens that it may have */
+} ptst_run_plan;
+
+/* Reads all inputs as ptst_experiment_run does and writes nothing. If probe_seconds is not 0 the
+   first adapter's training is probed as by ptst_finetune_plan, and answering by the first prompts of
+   each set under the first test template, before fine-tuning; each for about so long. */
+PTST_API ptst_code ptst_experiment_plan(ptst_ctx *c, const ptst_experiment *e,
+                                        double probe_seconds, ptst_run_plan *out);
 
 /* ---- matrix and report of a run folder ---- */
 
@@ -29155,8 +29223,9 @@ struct ptst_trainer {
     ptst__pass *pass;
     const ptst__param *params;
     size_t params_count;
-    ptst__moments *moments; /* [params_count] */
-    ptst__arena arena;
+    ptst__moments *moments; /* [params_count], the numbers are in means */
+    float *means;
+    void *block; /* of all arrays but order and rows */
     ptst__cursor at;
     uint64_t steps;       /* in all */
     size_t budget;        /* packing: tokens of a batch */
@@ -29166,6 +29235,8 @@ struct ptst_trainer {
     int32_t *tokens, *labels;
     ptst_segment *segments;
     size_t tokens_max, labels_max, segments_max; /* of any batch */
+    uint64_t tokens_all, labels_all, computed;   /* of all steps, see ptst_train_plan */
+    double pairs;                                /* of a computed token and one that it sees */
     char hash[65];                               /* of the rows */
 };
 
@@ -29301,18 +29372,24 @@ static void ptst__train_next_step(const ptst_trainer *t, ptst__cursor *at) {
 static void ptst__train_plan_rows(ptst_trainer *t, const uint32_t *rows, size_t count,
                                   size_t head) {
     size_t tokens = head, labels = 0, i;
+    t->pairs += (double)head * (double)(head + 1) / 2;
     for (i = 0; i < count; i++) {
         const ptst__sample *row = &t->data->rows[rows[i]];
+        double own = (double)(row->count - 1u - head);
         tokens += row->count - 1u - head;
         labels += row->labels;
+        t->tokens_all += row->count;
+        t->pairs += own * (own + 1) / 2 + own * (double)head;
     }
+    t->labels_all += labels;
+    t->computed += tokens;
     t->tokens_max = tokens > t->tokens_max ? tokens : t->tokens_max;
     t->labels_max = labels > t->labels_max ? labels : t->labels_max;
     t->segments_max = count + 1 > t->segments_max ? count + 1 : t->segments_max;
 }
 
-/* Goes through the whole training without computing: the number of steps and the most that is
-   computed at once. */
+/* Goes through the whole training without computing: the number of steps, the most that is
+   computed at once, and how much there is in all. */
 static void ptst__train_plan(ptst_trainer *t) {
     ptst__cursor at = {0, 0, 0};
     size_t batch, taken, i, n, head;
@@ -29907,8 +29984,8 @@ static ptst_code ptst__model_mark(ptst_ctx *c, const char *folder, char hash[65]
     return PTST_OK;
 }
 
-/* Makes or loads what is trained, and the trainer. */
-static ptst_code ptst__finetune_trainer(ptst_ctx *c, ptst__finetune *f) {
+/* Makes or loads the adapter that is trained. */
+static ptst_code ptst__finetune_adapter(ptst_ctx *c, ptst__finetune *f) {
     const ptst_finetune_desc *d = f->d;
     ptst_lora_desc lora;
     memset(&lora, 0, sizeof lora);
@@ -29924,8 +30001,50 @@ static ptst_code ptst__finetune_trainer(ptst_ctx *c, ptst__finetune *f) {
             return c->code;
         }
     }
-    f->trainer = ptst_trainer_new(c, d->model, f->adapter, f->data, &d->train);
+    return PTST_OK;
+}
+
+static ptst_code ptst__finetune_trainer(ptst_ctx *c, ptst__finetune *f) {
+    f->trainer = ptst_trainer_new(c, f->d->model, f->adapter, f->data, &f->d->train);
     return f->trainer == NULL ? c->code : PTST_OK;
+}
+
+/* Steps until so much time is over; how long all will take, by the work in those after the first.
+   The work of the first steps is that of a training which ends after them. */
+static ptst_code ptst__finetune_probe(ptst_ctx *c, ptst__finetune *f, double seconds,
+                                      ptst_train_plan *out) {
+    ptst_train_desc some = f->d->train;
+    ptst_train_plan first, all;
+    ptst_progress p;
+    ptst_step step;
+    uint64_t n;
+    double start, spent = 0, warm = 0;
+    ptst_code code = PTST_OK;
+    memset(&p, 0, sizeof p);
+    memset(&first, 0, sizeof first);
+    p.stage = "probe";
+    p.item = f->d->item;
+    p.unit = "s";
+    p.total = seconds;
+    start = ptst__seconds();
+    for (n = 0; code == PTST_OK && n < out->steps && (n < 2 || spent < seconds); n++) {
+        code = ptst_trainer_step(c, f->trainer, &step);
+        spent = ptst__seconds() - start;
+        warm = n == 0 && out->steps > 1 ? spent : warm;
+        p.done = spent < seconds ? spent : seconds;
+        code = code == PTST_OK ? ptst__report(c, &p) : code;
+    }
+    some.max_steps = n;
+    if (code == PTST_OK) {
+        code = ptst_trainer_plan(c, f->d->model, f->adapter, f->data, &some, &all);
+    }
+    some.max_steps = 1;
+    if (code == PTST_OK && n > 1) {
+        code = ptst_trainer_plan(c, f->d->model, f->adapter, f->data, &some, &first);
+    }
+    out->probed = n;
+    out->seconds = out->flops * (spent - warm) / (all.flops - first.flops);
+    return code;
 }
 
 /* Options beside the trainer's own: what is trained, where it starts, on which model. */
@@ -30290,25 +30409,22 @@ PTST_API ptst_code ptst_schedule_parse(ptst_ctx *c, const char *text, ptst_train
 PTST_API void ptst_trainer_free(ptst_ctx *c, ptst_trainer *t) {
     if (t != NULL) {
         ptst__pass_free(c, t->pass);
-        ptst__arena_free(c, &t->arena);
+        ptst__free(c, t->block);
+        ptst__free(c, t->order);
         ptst__free(c, t);
     }
 }
 
-/* Do the rows fit the model? Also makes their hash. */
-static ptst_code ptst__trainer_rows(ptst_ctx *c, ptst_trainer *t, const ptst_config *config) {
+/* Do the rows fit the model? */
+static ptst_code ptst__trainer_rows(ptst_ctx *c, const ptst_trainer *t, const ptst_config *config) {
     const ptst_dataset *d = t->data;
-    ptst__sha256 h;
-    size_t i, k, longest = 0;
+    size_t i, k;
     if (d->info.rows == 0) {
         return ptst__fail(c, PTST_ERR_ARGUMENT, "training: there is no row with an answer");
     }
-    ptst__sha256_start(&h);
     for (i = 0; i < d->info.rows; i++) {
-        const ptst__sample *row = &d->rows[i];
-        const int32_t *tokens = d->tokens.data + row->begin;
-        longest = row->count - 1u > longest ? row->count - 1u : longest;
-        for (k = 0; k < row->count; k++) {
+        const int32_t *tokens = d->tokens.data + d->rows[i].begin;
+        for (k = 0; k < d->rows[i].count; k++) {
             if (tokens[k] < 0 || tokens[k] >= config->vocab_size) {
                 return ptst__fail(c, PTST_ERR_MISMATCH,
                                   "row %llu has token %ld, the model's "
@@ -30317,12 +30433,25 @@ static ptst_code ptst__trainer_rows(ptst_ctx *c, ptst_trainer *t, const ptst_con
                                   (long)config->vocab_size - 1);
             }
         }
+    }
+    return PTST_OK;
+}
+
+/* A hash of the rows, and a warning if one is longer than the model was made for. */
+static void ptst__trainer_hash(ptst_ctx *c, ptst_trainer *t, const ptst_config *config) {
+    const ptst_dataset *d = t->data;
+    ptst__sha256 h;
+    size_t i, longest = 0;
+    ptst__sha256_start(&h);
+    for (i = 0; i < d->info.rows; i++) {
+        const ptst__sample *row = &d->rows[i];
+        longest = row->count - 1u > longest ? row->count - 1u : longest;
         ptst__sha256_add(&h, &row->count, sizeof row->count);
         ptst__sha256_add(&h, &row->prompt, sizeof row->prompt);
         if (row->labels != row->count - row->prompt) {
             ptst__sha256_add(&h, t->data->learn.data + row->begin, row->count);
         }
-        ptst__sha256_add(&h, tokens, row->count * sizeof *tokens);
+        ptst__sha256_add(&h, d->tokens.data + row->begin, row->count * sizeof(int32_t));
     }
     ptst__sha256_end(&h, t->hash);
     if (longest > (size_t)config->max_position_embeddings) {
@@ -30330,58 +30459,42 @@ static ptst_code ptst__trainer_rows(ptst_ctx *c, ptst_trainer *t, const ptst_con
                   "the longest row has %llu tokens, the model was made for %ld",
                   (unsigned long long)longest, (long)config->max_position_embeddings);
     }
-    return PTST_OK;
 }
 
-/* Everything is sized here. */
-static ptst_code ptst__trainer_memory(ptst_ctx *c, ptst_trainer *t, ptst_model *model,
-                                      ptst_adapter *adapter) {
-    size_t i, n = t->data->info.rows;
-    bool again;
-    t->order = (uint32_t *)ptst__arena_alloc(c, &t->arena, n, sizeof *t->order);
-    t->rows = (uint32_t *)ptst__arena_alloc(c, &t->arena, n, sizeof *t->rows);
-    if (t->order == NULL || t->rows == NULL) {
-        return PTST_ERR_MEMORY;
-    }
-    ptst__train_plan(t);
-    t->tokens = (int32_t *)ptst__arena_alloc(c, &t->arena, t->tokens_max, sizeof *t->tokens);
-    t->labels = (int32_t *)ptst__arena_alloc(c, &t->arena, t->tokens_max, sizeof *t->labels);
-    t->segments =
-        (ptst_segment *)ptst__arena_alloc(c, &t->arena, t->segments_max, sizeof *t->segments);
-    if (t->tokens == NULL || t->labels == NULL || t->segments == NULL) {
-        return PTST_ERR_MEMORY;
-    }
-    again = t->desc.gradient_checkpointing ||
-            (double)ptst__pass_bytes(model, adapter, t->tokens_max, t->labels_max, t->segments_max,
-                                     false) > 0.9 * ptst__memory_available();
-    t->pass =
-        ptst__pass_new(c, model, adapter, t->tokens_max, t->labels_max, t->segments_max, again);
-    if (t->pass == NULL) {
-        return c->code;
-    }
-    t->params_count = ptst__pass_params(t->pass, &t->params);
-    t->moments =
-        (ptst__moments *)ptst__arena_alloc(c, &t->arena, t->params_count, sizeof *t->moments);
-    for (i = 0; i < t->params_count && t->moments != NULL; i++) {
-        size_t count = t->params[i].count;
-        t->moments[i].m = (float *)ptst__arena_alloc(c, &t->arena, count, sizeof(float));
-        t->moments[i].v = (float *)ptst__arena_alloc(c, &t->arena, count, sizeof(float));
-        if (t->moments[i].m == NULL || t->moments[i].v == NULL) {
-            return PTST_ERR_MEMORY;
-        }
-    }
-    return t->moments == NULL ? PTST_ERR_MEMORY : PTST_OK;
+/* Arrays of a trainer that trains `params` tensors of `values` numbers together: sizes, and where
+   they lie (NULL while only sizes are wanted). */
+static void ptst__trainer_layout(ptst_trainer *t, ptst__memory *plan, size_t params,
+                                 size_t values) {
+    t->tokens = (int32_t *)ptst__memory_take(plan, t->tokens_max, 1, sizeof *t->tokens);
+    t->labels = (int32_t *)ptst__memory_take(plan, t->tokens_max, 1, sizeof *t->labels);
+    t->segments = (ptst_segment *)ptst__memory_take(plan, t->segments_max, 1, sizeof *t->segments);
+    t->moments = (ptst__moments *)ptst__memory_take(plan, params, 1, sizeof *t->moments);
+    t->means = ptst__memory_floats(plan, values, 2);
 }
 
-PTST_API ptst_trainer *ptst_trainer_new(ptst_ctx *c, ptst_model *model, ptst_adapter *adapter,
-                                        const ptst_dataset *data, const ptst_train_desc *desc) {
-    const ptst_config *config = ptst_model_config(model);
-    ptst_trainer *t = (ptst_trainer *)ptst__calloc(c, 1, sizeof *t);
+/* How many tensors learn, at most, and how many numbers are in them. */
+static size_t ptst__trainer_values(const ptst_model *m, const ptst_adapter *a, size_t *params) {
+    *params = a != NULL ? 2 * m->L * PTST__LINEARS + 2 : m->trainable ? m->weights_count : 0;
+    return a != NULL ? a->values_count : m->trainable ? (size_t)ptst_model_parameters(m) : 0;
+}
+
+static size_t ptst__trainer_pass_bytes(const ptst_trainer *t, const ptst_model *m,
+                                       const ptst_adapter *a, bool again) {
+    return ptst__pass_bytes(m, a, t->tokens_max, t->labels_max, t->segments_max, again);
+}
+
+/* Are the layers computed a second time instead of being kept? */
+static bool ptst__trainer_again(const ptst_trainer *t, const ptst_model *m, const ptst_adapter *a) {
+    return t->desc.gradient_checkpointing || (double)ptst__trainer_pass_bytes(t, m, a, false) >
+                                                 0.9 * ptst__memory_available();
+}
+
+/* Options, limits, and a walk through the whole training. */
+static ptst_code ptst__trainer_start(ptst_ctx *c, ptst_trainer *t, const ptst_model *model,
+                                     bool full, const ptst_dataset *data,
+                                     const ptst_train_desc *desc) {
     ptst_code code;
-    if (t == NULL) {
-        return NULL;
-    }
-    t->desc = ptst__train_resolve(desc, config, adapter == NULL);
+    t->desc = ptst__train_resolve(desc, ptst_model_config(model), full);
     t->data = data;
     t->apart = t->desc.no_prefix || ptst__model_whole(model);
     t->order_epoch = UINT64_MAX;
@@ -30389,17 +30502,142 @@ PTST_API ptst_trainer *ptst_trainer_new(ptst_ctx *c, ptst_model *model, ptst_ada
     if (code == PTST_OK && !ptst__mul(t->desc.batch, t->desc.context, &t->budget)) {
         code = ptst__fail(c, PTST_ERR_ARGUMENT, "training: batch is out of range");
     }
-    if (code == PTST_OK) {
-        code = ptst__trainer_rows(c, t, config);
+    code = code != PTST_OK ? code : ptst__trainer_rows(c, t, ptst_model_config(model));
+    if (code != PTST_OK) {
+        return code;
     }
+    t->order = (uint32_t *)ptst__alloc(c, data->info.rows, 2 * sizeof *t->order);
+    if (t->order == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    t->rows = t->order + data->info.rows;
+    ptst__train_plan(t);
+    return PTST_OK;
+}
+
+/* Everything is sized here. */
+static ptst_code ptst__trainer_memory(ptst_ctx *c, ptst_trainer *t, ptst_model *model,
+                                      ptst_adapter *adapter) {
+    size_t i, at = 0, params, values = ptst__trainer_values(model, adapter, &params);
+    ptst__memory plan;
+    memset(&plan, 0, sizeof plan);
+    ptst__trainer_layout(t, &plan, params, values);
+    if (plan.failed) {
+        return ptst__fail_memory(c, SIZE_MAX);
+    }
+    t->block = plan.base = (char *)ptst__calloc(c, plan.used, 1);
+    if (t->block == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    plan.used = 0;
+    ptst__trainer_layout(t, &plan, params, values);
+    t->pass = ptst__pass_new(c, model, adapter, t->tokens_max, t->labels_max, t->segments_max,
+                             ptst__trainer_again(t, model, adapter));
+    if (t->pass == NULL) {
+        return c->code;
+    }
+    t->params_count = ptst__pass_params(t->pass, &t->params);
+    for (i = 0; i < t->params_count; i++) {
+        t->moments[i].m = t->means + at;
+        t->moments[i].v = t->means + values + at;
+        at += t->params[i].count;
+    }
+    return PTST_OK;
+}
+
+PTST_API ptst_trainer *ptst_trainer_new(ptst_ctx *c, ptst_model *model, ptst_adapter *adapter,
+                                        const ptst_dataset *data, const ptst_train_desc *desc) {
+    ptst_trainer *t = (ptst_trainer *)ptst__calloc(c, 1, sizeof *t);
+    ptst_code code;
+    if (t == NULL) {
+        return NULL;
+    }
+    code = ptst__trainer_start(c, t, model, adapter == NULL, data, desc);
     if (code == PTST_OK) {
         code = ptst__trainer_memory(c, t, model, adapter);
     }
-    if (code != PTST_OK) {
+    if (code == PTST_OK) {
+        ptst__trainer_hash(c, t, ptst_model_config(model));
+    } else {
         ptst_trainer_free(c, t);
-        return NULL;
+        t = NULL;
     }
     return t;
+}
+
+/* Floating-point operations that training on `tokens` needs, 2 for each weight and token in a
+   product. Forward everything, the head for labels alone; backward the gradient of the activations
+   (nothing below the lowest adapter needs one) and the gradients of the trained weights. Attention
+   takes 4 for each element of the queries and pair forward, 2.5 times that backward. A window and
+   adapters on some layers only are not made use of, so for these it is a little too much. */
+static double ptst__train_flops(const ptst_config *k, double tokens, double labels, double pairs,
+                                double adapter, bool full) {
+    double d = k->hidden_size, q = (double)k->num_attention_heads * k->head_dim;
+    double kv = (double)k->num_key_value_heads * k->head_dim, f = k->intermediate_size;
+    double linear = k->num_hidden_layers * (d * q + 2 * d * kv + q * d + 3 * d * f) * tokens;
+    double head = d * k->vocab_size * labels;
+    double backward = full ? 2 * (linear + head) : linear + head - (d * q + 2 * d * kv) * tokens;
+    return 2 * (linear + head + backward + 3 * adapter * tokens) +
+           k->num_hidden_layers * 4 * q * pairs * (1 + 2.5);
+}
+
+/* What ptst__trainer_memory would take, and the trainer itself; false if no memory holds it. */
+static bool ptst__trainer_bytes(ptst_trainer *t, const ptst_model *m, const ptst_adapter *a,
+                                bool again, size_t *out) {
+    size_t params, values = ptst__trainer_values(m, a, &params), pass;
+    ptst__memory plan;
+    memset(&plan, 0, sizeof plan);
+    (void)ptst__memory_take(&plan, 1, 1, sizeof *t);
+    (void)ptst__memory_take(&plan, t->data->info.rows, 2, sizeof *t->order);
+    ptst__trainer_layout(t, &plan, params, values);
+    pass = ptst__trainer_pass_bytes(t, m, a, again);
+    return ptst__add(plan.used, pass, out) && pass != 0 && !plan.failed;
+}
+
+/* Bytes of the weights that are mapped, and of those that lie in memory. */
+static size_t ptst__model_mapped(const ptst_model *m, size_t *held) {
+    size_t i, mapped = 0;
+    for (i = 0, *held = 0; i < m->weights_count; i++) {
+        const ptst__weight *w = &m->weights[i];
+        bool block = m->tensors == NULL || w->vector || w->dtype != w->file_dtype;
+        *(block ? held : &mapped) += ptst__weight_bytes(w);
+    }
+    return mapped;
+}
+
+PTST_API ptst_code ptst_trainer_plan(ptst_ctx *c, const ptst_model *model,
+                                     const ptst_adapter *adapter, const ptst_dataset *data,
+                                     const ptst_train_desc *desc, ptst_train_plan *out) {
+    ptst_model m = *model; /* as it will be: ptst_model_unfreeze takes 4 bytes a weight */
+    ptst_trainer t;
+    size_t held, copies;
+    double learned = adapter == NULL ? 0 : (double)ptst_adapter_parameters(adapter);
+    ptst_code code;
+    memset(&t, 0, sizeof t);
+    memset(out, 0, sizeof *out);
+    code = ptst__trainer_start(c, &t, model, adapter == NULL, data, desc);
+    if (code == PTST_OK) {
+        m.trainable = m.trainable || adapter == NULL;
+        out->data = data->info;
+        out->steps = t.steps;
+        out->tokens = t.tokens_all;
+        out->labels = t.labels_all;
+        out->computed = t.computed;
+        out->flops = ptst__train_flops(&m.config, (double)t.computed, (double)t.labels_all,
+                                       t.pairs, learned, adapter == NULL);
+        out->checkpointing = ptst__trainer_again(&t, &m, adapter);
+        out->mapped = ptst__model_mapped(model, &held);
+        if (!ptst__trainer_bytes(&t, &m, adapter, out->checkpointing, &out->bytes)) {
+            code = ptst__fail_memory(c, SIZE_MAX);
+        }
+    }
+    if (code == PTST_OK && m.trainable && !model->trainable) {
+        out->mapped = 0;
+        copies = 4 * (size_t)ptst_model_parameters(model);
+        out->bytes += copies > held ? copies - held : 0; /* what it held before is released */
+    }
+    ptst__free(c, t.order);
+    return code;
 }
 
 PTST_API ptst_train_desc ptst_trainer_options(const ptst_trainer *t) { return t->desc; }
@@ -30470,6 +30708,7 @@ PTST_API ptst_code ptst_finetune(ptst_ctx *c, const ptst_finetune_desc *desc,
     code = ptst__finetune_check(c, desc);
     code = code != PTST_OK ? code : ptst__finetune_paths(c, &f);
     code = code != PTST_OK ? code : ptst__finetune_rows(c, &f);
+    code = code != PTST_OK ? code : ptst__finetune_adapter(c, &f);
     code = code != PTST_OK ? code : ptst__finetune_trainer(c, &f);
     code = code != PTST_OK ? code : ptst__finetune_options(c, &f);
     code = code != PTST_OK ? code : ptst__finetune_begin(c, &f);
@@ -30491,6 +30730,38 @@ PTST_API ptst_code ptst_finetune(ptst_ctx *c, const ptst_finetune_desc *desc,
     if (info != NULL) {
         *info = f.info;
     }
+    return code;
+}
+
+PTST_API ptst_code ptst_finetune_plan(ptst_ctx *c, const ptst_finetune_desc *desc,
+                                      double probe_seconds, ptst_train_plan *out) {
+    ptst__finetune f;
+    ptst_finetune_desc d = *desc;
+    ptst_progress p;
+    ptst_code code;
+    memset(&f, 0, sizeof f);
+    memset(&p, 0, sizeof p);
+    memset(out, 0, sizeof *out);
+    p.stage = "plan";
+    p.item = desc->item;
+    d.out = d.out == NULL ? "" : d.out;
+    f.d = &d;
+    code = ptst__finetune_check(c, &d);
+    code = code != PTST_OK ? code : ptst__finetune_rows(c, &f);
+    code = code != PTST_OK ? code : ptst__finetune_adapter(c, &f);
+    code = code != PTST_OK
+               ? code
+               : ptst_trainer_plan(c, d.model, f.adapter, f.data, &d.train, out);
+    code = code != PTST_OK ? code : ptst__report(c, &p);
+    if (code == PTST_OK && probe_seconds > 0 &&
+        (double)out->bytes + (double)out->mapped < ptst__memory_available()) {
+        code = d.full ? ptst_model_unfreeze(c, d.model) : PTST_OK;
+        code = code != PTST_OK ? code : ptst__finetune_trainer(c, &f);
+        code = code != PTST_OK ? code : ptst__finetune_probe(c, &f, probe_seconds, out);
+    }
+    ptst_trainer_free(c, f.trainer);
+    ptst_adapter_free(c, f.adapter);
+    ptst_dataset_free(c, f.data);
     return code;
 }
 
@@ -30664,7 +30935,7 @@ static ptst_code ptst__generate_encode(ptst_ctx *c, ptst__generator *g,
     for (i = 0; i < g->count && code == PTST_OK; i++) {
         g->questions[i].begin = begin = g->tokens.count;
         code = ptst__prompter_prompt(c, &e, &prompts[i], &g->tokens);
-        g->questions[i].count = g->answers[i].prompt_tokens = g->tokens.count - begin;
+        g->questions[i].count = g->tokens.count - begin;
         if (code == PTST_OK && g->tokens.count == begin) {
             code = ptst__fail(c, PTST_ERR_ARGUMENT, "prompt %llu has no tokens",
                               (unsigned long long)i + 1);
@@ -30737,14 +31008,12 @@ static bool ptst__generate_ends(const ptst__generator *g, int32_t id) {
     return false;
 }
 
-/* How long sequences may become, and the memory for them. */
-static ptst_code ptst__generate_memory(ptst_ctx *c, ptst__generator *g, const ptst_model *m,
-                                       const ptst_adapter *a) {
+/* How long sequences may become, and the session for them. */
+static ptst_code ptst__generate_room(ptst_ctx *c, ptst__generator *g, const ptst_model *m,
+                                     ptst_session_desc *s) {
     const ptst_config *config = ptst_model_config(m);
-    bool greedy = g->sample.temperature == 0 || g->sample.top_p == 0 || g->sample.top_k == 1;
     size_t i, longest = 0;
-    ptst_session_desc s;
-    memset(&s, 0, sizeof s);
+    memset(s, 0, sizeof *s);
     for (i = 0; i < g->count; i++) {
         longest = g->questions[i].count > longest ? g->questions[i].count : longest;
         if (g->d->capacity != 0 && g->questions[i].count >= g->d->capacity) {
@@ -30764,9 +31033,25 @@ static ptst_code ptst__generate_memory(ptst_ctx *c, ptst__generator *g, const pt
                   "the longest prompt has %llu tokens, the model was made for %ld",
                   (unsigned long long)longest, (long)config->max_position_embeddings);
     }
-    s.slots = g->batch + (g->head != 0);
-    s.capacity = g->limit - g->head > g->head ? g->limit - g->head : g->head;
-    s.logit_rows = g->batch;
+    s->slots = g->batch + (g->head != 0);
+    s->capacity = g->limit - g->head > g->head ? g->limit - g->head : g->head;
+    s->logit_rows = g->batch;
+    return PTST_OK;
+}
+
+static bool ptst__generate_scores(const ptst__generator *g) {
+    bool greedy = g->sample.temperature == 0 || g->sample.top_p == 0 || g->sample.top_k == 1;
+    return !greedy || g->sample.repetition_penalty != 1;
+}
+
+static ptst_code ptst__generate_memory(ptst_ctx *c, ptst__generator *g, const ptst_model *m,
+                                       const ptst_adapter *a) {
+    ptst_session_desc s;
+    size_t i;
+    ptst_code code = ptst__generate_room(c, g, m, &s);
+    if (code != PTST_OK) {
+        return code;
+    }
     g->session = ptst_session_new(c, m, a, &s);
     if (g->session == NULL) {
         return c->code;
@@ -30782,7 +31067,7 @@ static ptst_code ptst__generate_memory(ptst_ctx *c, ptst__generator *g, const pt
             return PTST_ERR_MEMORY;
         }
     }
-    if (!greedy || g->sample.repetition_penalty != 1) {
+    if (ptst__generate_scores(g)) {
         g->scratch =
             (ptst_candidate *)ptst__arena_alloc(c, &g->arena, g->vocab, sizeof *g->scratch);
         return g->scratch == NULL ? PTST_ERR_MEMORY : PTST_OK;
@@ -31029,6 +31314,42 @@ PTST_API int32_t ptst_sample(const ptst_sample_desc *desc, float *logits, size_t
     return ptst__sample_draw(desc, vocab, scratch, rng);
 }
 
+/* Options, prompts as tokens, and what ends an answer. desc must live as long as g. */
+static ptst_code ptst__generate_begin(ptst_ctx *c, ptst__generator *g, const ptst_model *model,
+                                      const ptst_tokenizer *tokenizer, const ptst_prompt *prompts,
+                                      size_t count, const ptst_generate_desc *desc) {
+    ptst_code code;
+    memset(g, 0, sizeof *g);
+    g->d = desc;
+    g->sample = desc->sample;
+    g->sample.repetition_penalty =
+        g->sample.repetition_penalty == 0 ? 1 : g->sample.repetition_penalty;
+    g->tokenizer = tokenizer;
+    g->count = count;
+    g->vocab = (size_t)ptst_model_config(model)->vocab_size;
+    g->max_new = desc->max_new_tokens == 0 ? 512 : desc->max_new_tokens;
+    g->batch = desc->batch == 0 ? 16 : desc->batch;
+    g->batch = g->batch > count ? count : g->batch;
+    g->start = ptst__seconds();
+    code = ptst__generate_check(c, &g->sample);
+    g->questions = (ptst__question *)ptst__arena_alloc(c, &g->arena, count, sizeof *g->questions);
+    code = code == PTST_OK && g->questions == NULL ? PTST_ERR_MEMORY : code;
+    code = code != PTST_OK ? code : ptst__generate_encode(c, g, prompts);
+    if (code == PTST_OK) {
+        g->head = ptst__generate_head(g, model);
+        g->again = ptst__model_switch(model);
+        ptst__generate_stops(g, model);
+    }
+    return code;
+}
+
+static void ptst__generate_end(ptst_ctx *c, ptst__generator *g) {
+    ptst_session_free(c, g->session);
+    ptst_ids_free(c, &g->tokens);
+    ptst_text_free(c, &g->text);
+    ptst__arena_free(c, &g->arena);
+}
+
 PTST_API ptst_code ptst_generate(ptst_ctx *c, const ptst_model *model, const ptst_adapter *adapter,
                                  const ptst_tokenizer *tokenizer, const ptst_prompt *prompts,
                                  size_t count, const ptst_generate_desc *desc,
@@ -31038,19 +31359,6 @@ PTST_API ptst_code ptst_generate(ptst_ctx *c, const ptst_model *model, const pts
     size_t i;
     ptst_code code;
     memset(&none, 0, sizeof none);
-    memset(&g, 0, sizeof g);
-    g.d = desc != NULL ? desc : &none;
-    g.sample = g.d->sample;
-    g.sample.repetition_penalty =
-        g.sample.repetition_penalty == 0 ? 1 : g.sample.repetition_penalty;
-    g.tokenizer = tokenizer;
-    g.answers = answers;
-    g.count = count;
-    g.vocab = (size_t)ptst_model_config(model)->vocab_size;
-    g.max_new = g.d->max_new_tokens == 0 ? 512 : g.d->max_new_tokens;
-    g.batch = g.d->batch == 0 ? 16 : g.d->batch;
-    g.batch = g.batch > count ? count : g.batch;
-    g.start = ptst__seconds();
     for (i = 0; i < count; i++) {
         answers[i].ids.count = answers[i].text.size = 0;
         answers[i].finish = PTST_FINISH_NONE;
@@ -31058,21 +31366,73 @@ PTST_API ptst_code ptst_generate(ptst_ctx *c, const ptst_model *model, const pts
     if (count == 0) {
         return PTST_OK;
     }
-    code = ptst__generate_check(c, &g.sample);
-    g.questions = (ptst__question *)ptst__arena_alloc(c, &g.arena, count, sizeof *g.questions);
-    code = code == PTST_OK && g.questions == NULL ? PTST_ERR_MEMORY : code;
-    code = code != PTST_OK ? code : ptst__generate_encode(c, &g, prompts);
-    if (code == PTST_OK) {
-        g.head = ptst__generate_head(&g, model);
-        g.again = ptst__model_switch(model);
-        ptst__generate_stops(&g, model);
-        code = ptst__generate_memory(c, &g, model, adapter);
+    code = ptst__generate_begin(c, &g, model, tokenizer, prompts, count,
+                                desc != NULL ? desc : &none);
+    g.answers = answers;
+    for (i = 0; i < count && code == PTST_OK; i++) {
+        answers[i].prompt_tokens = g.questions[i].count;
     }
+    code = code != PTST_OK ? code : ptst__generate_memory(c, &g, model, adapter);
     code = code != PTST_OK ? code : ptst__generate_all(c, &g);
-    ptst_session_free(c, g.session);
-    ptst_ids_free(c, &g.tokens);
-    ptst_text_free(c, &g.text);
-    ptst__arena_free(c, &g.arena);
+    ptst__generate_end(c, &g);
+    return code;
+}
+
+/* What tokens cost that are read or written one by one: every weight once for each, the head for
+   those that are followed by a new one, and 4 for each element of the queries and pair of a token
+   and one that it sees. */
+static void ptst__generate_count(const ptst__generator *g, const ptst_config *k,
+                                 ptst_generate_needs *out) {
+    double d = k->hidden_size, q = (double)k->num_attention_heads * k->head_dim;
+    double kv = (double)k->num_key_value_heads * k->head_dim, f = k->intermediate_size;
+    double layer = 2 * d * q + 2 * d * kv + 3 * d * f, pairs = 0, head = (double)g->head;
+    size_t i;
+    for (i = 0; i < g->count; i++) {
+        size_t end = g->questions[i].count + g->max_new;
+        end = end < g->limit ? end : g->limit;
+        out->prompt_tokens += g->questions[i].count;
+        out->answer_tokens += end - g->questions[i].count;
+        pairs += (double)end * (double)(end - 1) / 2; /* the last token is not read */
+    }
+    out->computed = out->prompt_tokens - (g->count - 1) * g->head;
+    pairs -= (double)(g->count - 1) * head * (head + 1) / 2;
+    out->flops =
+        2 * (k->num_hidden_layers * layer *
+                 (double)(out->computed + out->answer_tokens - g->count) +
+             d * k->vocab_size * (double)out->answer_tokens) +
+        k->num_hidden_layers * 4 * q * pairs;
+}
+
+PTST_API ptst_code ptst_generate_plan(ptst_ctx *c, const ptst_model *model,
+                                      const ptst_adapter *adapter, const ptst_tokenizer *tokenizer,
+                                      const ptst_prompt *prompts, size_t count,
+                                      const ptst_generate_desc *desc, ptst_generate_needs *out) {
+    ptst_generate_desc none;
+    ptst__generator g;
+    ptst_session_desc s;
+    ptst_code code;
+    memset(&none, 0, sizeof none);
+    memset(out, 0, sizeof *out);
+    if (count == 0) {
+        return PTST_OK;
+    }
+    code = ptst__generate_begin(c, &g, model, tokenizer, prompts, count,
+                                desc != NULL ? desc : &none);
+    code = code != PTST_OK ? code : ptst__generate_room(c, &g, model, &s);
+    if (code == PTST_OK) {
+        size_t each = sizeof *g.speakers + sizeof *g.chunks, session;
+        session = ptst_session_bytes(model, adapter, &s);
+        ptst__generate_count(&g, ptst_model_config(model), out);
+        if (session == 0 || !ptst__mul(g.limit, sizeof(int32_t), &out->bytes) ||
+            !ptst__add(out->bytes, each, &out->bytes) ||
+            !ptst__mul(out->bytes, g.batch, &out->bytes) ||
+            !ptst__add(out->bytes, session, &out->bytes)) {
+            code = ptst__fail_memory(c, SIZE_MAX);
+        }
+        out->bytes += count * sizeof *g.questions + g.tokens.capacity * sizeof *g.tokens.data;
+        out->bytes += ptst__generate_scores(&g) ? g.vocab * sizeof *g.scratch : 0;
+    }
+    ptst__generate_end(c, &g);
     return code;
 }
 
@@ -34043,9 +34403,11 @@ static ptst_code ptst__prompts_make(ptst_ctx *c, const ptst_rows *rows, size_t c
 
 /* ---- fine-tuning with inputs in files ---- */
 
+/* plan not NULL: only that. */
 static ptst_code ptst__finetune_files(ptst_ctx *c, const ptst_finetune_files *files,
                                       const ptst_template *style, ptst_finetune_desc *desc,
-                                      ptst_finetune_info *info) {
+                                      ptst_finetune_info *info, double probe_seconds,
+                                      ptst_train_plan *plan) {
     ptst_rows_desc mixed;
     ptst__prompts train, mix;
     ptst_rows *rows, *mix_rows = NULL;
@@ -34068,7 +34430,8 @@ static ptst_code ptst__finetune_files(ptst_ctx *c, const ptst_finetune_files *fi
         desc->examples_count = train.count;
         desc->mix = mix.examples;
         desc->mix_count = mix.count;
-        code = ptst_finetune(c, desc, info);
+        code = plan != NULL ? ptst_finetune_plan(c, desc, probe_seconds, plan)
+                            : ptst_finetune(c, desc, info);
     }
     ptst__prompts_free(c, &train);
     ptst__prompts_free(c, &mix);
@@ -34077,8 +34440,9 @@ static ptst_code ptst__finetune_files(ptst_ctx *c, const ptst_finetune_files *fi
     return code;
 }
 
-PTST_API ptst_code ptst_finetune_file(ptst_ctx *c, const ptst_finetune_files *files,
-                                      const ptst_finetune_desc *options, ptst_finetune_info *info) {
+static ptst_code ptst__finetune_file(ptst_ctx *c, const ptst_finetune_files *files,
+                                     const ptst_finetune_desc *options, ptst_finetune_info *info,
+                                     double probe_seconds, ptst_train_plan *plan) {
     ptst_finetune_files all = *files;
     ptst_finetune_desc desc;
     ptst_model *model = ptst_model_load(c, files->model, files->dtype);
@@ -34090,7 +34454,7 @@ PTST_API ptst_code ptst_finetune_file(ptst_ctx *c, const ptst_finetune_files *fi
     if (options != NULL) {
         desc = *options;
     }
-    if (code == PTST_OK && desc.full) {
+    if (code == PTST_OK && desc.full && plan == NULL) {
         code = ptst_model_unfreeze(c, model);
     }
     if (code == PTST_OK) {
@@ -34098,12 +34462,24 @@ PTST_API ptst_code ptst_finetune_file(ptst_ctx *c, const ptst_finetune_files *fi
         desc.model = model;
         desc.model_dir = files->model;
         desc.tokenizer = tokenizer;
-        code = ptst__finetune_files(c, &all, style, &desc, info);
+        code = ptst__finetune_files(c, &all, style, &desc, info, probe_seconds, plan);
     }
     ptst_template_free(c, style);
     ptst_tokenizer_free(c, tokenizer);
     ptst_model_free(c, model);
     return code;
+}
+
+PTST_API ptst_code ptst_finetune_file(ptst_ctx *c, const ptst_finetune_files *files,
+                                      const ptst_finetune_desc *options, ptst_finetune_info *info) {
+    return ptst__finetune_file(c, files, options, info, 0, NULL);
+}
+
+PTST_API ptst_code ptst_finetune_file_plan(ptst_ctx *c, const ptst_finetune_files *files,
+                                           const ptst_finetune_desc *options, double probe_seconds,
+                                           ptst_train_plan *out) {
+    memset(out, 0, sizeof *out);
+    return ptst__finetune_file(c, files, options, NULL, probe_seconds, out);
 }
 
 /* ---- answering with inputs in files ----
@@ -34440,7 +34816,9 @@ static ptst_code ptst__adapter_there(ptst__run *r, const char *folder, unsigned 
     return code;
 }
 
-static ptst_code ptst__run_train(ptst__run *r, size_t t, uint64_t seed, const char *folder) {
+/* Trains into a folder, or (plan not NULL) says what that takes. */
+static ptst_code ptst__run_train_or_plan(ptst__run *r, size_t t, uint64_t seed, const char *folder,
+                                         double probe_seconds, ptst_train_plan *plan) {
     const ptst_experiment *e = r->e;
     ptst_lora_desc lora = e->lora;
     ptst_finetune_desc desc;
@@ -34478,11 +34856,16 @@ static ptst_code ptst__run_train(ptst__run *r, size_t t, uint64_t seed, const ch
         desc.save_every = 10; /* seldom enough to cost nothing, often enough to lose little */
         desc.resume = true;
         desc.item = r->item.data;
-        code = ptst_finetune(r->c, &desc, NULL);
+        code = plan != NULL ? ptst_finetune_plan(r->c, &desc, probe_seconds, plan)
+                            : ptst_finetune(r->c, &desc, NULL);
     }
     ptst__prompts_free(r->c, &train);
     ptst__prompts_free(r->c, &mix);
     return code;
+}
+
+static ptst_code ptst__run_train(ptst__run *r, size_t t, uint64_t seed, const char *folder) {
+    return ptst__run_train_or_plan(r, t, seed, folder, 0, NULL);
 }
 
 /* Copies a file if it is there. */
@@ -36223,15 +36606,166 @@ static void ptst__run_free(ptst__run *r) {
     ptst_text_free(r->c, &r->item);
 }
 
+static ptst_code ptst__run_begin(ptst_ctx *c, ptst__run *r, const ptst_experiment *e,
+                                 const char *out) {
+    memset(r, 0, sizeof *r);
+    r->c = c;
+    r->e = e;
+    r->out = out;
+    r->styles =
+        (ptst_template **)ptst__calloc(c, e->train_count + e->test_count, sizeof *r->styles);
+    r->sets = (ptst_rows **)ptst__calloc(c, e->sets_count, sizeof *r->sets);
+    return r->styles == NULL || r->sets == NULL ? PTST_ERR_MEMORY : PTST_OK;
+}
+
+/* ---- the plan of a run ---- */
+
+/* Training of all adapters. */
+static ptst_code ptst__plan_train(ptst__run *r, double probe_seconds, ptst_train_plan *sum) {
+    size_t t, i;
+    ptst_train_plan one;
+    ptst_code code = PTST_OK;
+    double rate = 0;
+    for (t = 0; t < r->e->train_count && code == PTST_OK; t++) {
+        for (i = 0; i < r->e->seeds_count && code == PTST_OK; i++) {
+            bool first = t == 0 && i == 0;
+            code = ptst__run_train_or_plan(r, t, r->e->seeds[i], NULL, first ? probe_seconds : 0,
+                                           &one);
+            if (first) {
+                *sum = one;
+                rate = one.flops > 0 ? one.seconds / one.flops : 0;
+                continue;
+            }
+            sum->steps += one.steps;
+            sum->tokens += one.tokens;
+            sum->labels += one.labels;
+            sum->computed += one.computed;
+            sum->flops += one.flops;
+            sum->bytes = one.bytes > sum->bytes ? one.bytes : sum->bytes;
+            sum->checkpointing = sum->checkpointing || one.checkpointing;
+        }
+    }
+    sum->seconds = rate * sum->flops;
+    return code;
+}
+
+/* A clock that ends a probe; the caller's callback still goes first. */
+typedef struct ptst__plan_clock {
+    ptst_desc desc; /* of the caller */
+    double end;
+    bool over;
+} ptst__plan_clock;
+
+static int ptst__plan_progress(void *user, const ptst_progress *p) {
+    ptst__plan_clock *k = (ptst__plan_clock *)user;
+    int stop = k->desc.progress == NULL ? 0 : k->desc.progress(k->desc.user, p);
+    k->over = stop == 0 && ptst__seconds() >= k->end;
+    return stop != 0 || k->over;
+}
+
+/* Answers a first batch of prompts for at most some seconds; *each = seconds of one answer. */
+static ptst_code ptst__plan_probe(ptst__run *r, const ptst__prompts *p,
+                                  const ptst_generate_desc *desc, double seconds, double *each,
+                                  bool *at_most) {
+    ptst_answer answers[16];
+    ptst__plan_clock k;
+    size_t n = p->count < 16 ? p->count : 16, i, tokens = 0;
+    double start = ptst__seconds(), spent;
+    ptst_code code;
+    memset(answers, 0, sizeof answers);
+    k.desc = r->c->desc;
+    k.end = start + seconds;
+    k.over = false;
+    r->c->desc.progress = ptst__plan_progress;
+    r->c->desc.user = &k;
+    r->c->desc.log = NULL; /* it would get the clock */
+    code = ptst_generate(r->c, r->model, r->adapter, r->tokenizer, p->prompts, n, desc, answers);
+    r->c->desc = k.desc;
+    spent = ptst__seconds() - start;
+    for (i = 0; i < n; i++) {
+        tokens += answers[i].ids.count;
+    }
+    ptst_answers_free(r->c, answers, n);
+    if (code == PTST_ERR_STOPPED && k.over) {
+        double most = desc->max_new_tokens == 0 ? 512 : (double)desc->max_new_tokens;
+        *at_most = true;
+        *each = tokens == 0 ? 0 : most * spent / (double)tokens;
+        return PTST_OK;
+    }
+    *each = spent / (double)n;
+    return code;
+}
+
+/* All answers to set s under test template u: as many times as there are models. */
+static ptst_code ptst__plan_set(ptst__run *r, size_t s, size_t u, double probe_seconds,
+                                double *each, ptst_run_plan *sum) {
+    const ptst_experiment *e = r->e;
+    size_t models = e->train_count * e->seeds_count + (e->none ? 1 : 0);
+    ptst_generate_desc desc = e->generate;
+    ptst_generate_needs one;
+    ptst__prompts p;
+    ptst_code code = PTST_OK;
+    memset(&p, 0, sizeof p);
+    if (r->sets[s] == NULL) {
+        r->sets[s] = ptst__set_rows(r->c, &e->sets[s]);
+        code = r->sets[s] == NULL ? ptst_error_code(r->c) : PTST_OK;
+    }
+    if (e->sets[s].max_new_tokens != 0) {
+        desc.max_new_tokens = e->sets[s].max_new_tokens;
+    }
+    code = code != PTST_OK ? code
+                           : ptst__prompts_make(r->c, r->sets[s], 0, r->styles[e->train_count + u],
+                                                false, &p);
+    code = code != PTST_OK ? code
+                           : ptst_generate_plan(r->c, r->model, r->adapter, r->tokenizer,
+                                                p.prompts, p.count, &desc, &one);
+    if (code == PTST_OK && u == 0 && probe_seconds > 0) {
+        code = ptst__plan_probe(r, &p, &desc, probe_seconds, each, &sum->answer_seconds_at_most);
+    }
+    if (code == PTST_OK) {
+        sum->answers += models * p.count;
+        sum->answer_seconds += *each * (double)(models * p.count);
+        sum->answer.prompt_tokens += models * one.prompt_tokens;
+        sum->answer.computed += models * one.computed;
+        sum->answer.answer_tokens += models * one.answer_tokens;
+        sum->answer.flops += (double)models * one.flops;
+        sum->answer.bytes = one.bytes > sum->answer.bytes ? one.bytes : sum->answer.bytes;
+    }
+    ptst__prompts_free(r->c, &p);
+    return code;
+}
+
+PTST_API ptst_code ptst_experiment_plan(ptst_ctx *c, const ptst_experiment *e,
+                                        double probe_seconds, ptst_run_plan *out) {
+    ptst__run r;
+    ptst_progress p;
+    size_t s, u, held;
+    ptst_code code;
+    memset(out, 0, sizeof *out);
+    memset(&p, 0, sizeof p);
+    p.stage = "plan";
+    out->cells = ptst_experiment_cells(e);
+    out->adapters = e->train_count * e->seeds_count;
+    code = ptst__run_begin(c, &r, e, NULL);
+    code = code != PTST_OK ? code : ptst__run_use_adapter(&r, SIZE_MAX, 0);
+    code = code != PTST_OK ? code : ptst__plan_train(&r, probe_seconds, &out->train);
+    out->train.mapped = code == PTST_OK ? ptst__model_mapped(r.model, &held) : 0;
+    for (s = 0; s < e->sets_count && code == PTST_OK; s++) {
+        double each = 0;
+        for (u = 0; u < e->test_count && code == PTST_OK; u++) {
+            code = ptst__plan_set(&r, s, u, probe_seconds, &each, out);
+        }
+    }
+    code = code != PTST_OK ? code : ptst__report(c, &p);
+    ptst__run_free(&r);
+    return code;
+}
+
 PTST_API ptst_code ptst_experiment_run(ptst_ctx *c, const ptst_experiment *e,
                                        const ptst_run_desc *desc) {
     ptst__run r;
     size_t cells = ptst_experiment_cells(e), first = 0, end = cells;
     ptst_code code;
-    memset(&r, 0, sizeof r);
-    r.c = c;
-    r.e = e;
-    r.out = desc->out;
     if (desc->cell > cells) {
         return ptst__fail(c, PTST_ERR_ARGUMENT, "cell %llu: the experiment has the cells 1 to %llu",
                           (unsigned long long)desc->cell, (unsigned long long)cells);
@@ -36240,9 +36774,7 @@ PTST_API ptst_code ptst_experiment_run(ptst_ctx *c, const ptst_experiment *e,
         first = desc->cell - 1;
         end = desc->cell;
     }
-    r.styles = (ptst_template **)ptst__calloc(c, e->train_count + e->test_count, sizeof *r.styles);
-    r.sets = (ptst_rows **)ptst__calloc(c, e->sets_count, sizeof *r.sets);
-    code = r.styles == NULL || r.sets == NULL ? PTST_ERR_MEMORY : PTST_OK;
+    code = ptst__run_begin(c, &r, e, desc->out);
     code = code == PTST_OK ? ptst__make_folders(c, desc->out) : code;
     code = code == PTST_OK ? ptst__run_path(&r, &r.path, "experiment.json") : code;
     code = code == PTST_OK ? ptst__run_manifest(c, e, r.path.data) : code;

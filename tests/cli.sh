@@ -45,7 +45,7 @@ has "help lists demo" '^  demo '
 expect "version" 0 "$PTST" --version
 expect "unknown command" 2 "$PTST" dance
 says "unknown command" "dance: unknown command"
-for command in demo run finetune generate chat 'eval refusal' 'eval gsm8k' 'judge export' \
+for command in demo run plan finetune generate chat 'eval refusal' 'eval gsm8k' 'judge export' \
     'judge import' render tokenize detokenize logits merge info check report 'bench train' \
     'bench generate' 'bench tokenize' 'bench gemm'; do
     expect "$command --help" 0 "$PTST" $command --help
@@ -83,6 +83,9 @@ file() {
 }
 file "run" run @ --out "$WORK/made"
 file "report" report @
+file "plan of an experiment" plan @
+file "plan --model" plan --quiet --model @ --train "$WORK/fine.txt" --template TV
+file "plan --train" plan --quiet --model $MODEL --train @ --template TV
 file "info" info @
 file "finetune --model" finetune --quiet --model @ --train "$WORK/fine.txt" --template TV --out "$WORK/made"
 file "finetune --train" finetune --quiet --model $MODEL --train @ --template TV --out "$WORK/made"
@@ -132,7 +135,7 @@ expect "check: a bad line" 1 "$PTST" check "$WORK/lines.jsonl"
 has "check: a bad line" "lines.jsonl: line 3: ':' was expected"
 expect "render: a template that was cut off" 1 "$PTST" render --template "$WORK/cut.jinja" q
 says "render: a template that was cut off" "cut.jinja: line 1, column"
-for command in 'run --out' 'finetune --train' 'generate --prompts' 'chat --model' 'eval refusal --answers' \
+for command in 'run --out' 'plan --probe-seconds' 'finetune --train' 'generate --prompts' 'chat --model' 'eval refusal --answers' \
     'eval gsm8k --data' 'judge export --judge' 'judge import --judgments' 'render --template' \
     'detokenize --jsonl' 'logits --ids' 'merge --out' 'bench train --seq' 'bench generate --new' \
     'bench tokenize --file' 'bench gemm --m' 'demo --out'; do
@@ -338,6 +341,30 @@ if [ "$(id -u)" != 0 ]; then
 else
     expect "a file where a folder should be made" 1 tune --out "$WORK/train.jsonl/x"
 fi
+
+# ---- plan ----
+# number KEY: the number under a key of the last result.
+number() { sed -n 's/.*"'"$1"'": \([-0-9.e+]*\)[,}].*/\1/p' "$WORK/out"; }
+plan() { "$PTST" plan --quiet --model $MODEL --train "$WORK/train.jsonl" --template TV --batch 2 --max-steps 6 "$@"; }
+expect "plan" 0 plan --probe-seconds 0
+if [ "$(wc -l <"$WORK/out")" -eq 1 ]; then ok; else bad "plan: one object on one line"; fi
+has "plan" '^\{"peak_memory_mb": [0-9.]+, .*"fits": true, "steps": 6, "rows": 3, .*"seconds": null, "probe_steps": 0, '
+tokens=$(sed -n 's/.*"tokens": *\([0-9]*\),.*/\1/p' "$WORK/a.log" | awk '{ sum += $1 } END { print sum }')
+if [ "$(number tokens)" = "$tokens" ]; then ok; else bad "plan: as many tokens as the log of the training has, $tokens"; fi
+small=$(number computing_mb)
+expect "plan with a probe" 0 plan --probe-seconds 0.01 --out "$WORK/planned"
+has "plan with a probe" '"tokens_per_second": [0-9.e+]+, "seconds": [0-9.e+-]+, "probe_steps": [2-6], "threads": [0-9]+'
+if [ ! -e "$WORK/planned" ]; then ok; else bad "plan writes nothing"; fi
+if [ "$(number computing_mb)" = "$small" ]; then ok; else bad "the probe does not change the plan"; fi
+expect "plan --full" 0 plan --full --probe-seconds 0.01
+if awk "BEGIN { exit !($(number computing_mb) > $small) }"; then ok; else bad "all weights take more than an adapter"; fi
+expect "plan without a model" 2 "$PTST" plan --template TV
+says "plan without a model" "plan: --model DIR is missing"
+expect "plan: two experiments" 2 "$PTST" plan "$WORK/train.jsonl" "$WORK/two.jsonl"
+expect "plan: an experiment and options" 2 "$PTST" plan examples/tiny-chat/experiment.json --lr 1
+says "plan: an experiment and options" "plan: --lr is for a fine-tuning"
+expect "plan of an experiment" 0 "$PTST" plan --quiet examples/tiny-chat/experiment.json --probe-seconds 0.05
+has "plan of an experiment" '"cells": 80, "adapters": 15, "steps": 1800, .*"answers": 15360, .*"answer_seconds_at_most": (true|false), "seconds": [0-9.e+]+, '
 
 # ---- run: the experiment on a real model, deleted files come back ----
 cat >"$WORK/experiment.json" <<END

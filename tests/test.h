@@ -94,6 +94,7 @@ typedef struct test_memory {
     long calls;      /* allocations asked for */
     long fail_at;    /* number of the call that fails, counted from 0; -1 = none */
     bool fail_after; /* and all after it */
+    size_t bytes, peak; /* of the live blocks; the most there were */
 } test_memory;
 
 static void *test_alloc(void *user, size_t size) {
@@ -105,14 +106,31 @@ static void *test_alloc(void *user, size_t size) {
     }
     p = malloc(size);
     m->live += p != NULL;
+    m->bytes += p != NULL ? size : 0;
+    m->peak = m->bytes > m->peak ? m->bytes : m->peak;
     return p;
 }
 
 static void test_release(void *user, void *pointer, size_t size) {
     test_memory *m = (test_memory *)user;
-    (void)size;
+    m->bytes -= pointer != NULL ? size : 0;
     m->live -= pointer != NULL;
     free(pointer);
+}
+
+/* A context of one thread whose memory is counted in m. */
+PTST__UNUSED static ptst_ctx *test_open_counted(test_memory *m) {
+    ptst_ctx *c = NULL;
+    ptst_desc desc;
+    memset(&desc, 0, sizeof desc);
+    memset(m, 0, sizeof *m);
+    m->fail_at = -1;
+    desc.threads = 1;
+    desc.allocator.alloc = test_alloc;
+    desc.allocator.release = test_release;
+    desc.allocator.user = m;
+    CHECK(ptst_open(&desc, &c) == PTST_OK);
+    return c;
 }
 
 /* Calls work(c, arg) again and again, letting allocation 0, 1, 2, ... fail, until it succeeds
@@ -120,7 +138,7 @@ static void test_release(void *user, void *pointer, size_t size) {
 PTST__UNUSED static void test_memory_sweep(ptst_code (*work)(ptst_ctx *c, void *arg), void *arg) {
     long n;
     for (n = 0; n < 100000; n++) {
-        test_memory m = {0, 0, -1, (n & 1) != 0};
+        test_memory m = {0, 0, -1, (n & 1) != 0, 0, 0};
         ptst_desc desc;
         ptst_ctx *c;
         ptst_code code;

@@ -847,7 +847,46 @@ static void experiment_by_hand(void) {
     tiny_end();
 }
 
+/* 2 templates x 2 seeds, 5 models x 2 test templates x 5 prompts; nothing is written. */
+static void experiment_plans(void) {
+    ptst_ctx *c = test_open(1, NULL);
+    ptst_experiment *e;
+    ptst_run_plan p, q;
+    ex_files before, after;
+    tiny_begin();
+    ex_run_inputs(c);
+    e = ex_load(c, ex_run_file, NULL);
+    CHECK(e != NULL);
+    before.count = after.count = 0;
+    ex_list(tiny_folder, &before);
+    CHECK(ptst_experiment_plan(c, e, 0, &p) == PTST_OK);
+    CHECK(p.cells == 10 && p.adapters == 4 && p.train.steps == 12 && p.train.data.rows == 4);
+    CHECK(p.answers == 50 && p.answer.answer_tokens == 250 && p.answer.computed > 0);
+    CHECK(p.train.seconds == 0 && p.answer_seconds == 0);
+    CHECK(p.train.bytes > 0 && p.answer.bytes > 0);
+    CHECK(p.train.mapped > 0 && p.train.flops > 0 && p.answer.flops > 0);
+    CHECK(ptst_experiment_plan(c, e, 1e-9, &q) == PTST_OK); /* stops answering at once */
+    CHECK(q.train.probed == 2 && q.train.seconds > 0 && q.answer_seconds > 0);
+    CHECK(q.answer_seconds_at_most && q.train.flops == p.train.flops);
+    CHECK(ptst_experiment_plan(c, e, 100, &q) == PTST_OK); /* more than these few take */
+    CHECK(q.train.probed == 3 && !q.answer_seconds_at_most && q.answer_seconds > 0);
+    ptst_experiment_free(c, e);
+    ex_list(tiny_folder, &after);
+    CHECK(before.count == after.count);
+    e = ex_load(c, ex_run_file, "{\"train\": {\"templates\": []}, \"test\": {\"sets\": []}}");
+    CHECK(e != NULL && ptst_experiment_plan(c, e, 1, &p) == PTST_OK);
+    CHECK(p.adapters == 0 && p.train.steps == 0 && p.answers == 0 && p.train.seconds == 0);
+    ptst_experiment_free(c, e);
+    CHECK(ptst__remove_file(c, tiny_path("ask.txt")) == PTST_OK);
+    e = ex_load(c, ex_run_file, NULL);
+    CHECK(e != NULL && ptst_experiment_plan(c, e, 0, &p) == PTST_ERR_NOT_FOUND);
+    ptst_experiment_free(c, e);
+    ptst_close(c);
+    tiny_end();
+}
+
 static void suite_experiment(void) {
+    RUN(experiment_plans);
     RUN(experiment_defaults);
     RUN(experiment_refuses);
     RUN(experiment_collects);

@@ -440,6 +440,66 @@ static ptst_code gen_memory_work(ptst_ctx *c, void *arg) {
     return code;
 }
 
+/* A plan against what is then taken and made. Answers and their growing texts are the caller's, the
+   arena has a chunk of 64 KB. */
+static void generate_plans(void) {
+    gen_world w;
+    test_memory m;
+    ptst_ctx *c = test_open_counted(&m);
+    ptst_answer a[GEN_PROMPTS];
+    ptst_generate_desc d;
+    ptst_generate_needs plan;
+    size_t i, n, before, prompt, answer;
+    double pairs, layers = 2 * (24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 40);
+    tiny_begin();
+    tiny_write_tokenizer(c, tiny_folder);
+    gen_open_on(&w, c);
+    memset(&d, 0, sizeof d);
+    CHECK(ptst_generate_plan(c, w.model, NULL, w.tokenizer, w.prompts, 1, &d, &plan) == PTST_OK);
+    for (n = 0; n < 4; n++) { /* from here on the context has its table of words */
+        memset(a, 0, sizeof a);
+        memset(&d, 0, sizeof d);
+        d.max_new_tokens = 9;
+        d.batch = n == 1 ? 2 : 0;
+        d.no_prefix = n == 2;
+        d.capacity = n == 3 ? 38 : 0;
+        d.sample.temperature = n == 3 ? 1 : 0;
+        d.ignore_eos = true;
+        before = m.bytes;
+        CHECK(ptst_generate_plan(c, w.model, NULL, w.tokenizer, w.prompts, GEN_PROMPTS, &d,
+                                 &plan) == PTST_OK);
+        CHECK(m.bytes == before);
+        m.peak = before;
+        CHECK(ptst_generate(c, w.model, NULL, w.tokenizer, w.prompts, GEN_PROMPTS, &d, a) ==
+              PTST_OK);
+        CHECK_NEAR((double)plan.bytes, (double)(m.peak - before), 70000);
+        CHECK(plan.bytes > 140000); /* so that the bound above says something */
+        prompt = answer = 0;
+        pairs = 0;
+        for (i = 0; i < GEN_PROMPTS; i++) {
+            double end = (double)(a[i].prompt_tokens + a[i].ids.count);
+            prompt += a[i].prompt_tokens;
+            answer += a[i].ids.count;
+            pairs += end * (end - 1) / 2;
+        }
+        CHECK(plan.prompt_tokens == prompt && plan.answer_tokens == answer);
+        /* <s> and "The common head: " is in all; the fifth prompt keeps its last blank */
+        CHECK(plan.computed == prompt - (n == 2 ? 0 : 6 * 17));
+        pairs -= n == 2 ? 0 : 6 * 17 * 18 / 2;
+        CHECK_NEAR(plan.flops,
+                   2 * (layers * (double)(plan.computed + answer - 7) + 6240.0 * (double)answer) +
+                       2 * 4 * 24 * pairs,
+                   1);
+        ptst_answers_free(c, a, GEN_PROMPTS);
+    }
+    d.capacity = 3;
+    CHECK(ptst_generate_plan(c, w.model, NULL, w.tokenizer, w.prompts, GEN_PROMPTS, &d, &plan) ==
+          PTST_ERR_LIMIT);
+    gen_close_on(&w);
+    ptst_close(c);
+    tiny_end();
+}
+
 static void generate_memory(void) {
     gen_world w;
     gen_open(&w, 1);
@@ -503,6 +563,7 @@ static void suite_generate(void) {
     RUN(generate_switches);
     RUN(generate_ends);
     RUN(generate_stopped);
+    RUN(generate_plans);
     RUN(generate_memory);
     RUN(generate_stories);
 }

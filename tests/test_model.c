@@ -1648,7 +1648,7 @@ static void memory(void) {
 
 /* What is sized beforehand is what is taken: nothing is allocated while running. */
 static void runs_without_allocating(void) {
-    test_memory counts = {0, 0, -1, false};
+    test_memory counts = {0, 0, -1, false, 0, 0};
     ptst_desc desc;
     ptst_ctx *c;
     models_case k;

@@ -1350,7 +1350,200 @@ static void train_memory(void) {
     tr_close(&w);
 }
 
+/* ---- plans ---- */
+
+/* What an allocation has around it: where the block begins, and room to align it. */
+enum { TR_AROUND = sizeof(ptst__block) + PTST__ALIGN };
+
+/* Options of plan number i. */
+static ptst_train_desc tr_plan_options(int i) {
+    ptst_train_desc d;
+    memset(&d, 0, sizeof d);
+    d.batch = 4;
+    d.epochs = 2;
+    d.accumulate = i == 1 ? 2 : 1;
+    d.gradient_checkpointing = i == 2;
+    d.micro_batch_tokens = i == 3 ? 24 : 0;
+    d.batching = i == 4 ? PTST_BATCHING_PACKING : PTST_BATCHING_EXAMPLES;
+    d.context = i == 4 ? 30 : 0;
+    d.max_steps = i == 1 ? 2 : 0;
+    return d;
+}
+
+/* A plan says what a trainer then takes, to the byte, and what its steps then do. Number 5 and 6
+   train all weights, 6 of a model whose weights lie in a file until they are copied. */
+static void train_plans(void) {
+    tr_world w;
+    test_memory m;
+    ptst_ctx *c = test_open_counted(&m);
+    ptst_tensors *f;
+    size_t file;
+    int i;
+    tiny_begin();
+    tiny_write_tokenizer(c, tiny_folder);
+    tr_open_on(&w, c);
+    CHECK(ptst_model_save(c, w.model, tiny_path("model"), PTST_BF16) == PTST_OK);
+    file = m.bytes;
+    f = ptst_tensors_open(c, tiny_path("model"));
+    file = m.bytes - file; /* what is known about a file is released with it */
+    ptst_tensors_close(c, f);
+    for (i = 0; i < 7; i++) {
+        ptst_model *model = i < 6 ? w.model : ptst_model_load(c, tiny_path("model"), PTST_DTYPE_FILE);
+        ptst_adapter *a = i < 5 ? tr_adapter(&w) : NULL;
+        ptst_dataset *data = tr_dataset(&w);
+        ptst_train_desc d = tr_plan_options(i);
+        ptst_train_plan plan;
+        ptst_trainer *t;
+        ptst_step step;
+        uint64_t tokens = 0, labels = 0, k;
+        size_t before = m.bytes, blocks = (size_t)m.live, around, taken;
+        CHECK(ptst_trainer_plan(c, model, a, data, &d, &plan) == PTST_OK);
+        CHECK(m.bytes == before);
+        CHECK(plan.mapped == 0); /* the weights of 6 will not be any more */
+        CHECK(i < 6 || ptst_model_unfreeze(c, model) == PTST_OK);
+        t = ptst_trainer_new(c, model, a, data, &d);
+        taken = m.bytes - before;
+        around = ((size_t)m.live - blocks) * TR_AROUND;
+        around += i == 6 ? model->weights_count * 64 : 0; /* each copy begins at a cache line */
+        CHECK(t != NULL && plan.bytes <= taken + (i == 6 ? file : 0));
+        CHECK(taken <= plan.bytes + around);
+        CHECK(plan.steps == ptst_trainer_steps(t) && plan.checkpointing == (i == 2));
+        CHECK(plan.data.rows == 10 && plan.bytes > 20000);
+        for (k = 0; k < plan.steps; k++) {
+            CHECK(ptst_trainer_step(c, t, &step) == PTST_OK);
+            tokens += step.tokens;
+            labels += step.labels;
+        }
+        CHECK(plan.tokens == tokens && plan.labels == labels && plan.computed < tokens);
+        ptst_trainer_free(c, t);
+        ptst_dataset_free(c, data);
+        ptst_adapter_free(c, a);
+        if (i == 6) {
+            ptst_model_free(c, model);
+        }
+    }
+    tr_close_on(&w);
+    ptst_close(c);
+    CHECK(m.bytes == 0);
+    tiny_end();
+}
+
+/* Counted by hand: two layers of q, o 24 x 24, k, v 24 x 12, three of 24 x 40, a head of 260 x 24.
+   Rows of 21 and 31 tokens whose first 16 are the same: 15 + 5 + 15 go through the layers, if the
+   head of 15 is computed once. */
+static void train_plan_work(void) {
+    tr_world w;
+    ptst_dataset *data;
+    ptst_adapter *a;
+    ptst_train_plan plan;
+    ptst_train_desc d;
+    int32_t tokens[31];
+    double layers, params, pairs;
+    int i;
+    tr_open(&w, 1);
+    a = tr_adapter(&w);
+    data = ptst_dataset_new(w.c, NULL);
+    memset(&d, 0, sizeof d);
+    d.epochs = 3;
+    for (i = 0; i < 31; i++) {
+        tokens[i] = i + 3;
+    }
+    CHECK(ptst_dataset_add_tokens(w.c, data, tokens, 21, 16) == PTST_OK);
+    CHECK(ptst_dataset_add_tokens(w.c, data, tokens, 31, 16) == PTST_OK);
+    CHECK(ptst_trainer_plan(w.c, w.model, a, data, &d, &plan) == PTST_OK);
+    CHECK(plan.steps == 3 && plan.tokens == 3 * 52 && plan.labels == 3 * (5 + 15));
+    CHECK(plan.computed == 3 * (15 + 5 + 15));
+    layers = 2 * (24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 40);
+    params = (double)ptst_adapter_parameters(a);
+    pairs = 15 * 16 / 2 + 5 * 15 + 5 * 6 / 2 + 15 * 15 + 15 * 16 / 2;
+    CHECK_NEAR(plan.flops,
+               3 * (2 * (35 * layers + 20 * 6240.0) * 2 - 2 * 35 * (24 * 24 + 2 * 24 * 12) +
+                    6 * 35 * params + 2 * 4 * 24 * pairs * 3.5),
+               1);
+    d.no_prefix = true;
+    CHECK(ptst_trainer_plan(w.c, w.model, NULL, data, &d, &plan) == PTST_OK);
+    CHECK(plan.computed == 3 * (20 + 30));
+    pairs = 20 * 21 / 2 + 30 * 31 / 2;
+    CHECK_NEAR(plan.flops,
+               3 * (3 * 2 * (50 * layers + 20 * 6240.0) + 2 * 4 * 24 * pairs * 3.5), 1);
+    tokens[30] = 260;
+    CHECK(ptst_dataset_add_tokens(w.c, data, tokens, 31, 1) == PTST_OK);
+    CHECK(ptst_trainer_plan(w.c, w.model, a, data, &d, &plan) == PTST_ERR_MISMATCH);
+    d.lr = -1;
+    CHECK(ptst_trainer_plan(w.c, w.model, a, data, &d, &plan) == PTST_ERR_ARGUMENT);
+    ptst_dataset_free(w.c, data);
+    ptst_adapter_free(w.c, a);
+    tr_close(&w);
+}
+
+typedef struct tr_plan_seen {
+    int plans, probes, stop_at; /* stop_at: the probe step that is the last, 0 = none */
+} tr_plan_seen;
+
+static int tr_plan_progress(void *user, const ptst_progress *p) {
+    tr_plan_seen *s = (tr_plan_seen *)user;
+    s->plans += strcmp(p->stage, "plan") == 0;
+    s->probes += strcmp(p->stage, "probe") == 0;
+    return s->stop_at != 0 && s->probes == s->stop_at;
+}
+
+/* The probe makes real steps and no file. */
+static void train_plan_probe(void) {
+    tr_world w;
+    tr_run run;
+    ptst_finetune_desc d;
+    ptst_train_plan plan, again;
+    tr_plan_seen seen = {0, 0, 0};
+    tr_open(&w, 1);
+    d = tr_finetune(&w, tiny_path("out"), &run);
+    w.c->desc.progress = tr_plan_progress;
+    w.c->desc.user = &seen;
+    CHECK(ptst_finetune_plan(w.c, &d, 0, &plan) == PTST_OK);
+    CHECK(plan.probed == 0 && plan.seconds == 0 && seen.plans == 1 && seen.probes == 0);
+    CHECK(ptst_finetune_plan(w.c, &d, 1e-9, &again) == PTST_OK); /* one to warm up, one more */
+    CHECK(again.probed == 2 && again.seconds > 0 && seen.plans == 2 && seen.probes == 2);
+    CHECK(again.flops == plan.flops && again.bytes == plan.bytes && again.steps == plan.steps);
+    CHECK(ptst_finetune_plan(w.c, &d, 1e9, &again) == PTST_OK); /* no more than there are */
+    CHECK(again.probed == plan.steps && again.seconds > 0);
+    d.train.max_steps = 1;
+    CHECK(ptst_finetune_plan(w.c, &d, 1, &again) == PTST_OK);
+    CHECK(again.steps == 1 && again.probed == 1 && again.seconds > 0);
+    d.train.max_steps = 0;
+    seen.stop_at = seen.probes + 1;
+    CHECK(ptst_finetune_plan(w.c, &d, 1, &again) == PTST_ERR_STOPPED);
+    CHECK(ptst__path_kind(tiny_path("out")) == 0);
+    tr_close(&w);
+}
+
+static ptst_code tr_plan_work(ptst_ctx *c, void *arg) {
+    tr_world w;
+    tr_run run;
+    ptst_finetune_desc d;
+    ptst_train_plan plan;
+    ptst_code code = PTST_ERR_MEMORY;
+    (void)arg;
+    tr_open_on(&w, c);
+    if (w.model != NULL && w.tokenizer != NULL && w.prompts[2].text.data != NULL) {
+        d = tr_finetune(&w, NULL, &run);
+        d.examples_count = 3;
+        code = ptst_finetune_plan(c, &d, 1e-9, &plan);
+    }
+    tr_close_on(&w);
+    return code;
+}
+
+static void train_plan_memory(void) {
+    tr_world w;
+    tr_open(&w, 1);
+    test_memory_sweep(tr_plan_work, NULL);
+    tr_close(&w);
+}
+
 static void suite_train(void) {
+    RUN(train_plans);
+    RUN(train_plan_work);
+    RUN(train_plan_probe);
+    RUN(train_plan_memory);
     RUN(train_schedules);
     RUN(train_schedule_parse);
     RUN(train_rows);

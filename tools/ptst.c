@@ -188,6 +188,43 @@ static bool exists(const args *a, const char *path) {
     return true;
 }
 
+/* ================================================================== memory that is counted ==== */
+
+/* For `plan`: what the library holds, through an allocator that counts. */
+typedef struct memory {
+    pthread_mutex_t lock;
+    size_t live, peak;
+    size_t held, before; /* the most live, and the first peak, when a plan was ready */
+} memory;
+
+static void *memory_alloc(void *user, size_t size) {
+    memory *m = (memory *)user;
+    void *p = malloc(size);
+    if (p != NULL) {
+        pthread_mutex_lock(&m->lock);
+        m->live += size;
+        m->peak = m->live > m->peak ? m->live : m->peak;
+        pthread_mutex_unlock(&m->lock);
+    }
+    return p;
+}
+
+static void memory_release(void *user, void *pointer, size_t size) {
+    memory *m = (memory *)user;
+    if (pointer != NULL) {
+        pthread_mutex_lock(&m->lock);
+        m->live -= size;
+        pthread_mutex_unlock(&m->lock);
+        free(pointer);
+    }
+}
+
+/* A plan is ready; nothing of what it says has been taken yet. */
+static void memory_note(memory *m) {
+    m->before = m->held == 0 ? m->peak : m->before;
+    m->held = m->live > m->held ? m->live : m->held;
+}
+
 /* ========================================================= progress, interruption, errors ==== */
 
 static volatile sig_atomic_t interrupted;
@@ -215,6 +252,7 @@ typedef struct screen {
     double started, last;
     double first_done; /* where this stage began (a resumed one does not begin at 0) */
     char stage[32], item[128];
+    memory *counted; /* NULL = memory is not counted */
 } screen;
 
 static void clock_text(char *out, size_t size, double seconds) {
@@ -264,6 +302,10 @@ static int on_progress(void *user, const ptst_progress *p) {
     screen *s = (screen *)user;
     double now = ptst__seconds();
     const char *item = p->item == NULL ? "" : p->item;
+    if (s->counted != NULL && strcmp(p->stage, "plan") == 0) {
+        memory_note(s->counted);
+        return interrupted;
+    }
     if (!s->quiet) {
         if (strcmp(s->stage, p->stage) != 0 || strcmp(s->item, item) != 0) {
             snprintf(s->stage, sizeof s->stage, "%s", p->stage);
@@ -818,44 +860,53 @@ static const option check_options[] = {
     OPTION_END,
 };
 
+#define FINETUNE_OPTIONS                                                                           \
+    OPTION_MODEL,                                                                                  \
+    {"--train", "FILE", NULL, "training rows: .jsonl, .json or .csv"},                             \
+    {"--template", "NAME", NULL, "template of the prompts"},                                       \
+    {"--out", "DIR", NULL, "adapter folder (with --full: model folder)"},                          \
+    {"--init-adapter", "DIR", NULL, "starts from this adapter"},                                   \
+    {"--full", NULL, NULL, "trains all weights instead of an adapter"},                            \
+    {"--rank", "N", "8", "LoRA rank"},                                                             \
+    {"--alpha", "X", "32", "LoRA alpha"},                                                          \
+    {"--dropout", "P", "0.05", "dropout on the input of LoRA"},                                    \
+    {"--targets", "LIST", "q_proj,v_proj", "linear layers with LoRA, or all-linear"},              \
+    {"--modules-to-save", "LIST", NULL, "trains copies of embed_tokens, lm_head or both as well"}, \
+    {"--lr", "X", "1e-4", "learning rate"},                                                        \
+    {"--schedule", "NAME", "constant", "constant, linear, cosine or step:GAMMA (each epoch)"},     \
+    {"--warmup", "N", "0", "steps of linear warm-up"},                                             \
+    {"--epochs", "N", "3", "passes over the rows"},                                                \
+    {"--max-steps", "N", "0", "stops after N optimiser steps; 0 = by epochs"},                     \
+    {"--batch", "N", "4", "rows a batch"},                                                         \
+    {"--accumulate", "N", "1", "batches an optimiser step"},                                       \
+    {"--batching", "HOW", "examples", "examples, or packing (rows joined to --context tokens)"},   \
+    {"--context", "N", "4096", "most tokens of a row or pack"},                                    \
+    {"--mask", "HOW", "joint", "joint or separate encoding of prompt and answer"},                 \
+    {"--long-rows", "HOW", "cut", "rows longer than the context: cut, drop or error"},             \
+    {"--weight-decay", "X", "0", "AdamW weight decay"},                                            \
+    {"--clip", "X", "0", "clips the gradient's norm; 0 = off"},                                    \
+    {"--micro-batch-tokens", "N", "0", "computes a batch in parts of about N tokens; 0 = by model"},\
+    {"--gradient-checkpointing", NULL, NULL,                                                       \
+     "less memory for about 40 % more time, the same results"},                                    \
+    {"--no-shuffle", NULL, NULL, "keeps the order of the file"},                                   \
+    {"--limit", "N", "0", "uses the first N rows; 0 = all"},                                       \
+    {"--mix", "FILE", NULL, "safety rows to mix in"},                                              \
+    {"--mix-count", "N", "0", "how many of them; 0 = all"},                                        \
+    {"--save-every", "N", "0", "steps between checkpoints; 0 = at the end of an epoch"},           \
+    {"--resume", NULL, NULL, "goes on from the last checkpoint in --out"},                         \
+    {"--log", "FILE", NULL, "one JSON object a step"},                                             \
+    OPTION_SEED,                                                                                   \
+    OPTION_DTYPE,                                                                                  \
+    OPTIONS_COMMON
+
 static const option finetune_options[] = {
-    OPTION_MODEL,
-    {"--train", "FILE", NULL, "training rows: .jsonl, .json or .csv"},
-    {"--template", "NAME", NULL, "template of the prompts"},
-    {"--out", "DIR", NULL, "adapter folder (with --full: model folder)"},
-    {"--init-adapter", "DIR", NULL, "starts from this adapter"},
-    {"--full", NULL, NULL, "trains all weights instead of an adapter"},
-    {"--rank", "N", "8", "LoRA rank"},
-    {"--alpha", "X", "32", "LoRA alpha"},
-    {"--dropout", "P", "0.05", "dropout on the input of LoRA"},
-    {"--targets", "LIST", "q_proj,v_proj", "linear layers with LoRA, or all-linear"},
-    {"--modules-to-save", "LIST", NULL, "trains copies of embed_tokens, lm_head or both as well"},
-    {"--lr", "X", "1e-4", "learning rate"},
-    {"--schedule", "NAME", "constant", "constant, linear, cosine or step:GAMMA (each epoch)"},
-    {"--warmup", "N", "0", "steps of linear warm-up"},
-    {"--epochs", "N", "3", "passes over the rows"},
-    {"--max-steps", "N", "0", "stops after N optimiser steps; 0 = by epochs"},
-    {"--batch", "N", "4", "rows a batch"},
-    {"--accumulate", "N", "1", "batches an optimiser step"},
-    {"--batching", "HOW", "examples", "examples, or packing (rows joined to --context tokens)"},
-    {"--context", "N", "4096", "most tokens of a row or pack"},
-    {"--mask", "HOW", "joint", "joint or separate encoding of prompt and answer"},
-    {"--long-rows", "HOW", "cut", "rows longer than the context: cut, drop or error"},
-    {"--weight-decay", "X", "0", "AdamW weight decay"},
-    {"--clip", "X", "0", "clips the gradient's norm; 0 = off"},
-    {"--micro-batch-tokens", "N", "0", "computes a batch in parts of about N tokens; 0 = by model"},
-    {"--gradient-checkpointing", NULL, NULL,
-     "less memory for about 40 % more time, the same results"},
-    {"--no-shuffle", NULL, NULL, "keeps the order of the file"},
-    {"--limit", "N", "0", "uses the first N rows; 0 = all"},
-    {"--mix", "FILE", NULL, "safety rows to mix in"},
-    {"--mix-count", "N", "0", "how many of them; 0 = all"},
-    {"--save-every", "N", "0", "steps between checkpoints; 0 = at the end of an epoch"},
-    {"--resume", NULL, NULL, "goes on from the last checkpoint in --out"},
-    {"--log", "FILE", NULL, "one JSON object a step"},
-    OPTION_SEED,
-    OPTION_DTYPE,
-    OPTIONS_COMMON,
+    FINETUNE_OPTIONS,
+    OPTION_END,
+};
+
+static const option plan_options[] = {
+    FINETUNE_OPTIONS,
+    {"--probe-seconds", "X", "10", "times some steps (and answers) for about so long; 0 = none"},
     OPTION_END,
 };
 
@@ -2057,21 +2108,6 @@ static double peak_memory_mb(void) {
     return (double)usage.ru_maxrss / 1024;
 }
 
-/* Floating-point operations that one training step needs, per token: 2 for each weight and token
-   in a product. Forward everything; backward the gradient of the activations (nothing below the
-   lowest adapter needs one) and the gradients of the trained weights; attention over the mean
-   length of causal keys. */
-static double train_flops(const ptst_config *k, double seq, double adapter, bool full) {
-    double d = k->hidden_size, q = (double)k->num_attention_heads * k->head_dim;
-    double kv = (double)k->num_key_value_heads * k->head_dim, f = k->intermediate_size;
-    double layer = d * q + 2 * d * kv + q * d + 3 * d * f;
-    double linear = k->num_hidden_layers * layer, head = d * k->vocab_size;
-    double attention = k->num_hidden_layers * 4 * q * (seq + 1) / 2 / 2;
-    double backward = full ? 2 * (linear + head) : linear + head - (d * q + 2 * d * kv);
-    double flops = 2 * (linear + head + backward + 3 * adapter);
-    return flops + 2 * attention * (1 + 2.5);
-}
-
 /* Random rows; the first `prefix` tokens are the same in all. Every position is labelled. */
 static ptst_dataset *bench_rows(args *a, const ptst_config *k, size_t rows, size_t seq,
                                 size_t prefix) {
@@ -2125,7 +2161,8 @@ static int bench_train_report(args *a, const loaded *l, ptst_trainer *t, int64_t
     }
     seconds = median(times, (int)steps);
     peak = ptst__peak_gflops(a->c, 0.2);
-    flops = train_flops(ptst_model_config(l->model), (double)seq, adapter, l->adapter == NULL);
+    flops = ptst__train_flops(ptst_model_config(l->model), 1, 1, ((double)seq + 1) / 2, adapter,
+                              l->adapter == NULL); /* a token, with all that it sees on average */
     printf("{\"tokens_per_second\": %.2f, \"step_ms\": %.3f, \"peak_rss_mb\": %.1f, "
            "\"flops_per_token\": %.0f, \"peak_gflops\": %.2f, \"mfu\": %.4f, \"threads\": %d, "
            "\"simd\": \"%s\"}\n",
@@ -2265,8 +2302,8 @@ static bool get_schedule(const args *a, ptst_train_desc *t) {
             return true;
         }
     }
-    bad_call("finetune: --schedule %s: constant, linear, cosine or step:GAMMA (0 to 1) was expected",
-             s);
+    bad_call("%s: --schedule %s: constant, linear, cosine or step:GAMMA (0 to 1) was expected",
+             a->command, s);
     return false;
 }
 
@@ -2381,54 +2418,65 @@ static const char *adapter_option(const args *a, bool new_one) {
     return NULL;
 }
 
-static int command_finetune(args *a) {
+typedef struct finetune {
     ptst_finetune_files files;
     ptst_finetune_desc desc;
-    ptst_finetune_info info;
     ptst_lora_desc lora;
+} finetune;
+
+/* All options of a fine-tuning: 0, or the exit code after a sentence. */
+static int get_finetune(const args *a, finetune *f) {
     int64_t limit, mix_count, save_every;
     bool separate;
-    memset(&files, 0, sizeof files);
-    memset(&desc, 0, sizeof desc);
-    memset(&info, 0, sizeof info);
-    memset(&lora, 0, sizeof lora);
-    if (!need(a, "--model") || !need(a, "--train") || !need(a, "--template") || !need(a, "--out") ||
+    memset(f, 0, sizeof *f);
+    if (!need(a, "--model") || !need(a, "--train") || !need(a, "--template") ||
         !exists(a, get(a, "--model")) || !exists(a, get(a, "--train")) ||
         !exists(a, get(a, "--mix")) || !exists(a, get(a, "--init-adapter")) ||
-        !get_dtype(a, &files.dtype) || !get_train_options(a, &desc.train) ||
-        !get_lora_options(a, &lora) || !get_integer(a, "--limit", 0, 1e9, &limit) ||
+        !get_dtype(a, &f->files.dtype) || !get_train_options(a, &f->desc.train) ||
+        !get_lora_options(a, &f->lora) || !get_integer(a, "--limit", 0, 1e9, &limit) ||
         !get_integer(a, "--mix-count", 0, 1e9, &mix_count) ||
         !get_integer(a, "--save-every", 0, 1e9, &save_every) ||
         !get_choice(a, "--mask", "joint", "separate", &separate) ||
-        !get_long_rows(a, &desc.dataset.long_rows)) {
+        !get_long_rows(a, &f->desc.dataset.long_rows)) {
         return EXIT_CALL;
     }
     if (given(a, "--full") && adapter_option(a, false) != NULL) {
-        return bad_call("finetune: --full trains the weights themselves, %s is for an adapter",
-                        adapter_option(a, false));
+        return bad_call("%s: --full trains the weights themselves, %s is for an adapter",
+                        a->command, adapter_option(a, false));
     }
     if (given(a, "--init-adapter") && adapter_option(a, true) != NULL && !quiet(a)) {
         fprintf(stderr, "note: %s counts for new adapters only, this one has its own\n",
                 adapter_option(a, true));
     }
-    files.model = get(a, "--model");
-    files.train = get(a, "--train");
-    files.template_is = get(a, "--template");
-    files.mix = get(a, "--mix");
-    files.mix_count = (size_t)mix_count;
-    files.rows.limit = (size_t)limit;
-    desc.out = get(a, "--out");
-    desc.init_adapter = get(a, "--init-adapter");
-    desc.full = given(a, "--full");
-    desc.lora = desc.full ? NULL : &lora;
-    desc.resume = given(a, "--resume");
-    desc.log = get(a, "--log");
-    desc.save_every = (uint64_t)save_every;
-    desc.dataset.mask = separate ? PTST_MASK_SEPARATE : PTST_MASK_JOINT;
-    desc.dataset.max_tokens = desc.train.context;
-    desc.train.dropout = desc.full ? 0 : lora.dropout;
-    if (ptst_finetune_file(a->c, &files, &desc, &info) != PTST_OK) {
-        int code = failed(a);
+    f->files.model = get(a, "--model");
+    f->files.train = get(a, "--train");
+    f->files.template_is = get(a, "--template");
+    f->files.mix = get(a, "--mix");
+    f->files.mix_count = (size_t)mix_count;
+    f->files.rows.limit = (size_t)limit;
+    f->desc.out = get(a, "--out");
+    f->desc.init_adapter = get(a, "--init-adapter");
+    f->desc.full = given(a, "--full");
+    f->desc.lora = f->desc.full ? NULL : &f->lora;
+    f->desc.resume = given(a, "--resume");
+    f->desc.log = get(a, "--log");
+    f->desc.save_every = (uint64_t)save_every;
+    f->desc.dataset.mask = separate ? PTST_MASK_SEPARATE : PTST_MASK_JOINT;
+    f->desc.dataset.max_tokens = f->desc.train.context;
+    f->desc.train.dropout = f->desc.full ? 0 : f->lora.dropout;
+    return 0;
+}
+
+static int command_finetune(args *a) {
+    ptst_finetune_info info;
+    finetune f;
+    int code = !need(a, "--out") ? EXIT_CALL : get_finetune(a, &f);
+    if (code != 0) {
+        return code;
+    }
+    memset(&info, 0, sizeof info);
+    if (ptst_finetune_file(a->c, &f.files, &f.desc, &info) != PTST_OK) {
+        code = failed(a);
         if (code == EXIT_INTERRUPT) {
             fprintf(stderr, "saved; the same command with --resume goes on from here\n");
         }
@@ -2436,6 +2484,117 @@ static int command_finetune(args *a) {
     }
     report_finetune(a, &info);
     return 0;
+}
+
+/* ================================================================================== plan ==== */
+
+static const double megabyte = 1048576;
+
+/* The part of a plan that is about memory. `later`: what will be taken beyond what is held. */
+static void print_memory(const args *a, double mapped, double later) {
+    const memory *m = ((screen *)a->c->desc.user)->counted;
+    double peak = (double)m->held + later, available = ptst__memory_available();
+    peak = ((double)m->before > peak ? (double)m->before : peak) + mapped;
+    printf("{\"peak_memory_mb\": %.1f, \"mapped_weights_mb\": %.1f, \"computing_mb\": %.1f, "
+           "\"loaded_mb\": %.1f, ",
+           peak / megabyte, mapped / megabyte, later / megabyte, (double)m->held / megabyte);
+    if (available < HUGE_VAL) {
+        printf("\"available_mb\": %.0f, \"fits\": %s, ", available / megabyte,
+               peak < available ? "true" : "false");
+    }
+}
+
+/* The part that is about training. */
+static void print_train_plan(const ptst_train_plan *p) {
+    printf("\"steps\": %llu, \"rows\": %llu, \"tokens\": %llu, \"labels\": %llu, "
+           "\"computed_tokens\": %llu, \"flops\": %.6g, \"gradient_checkpointing\": %s, ",
+           (unsigned long long)p->steps, (unsigned long long)p->data.rows,
+           (unsigned long long)p->tokens, (unsigned long long)p->labels,
+           (unsigned long long)p->computed, p->flops, p->checkpointing ? "true" : "false");
+}
+
+/* A time that was measured, or null. */
+static void print_seconds(const char *name, double seconds) {
+    if (seconds > 0) {
+        printf("\"%s\": %.6g, ", name, seconds);
+    } else {
+        printf("\"%s\": null, ", name);
+    }
+}
+
+static void print_machine(const args *a, const ptst_train_plan *p) {
+    printf("\"probe_steps\": %llu, \"threads\": %d, \"simd\": \"%s\"}\n",
+           (unsigned long long)p->probed, ptst_thread_count(a->c), ptst_simd_name(a->c));
+}
+
+static int plan_finetune(args *a, double seconds) {
+    ptst_train_plan p;
+    finetune f;
+    int code = get_finetune(a, &f);
+    if (code != 0) {
+        return code;
+    }
+    if (ptst_finetune_file_plan(a->c, &f.files, &f.desc, seconds, &p) != PTST_OK) {
+        return failed(a);
+    }
+    print_memory(a, (double)p.mapped, (double)p.bytes);
+    print_train_plan(&p);
+    print_seconds("tokens_per_second", p.seconds > 0 ? (double)p.tokens / p.seconds : 0);
+    print_seconds("seconds", p.seconds);
+    print_machine(a, &p);
+    return 0;
+}
+
+static int plan_experiment(args *a, const char *path, double seconds) {
+    ptst_experiment *e;
+    ptst_run_plan p;
+    double later;
+    int code = 0;
+    if (!exists(a, path)) {
+        return EXIT_CALL;
+    }
+    e = ptst_experiment_load(a->c, path, NULL);
+    if (e == NULL || ptst_experiment_plan(a->c, e, seconds, &p) != PTST_OK) {
+        code = failed(a);
+        code = code == EXIT_CALL ? EXIT_WORK : code;
+    } else {
+        later = (double)(p.train.bytes > p.answer.bytes ? p.train.bytes : p.answer.bytes);
+        print_memory(a, (double)p.train.mapped, later);
+        printf("\"cells\": %llu, \"adapters\": %llu, ", (unsigned long long)p.cells,
+               (unsigned long long)p.adapters);
+        print_train_plan(&p.train);
+        printf("\"answers\": %llu, \"prompt_tokens\": %llu, \"computed_prompt_tokens\": %llu, "
+               "\"answer_tokens_at_most\": %llu, \"answer_flops_at_most\": %.6g, ",
+               (unsigned long long)p.answers, (unsigned long long)p.answer.prompt_tokens,
+               (unsigned long long)p.answer.computed, (unsigned long long)p.answer.answer_tokens,
+               p.answer.flops);
+        print_seconds("train_seconds", p.train.seconds);
+        print_seconds("answer_seconds", p.answer_seconds);
+        printf("\"answer_seconds_at_most\": %s, ", p.answer_seconds_at_most ? "true" : "false");
+        print_seconds("seconds", seconds > 0 ? p.train.seconds + p.answer_seconds : 0);
+        print_machine(a, &p.train);
+    }
+    ptst_experiment_free(a->c, e);
+    return code;
+}
+
+static int command_plan(args *a) {
+    const char *path;
+    double seconds;
+    size_t i;
+    if (!one_argument(a, "experiment file", &path) ||
+        !get_number(a, "--probe-seconds", 0, 1e6, &seconds)) {
+        return EXIT_CALL;
+    }
+    for (i = 0; path != NULL && a->options[i].name != NULL; i++) {
+        const char *name = a->options[i].name;
+        if (a->values[i] != NULL && strcmp(name, "--probe-seconds") != 0 &&
+            strcmp(name, "--quiet") != 0 && strcmp(name, "--threads") != 0 &&
+            strcmp(name, "--simd") != 0) {
+            return bad_call("plan: %s is for a fine-tuning; %s says all by itself", name, path);
+        }
+    }
+    return path != NULL ? plan_experiment(a, path, seconds) : plan_finetune(a, seconds);
 }
 
 /* ============================================================================== generate ==== */
@@ -2725,6 +2884,9 @@ static const command commands[] = {
     {"finetune", command_finetune, finetune_options,
      "--model DIR --train FILE --template NAME --out DIR [options]",
      "LoRA fine-tuning, or --full for all weights"},
+    {"plan", command_plan, plan_options,
+     "EXPERIMENT.json, or --model DIR --train FILE --template NAME [options]",
+     "memory, tokens, FLOPs and time of an experiment or a fine-tuning before they are spent"},
     {"generate", command_generate, generate_options,
      "--model DIR --template NAME --prompts FILE [options]", "answers a file of prompts"},
     {"tokenize", command_tokenize, tokenize_options, "--tokenizer PATH [options] TEXT",
@@ -2793,6 +2955,7 @@ static const command *find_command(int argc, char **argv, int *used) {
 
 /* Opens the context that --threads, --simd and --quiet describe. */
 static int open_context(args *a, screen *s) {
+    static memory counted; /* lives as long as the program */
     ptst_desc desc;
     int64_t threads;
     memset(&desc, 0, sizeof desc);
@@ -2804,6 +2967,13 @@ static int open_context(args *a, screen *s) {
     desc.progress = on_progress;
     desc.log = on_log;
     desc.user = s;
+    if (strcmp(a->command, "plan") == 0) {
+        pthread_mutex_init(&counted.lock, NULL);
+        s->counted = &counted;
+        desc.allocator.alloc = memory_alloc;
+        desc.allocator.release = memory_release;
+        desc.allocator.user = &counted;
+    }
     switch (ptst_open(&desc, &a->c)) {
     case PTST_OK:
         return 0;
