@@ -1095,7 +1095,7 @@ PTST_API ptst_code ptst_finetune(ptst_ctx *c, const ptst_finetune_desc *desc,
 /* What ptst_finetune would take. Writes nothing (`out` is not read, `resume` neither). Then, if
    probe_seconds is not 0 and there is memory enough (ptst_train_plan.probed says), it makes steps
    until so much time is over, one to warm up and at least one more, and judges by them how long all
-   will take; the model is left unfrozen and changed if `full`. ptst_desc.progress is called in stage
+   will take; the model is left unfrozen and changed if `full`. ptst_desc.progress is called: stage
    "plan" before the first step, when everything is loaded and bytes are still to be taken, and in
    stage "probe" after each step. */
 PTST_API ptst_code ptst_finetune_plan(ptst_ctx *c, const ptst_finetune_desc *desc,
@@ -1414,7 +1414,7 @@ typedef struct ptst_run_plan {
 } ptst_run_plan;
 
 /* Reads all inputs as ptst_experiment_run does and writes nothing. If probe_seconds is not 0 the
-   first adapter's training is probed as by ptst_finetune_plan, and answering by the first prompts of
+   first adapter's training is probed as by ptst_finetune_plan, answering by the first prompts of
    each set under the first test template, before fine-tuning; each for about so long. */
 PTST_API ptst_code ptst_experiment_plan(ptst_ctx *c, const ptst_experiment *e,
                                         double probe_seconds, ptst_run_plan *out);
