@@ -25,9 +25,9 @@ inside each round, so that what else the machine does hits both; rows show media
 (above 1: ptst is better). Each measurement is a process of its own, for its peak memory. Absolute
 numbers differ between machines: compare ratios only.
 
---install puts the peers into a virtual environment in --work and goes on in it. --readme rewrites the
-table between the two marks in a file. Rows are kept in WORK/rows.json, so that parts can be run one
-by one: another build of ptst, machine or setting begins a new table.
+--install puts the peers into a virtual environment in --work and goes on in it. --readme rewrites
+the table between the two marks in a file. Rows are kept in WORK/rows.json, so that parts can be
+run one by one: another build of ptst, machine or setting begins a new table.
 """
 import argparse
 import hashlib
@@ -112,7 +112,8 @@ def seconds_of_step(model, optimizer, **batch):
 
 def peer_make(folder, dtype, silent):
     """A random model. The rows of `silent` ids are zero: their logits are 0, never the largest of
-    tens of thousands of random ones, so that answers neither end early nor have ids without text."""
+    tens of thousands of random ones, so that answers neither end early nor have ids without
+    text."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
