@@ -522,8 +522,8 @@ typedef struct ptst_template ptst_template;
      "loose:ANY OF THESE"     the same, but all bytes of the prompt count as the template's, so that
                               messages may hold special tokens, as in Hugging Face
    model_dir is the model's folder, or NULL: source of the chat template and of the special tokens.
-   Chat templates are looked up as transformers does: chat_template.jinja and chat_templates/ before
-   the chat_template of tokenizer_config.json. */
+   Chat templates are looked up as transformers does: chat_template.jinja and
+   additional_chat_templates/ before the chat_template of tokenizer_config.json. */
 PTST_API ptst_template *ptst_template_load(ptst_ctx *c, const char *name_or_path,
                                            const char *model_dir);
 PTST_API void ptst_template_free(ptst_ctx *c, ptst_template *t);
@@ -13761,6 +13761,7 @@ static ptst__jvalue ptst__j_f_batch(ptst__jrun *r, ptst__jvalue self, const ptst
     }
     if (k != 0 && fill && !(p[0].kind == PTST__J_FLOAT && (double)k >= size)) {
         ptst__j_need_int(r, p[0], 0);
+        out.as.list->count -= r->code != PTST_OK; /* the list that failed is not there */
         for (; k < n && ptst__j_pay(r, 1); k++) {
             ptst__j_push(r, part, p[1]);
         }
@@ -17370,7 +17371,7 @@ static size_t ptst__prompt_tag(const ptst_prompt *p, size_t k) {
         return 0;
     }
     while (end < p->text.size && end - k < 64 && p->marks.data[end] == PTST_TEMPLATE &&
-           text[end] > ' ' && text[end] != '<' && text[end] != '>') {
+           (unsigned char)text[end] > ' ' && text[end] != '<' && text[end] != '>') {
         end++;
     }
     return end < p->text.size && text[end] == '>' ? end + 1 - k : 0;
@@ -17524,7 +17525,8 @@ static ptst_code ptst__messages_render(ptst_ctx *c, const ptst_template *t,
     bool object = ptst_json_kind(conversation, 0) == PTST_JSON_OBJECT;
     int32_t key, node, messages = object ? ptst_json_get(conversation, 0, "messages") : 0;
     size_t i, count = FIXED;
-    bool tools = ptst_json_size(conversation, ptst_json_get(conversation, 0, "tools")) != 0;
+    bool tools = ptst_json_kind(conversation, ptst_json_get(conversation, 0, "tools")) !=
+                 PTST_JSON_NULL;
     ptst__jvar *vars;
     ptst_code code;
     if (ptst_json_kind(conversation, messages) != PTST_JSON_ARRAY ||
@@ -17615,23 +17617,23 @@ static ptst_code ptst__template_try_system(ptst_ctx *c, ptst_template *t) {
 
 /* ---- finding them ---- */
 
-/* The chat template called `name` among those of tokenizer_config.json (a string is "default");
-   its node or -1. */
+/* The chat template called `name` among those of tokenizer_config.json (a string is "default"; of
+   two with one name the last one counts); its node or -1. */
 static int32_t ptst__config_template(const ptst_json *j, const char *name) {
-    int32_t node = ptst_json_get(j, 0, "chat_template"), k;
+    int32_t node = ptst_json_get(j, 0, "chat_template"), k, found = -1;
     if (ptst_json_kind(j, node) == PTST_JSON_STRING) {
         return strcmp(name, "default") == 0 ? node : -1;
     }
     if (ptst_json_kind(j, node) != PTST_JSON_ARRAY) {
-        return -1;
+        return ptst_json_get(j, node, name);
     }
     for (k = ptst_json_first(j, node); k >= 0; k = ptst_json_next(j, k)) {
         const char *entry = ptst_json_string(j, ptst_json_get(j, k, "name"), NULL);
         if (entry != NULL && strcmp(entry, name) == 0) {
-            return ptst_json_get(j, k, "template");
+            found = ptst_json_get(j, k, "template");
         }
     }
-    return -1;
+    return found;
 }
 
 /* Compiles folder/file if it is there; *out stays NULL if it is not. */
@@ -17678,26 +17680,53 @@ static ptst_code ptst__template_from_config(ptst_ctx *c, ptst_template *t, const
     return code;
 }
 
-/* transformers: template files, if there is any, replace what tokenizer_config.json says.
-   chat_template.json is where processors of older multimodal models keep it. */
+/* Templates called default and tool_use in a folder of them; *any = true if there is one of any
+   name. */
+static ptst_code ptst__template_from_files(ptst_ctx *c, ptst_template *t, const char *folder,
+                                           const char *files, bool *any) {
+    ptst_text path = {NULL, 0, 0};
+    ptst_code code = ptst__path_join(c, &path, folder, files);
+    DIR *d = code == PTST_OK ? opendir(path.data) : NULL;
+    struct dirent *entry;
+    while (d != NULL && !*any && (entry = readdir(d)) != NULL) {
+        size_t n = strlen(entry->d_name);
+        *any = n >= 6 && strcmp(entry->d_name + n - 6, ".jinja") == 0;
+    }
+    if (d != NULL) {
+        closedir(d);
+        code = ptst__template_from_file(c, path.data, "default.jinja", &t->jinja);
+        if (code == PTST_OK) {
+            code = ptst__template_from_file(c, path.data, "tool_use.jinja", &t->tools);
+        }
+    }
+    ptst_text_free(c, &path);
+    return code;
+}
+
+/* transformers: template files, if there is any, replace what tokenizer_config.json says, and of
+   these the ones in additional_chat_templates/ come first. Where it finds nothing:
+   chat_template.json is where processors of older multimodal models keep it, chat_templates/ where
+   people put it. */
 static ptst_code ptst__template_from_folder(ptst_ctx *c, ptst_template *t, const char *folder) {
-    ptst_code code = ptst__template_from_file(c, folder, "chat_template.jinja", &t->jinja);
-    if (code == PTST_OK) {
-        code = ptst__template_from_file(c, folder, "chat_templates/default.jinja", &t->jinja);
+    static const char *const configs[] = {"tokenizer_config.json", "chat_template.json"};
+    bool any = false;
+    size_t i;
+    ptst_code code = ptst__template_from_files(c, t, folder, "additional_chat_templates", &any);
+    if (code == PTST_OK && t->jinja == NULL) {
+        code = ptst__template_from_file(c, folder, "chat_template.jinja", &t->jinja);
     }
-    if (code == PTST_OK) {
-        code = ptst__template_from_file(c, folder, "chat_templates/tool_use.jinja", &t->tools);
+    for (i = 0; i < 2 && code == PTST_OK && t->jinja == NULL && t->tools == NULL && !any; i++) {
+        code = ptst__template_from_config(c, t, folder, configs[i]);
     }
-    if (code == PTST_OK && t->jinja == NULL && t->tools == NULL) {
-        code = ptst__template_from_config(c, t, folder, "tokenizer_config.json");
-    }
-    if (code == PTST_OK && t->jinja == NULL && t->tools == NULL) {
-        code = ptst__template_from_config(c, t, folder, "chat_template.json");
+    if (code == PTST_OK && t->jinja == NULL && t->tools == NULL && !any) {
+        code = ptst__template_from_files(c, t, folder, "chat_templates", &any);
     }
     if (code == PTST_OK && t->jinja == NULL) {
         return ptst__fail(c, PTST_ERR_UNSUPPORTED,
-                          "%s: has no chat template (chat_template.jinja, or chat_template in "
-                          "tokenizer_config.json)",
+                          any || t->tools != NULL
+                              ? "%s: none of its chat templates is called default"
+                              : "%s: has no chat template (chat_template.jinja, or chat_template "
+                                "in tokenizer_config.json)",
                           folder);
     }
     return code;
@@ -25567,13 +25596,17 @@ static ptst_code ptst__copy_files(ptst_ctx *c, const char *from, const char *to,
    and so on. With `whole` also the index of its shards, and config.json as the last file. */
 PTST__UNUSED static ptst_code ptst__copy_model_files(ptst_ctx *c, const char *from, const char *to,
                                                      bool whole) {
+    static const char *const folders[] = {"additional_chat_templates", "chat_templates"};
     ptst_text source = {NULL, 0, 0}, target = {NULL, 0, 0};
     ptst_code code = ptst__copy_files(c, from, to, whole);
-    code = code != PTST_OK ? code : ptst__path_join(c, &source, from, "chat_templates");
-    code = code != PTST_OK ? code : ptst__path_join(c, &target, to, "chat_templates");
-    if (code == PTST_OK && ptst__path_kind(source.data) == 2) {
-        code = ptst__make_folders(c, target.data);
-        code = code != PTST_OK ? code : ptst__copy_files(c, source.data, target.data, false);
+    size_t i;
+    for (i = 0; i < 2 && code == PTST_OK; i++) {
+        code = ptst__path_join(c, &source, from, folders[i]);
+        code = code != PTST_OK ? code : ptst__path_join(c, &target, to, folders[i]);
+        if (code == PTST_OK && ptst__path_kind(source.data) == 2) {
+            code = ptst__make_folders(c, target.data);
+            code = code != PTST_OK ? code : ptst__copy_files(c, source.data, target.data, false);
+        }
     }
     ptst_text_free(c, &source);
     ptst_text_free(c, &target);

@@ -144,6 +144,8 @@ static void template_remove_dir(ptst_ctx *c) {
     static const char *const names[] = {
         "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "own.json",
         "chat_templates/tool_use.jinja", "chat_templates/default.jinja", "chat_templates",
+        "additional_chat_templates/tool_use.jinja", "additional_chat_templates/default.jinja",
+        "additional_chat_templates/rag.jinja", "additional_chat_templates",
         "chat_template.json", "one.json", "bad.jinja"};
     ptst_text path = {NULL, 0, 0};
     size_t i;
@@ -240,6 +242,69 @@ static void template_families(void) {
     ptst_close(c);
 }
 
+/* The text of the folder's template for one message and these tools (JSON), or NULL. */
+static const char *template_chosen(ptst_ctx *c, const char *tools, ptst_prompt *p) {
+    ptst_text talk = {NULL, 0, 0};
+    ptst_template *t = ptst_template_load(c, template_dir, NULL);
+    ptst_code code = ptst_error_code(c);
+    if (t != NULL) {
+        ptst_json *j;
+        ptst__text_format(c, &talk, "{\"messages\": [{\"role\": \"user\", \"content\": \"q\"}]%s%s}",
+                          tools == NULL ? "" : ", \"tools\": ", tools == NULL ? "" : tools);
+        j = ptst_json_parse(c, talk.data, talk.size, "talk");
+        code = ptst_template_messages(c, t, j, false, p);
+        ptst_json_free(c, j);
+    }
+    ptst_text_free(c, &talk);
+    ptst_template_free(c, t);
+    return code == PTST_OK ? p->text.data : NULL;
+}
+
+/* What transformers chooses where there are several (see tools/template_fuzz.py). */
+static void template_precedence(void) {
+    ptst_ctx *c = test_open(1, NULL);
+    ptst_text path = {NULL, 0, 0};
+    ptst_prompt p;
+    memset(&p, 0, sizeof p);
+    template_make_dir();
+    ptst__path_join(c, &path, template_dir, "chat_templates");
+    CHECK(ptst__make_folders(c, path.data) == PTST_OK);
+    template_write(c, "chat_templates/default.jinja", "other folder");
+    CHECK_TEXT(template_chosen(c, NULL, &p), "other folder");
+    template_write(c, "tokenizer_config.json",
+                   "{\"chat_template\": [{\"name\": \"default\", \"template\": \"first\"}, {\"name\": "
+                   "\"tool_use\", \"template\": \"tools\"}, {\"name\": \"default\", "
+                   "\"template\": \"last\"}]}");
+    CHECK_TEXT(template_chosen(c, NULL, &p), "last");
+    CHECK_TEXT(template_chosen(c, "null", &p), "last");
+    CHECK_TEXT(template_chosen(c, "[]", &p), "tools");
+    template_write(c, "tokenizer_config.json",
+                   "{\"chat_template\": {\"default\": \"of object\", \"tool_use\": \"its tools\"}}");
+    CHECK_TEXT(template_chosen(c, NULL, &p), "of object");
+    CHECK_TEXT(template_chosen(c, "[{}]", &p), "its tools");
+    template_write(c, "tokenizer_config.json", "{\"chat_template\": {\"rag\": \"documents\"}}");
+    CHECK_TEXT(template_chosen(c, NULL, &p), "other folder");
+    template_write(c, "tokenizer_config.json", "{\"chat_template\": \"config\"}");
+    CHECK_TEXT(template_chosen(c, "[{}]", &p), "config");
+    ptst__path_join(c, &path, template_dir, "additional_chat_templates");
+    CHECK(ptst__make_folders(c, path.data) == PTST_OK);
+    CHECK_TEXT(template_chosen(c, NULL, &p), "config");
+    template_write(c, "additional_chat_templates/rag.jinja", "documents");
+    CHECK(template_chosen(c, NULL, &p) == NULL); /* files replace the config, whatever their names */
+    CHECK(strstr(ptst_error_text(c), "none of its chat templates is called default") != NULL);
+    template_write(c, "chat_template.jinja", "file");
+    CHECK_TEXT(template_chosen(c, "[{}]", &p), "file");
+    template_write(c, "additional_chat_templates/tool_use.jinja", "tools of files");
+    CHECK_TEXT(template_chosen(c, NULL, &p), "file");
+    CHECK_TEXT(template_chosen(c, "[{}]", &p), "tools of files");
+    template_write(c, "additional_chat_templates/default.jinja", "first of files");
+    CHECK_TEXT(template_chosen(c, NULL, &p), "first of files");
+    template_remove_dir(c);
+    ptst_text_free(c, &path);
+    ptst_prompt_free(c, &p);
+    ptst_close(c);
+}
+
 /* Where a chat template is taken from, and the special tokens. */
 static void template_sources(void) {
     static const char config[] =
@@ -274,9 +339,9 @@ static void template_sources(void) {
     CHECK_TEXT(template_text(c, template_dir, NULL, "q", &p), "<B>file q");
     CHECK(p.own_bos);
     template_check(__LINE__, &p, "000000001", "000000000");
-    ptst__path_join(c, &path, template_dir, "chat_templates");
+    ptst__path_join(c, &path, template_dir, "additional_chat_templates");
     CHECK(ptst__make_folders(c, path.data) == PTST_OK);
-    template_write(c, "chat_templates/tool_use.jinja", "file tools {{ tools|length }}");
+    template_write(c, "additional_chat_templates/tool_use.jinja", "file tools {{ tools|length }}");
     t = ptst_template_load(c, template_dir, NULL);
     CHECK(t != NULL && ptst_template_messages(c, t, j, true, &p) == PTST_OK);
     CHECK_TEXT(p.text.data, "file tools 1");
@@ -542,6 +607,7 @@ static void suite_template(void) {
     RUN(template_loose);
     RUN(template_families);
     RUN(template_sources);
+    RUN(template_precedence);
     RUN(template_learn);
     RUN(template_model);
     RUN(template_own);
