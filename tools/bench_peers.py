@@ -22,8 +22,9 @@ Llama 2's or another one of at most 49152 tokens.
 
 Models of SmolLM2-135M's shape with random weights are made once in --work. Both sides take turns
 inside each round, so that what else the machine does hits both; rows show medians and their ratio
-(above 1: ptst is better). Each measurement is a process of its own, for its peak memory. Absolute
-numbers differ between machines: compare ratios only.
+(ptst is better with N above 1 in "N x" of speeds, "1/N" of times and memory). Each measurement
+is a process of its own, for its peak memory. Absolute numbers differ between machines: compare
+ratios only.
 
 --install puts the peers into a virtual environment in --work and goes on in it. --readme rewrites
 the table between the two marks in a file. Rows are kept in WORK/rows.json, so that parts can be
