@@ -1107,7 +1107,7 @@ typedef struct ptst_sample_desc {
     double temperature;        /* 0 = greedy (of equal logits the lowest id) */
     double top_p;              /* smallest set of tokens with at least this probability; 0 = the
                                   most probable one alone (greedy), 1 = off */
-    size_t top_k;              /* 0 = off */
+    size_t top_k;              /* tokens equal to the last one stay; 0 = off, 1 = greedy */
     double repetition_penalty; /* on tokens of prompt and answer; 0 or 1 = off */
 } ptst_sample_desc;
 

@@ -33,6 +33,8 @@ typedef struct models_case {
     char folder[200];
 } models_case;
 
+static ptst_dtype models_dtype = PTST_DTYPE_FILE; /* how models_open loads */
+
 /* name: one of models_names, or the path of a folder of this kind. */
 static bool models_open(ptst_ctx *c, models_case *k, const char *name, bool adapter) {
     char path[MODELS_PATH + 40];
@@ -43,7 +45,7 @@ static bool models_open(ptst_ctx *c, models_case *k, const char *name, bool adap
              strchr(name, '/') == NULL ? "tests/golden/models/" : "", name);
     snprintf(path, sizeof path, "%s/expected.safetensors", k->folder);
     k->expected = ptst_tensors_open(c, path);
-    k->m = ptst_model_load(c, k->folder, PTST_DTYPE_FILE);
+    k->m = ptst_model_load(c, k->folder, models_dtype);
     snprintf(path, sizeof path, "%s/adapter", k->folder);
     k->a = k->m == NULL || !adapter ? NULL : ptst_adapter_load(c, k->m, path);
     if (k->expected == NULL || k->m == NULL || (adapter && k->a == NULL)) {

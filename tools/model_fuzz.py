@@ -4,7 +4,7 @@
     pip install torch==2.15.0 transformers==5.24.0 peft==0.21.2 safetensors==0.8.0
     cc -O2 -pthread tests/fuzz/check_models.c -o check_models -lm
     python3 tools/model_fuzz.py --check ./check_models [--count N] [--seed N] [--long N]
-            [--keep DIR] [FAMILY ...]
+            [--dtype int8|int4] [--keep DIR] [FAMILY ...]
 
 For every family N models of random sizes (odd multiples of 2 in a head, heads and vocabularies that
 are no power of two), in F32, F16, BF16 or a mixture, in one file or in shards, with config.json of
@@ -13,7 +13,8 @@ separate heads. Sequences are longer than the window and than the length before 
 --long makes the first one so long. Compared are the logits with and without a random adapter, the
 gradients of all weights and of the adapter, and the logits of decoding token by token with a cache:
 they must be those of the whole sequence (with dynamic rope and longrope, where the length decides
-how a token turns, those of transformers with a cache).
+how a token turns, those of transformers with a cache). --dtype holds the weights in blocks here, and
+gives transformers what these blocks mean; then weights have no gradients.
 Prints the worst figures of each family and ends with 1 if one is beyond its bound.
 """
 import argparse
@@ -287,11 +288,35 @@ def make_model(rnd, folder, family):
     return config
 
 
-def make(rnd, folder, family, long):
-    """A random model in a folder, with adapter and expected.safetensors."""
-    config = make_model(rnd, folder, family)
+def blocks(x, dtype):
+    """What the blocks of 32 (>>kernels, convert, in ptst.h) that ptst makes of a matrix mean."""
+    bits = torch.int32
+    rows = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)).view(-1, 32)
+    largest = rows.abs().max(1, keepdim=True).values
+    if dtype == "int8":  # d is rounded up to the upper half of a float32
+        d = ((largest / 127).view(bits) + 0xFFFF >> 16 << 16).view(torch.float32)
+        out = torch.round(rows * (1 / d)) * d
+    else:
+        d = torch.where((rows == -largest).any(1, keepdim=True), largest / 8, -largest / 8)
+        d = d.bfloat16().float()
+        out = (torch.round(rows * (1 / d)) + 8).clamp(0, 15) * d - 8 * d
+    return torch.where(largest > 1e-30, out, 0).view(x.shape[0], -1)[:, :x.shape[1]]
+
+
+def open_base(folder, dtype):
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
                                                 attn_implementation="eager").eval()
+    for name, p in base.named_parameters():
+        table = "embed_tokens" in name and not base.config.tie_word_embeddings
+        if dtype and p.dim() == 2 and not table:
+            p.data = blocks(p.data, dtype).contiguous()
+    return base
+
+
+def make(rnd, folder, family, long, dtype=None):
+    """A random model in a folder, with adapter and expected.safetensors."""
+    config = make_model(rnd, folder, family)
+    base = open_base(folder, dtype)
     lengths, batch = (long or rnd.randint(20, 70), 9, 1), []
     for n in lengths:
         tokens = torch.randint(0, config["vocab_size"], (n + 1,)).tolist()
@@ -304,8 +329,7 @@ def make(rnd, folder, family, long):
            "first": torch.tensor([first], dtype=torch.int32)}
     kind = (base.config.rope_parameters or {}).get("rope_type")
     out["cached_logits"] = decode(base, batch[0][0], first)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
-                                                attn_implementation="eager").eval()
+    base = open_base(folder, dtype)
     out["logits"], out["loss"], grads = gradients(base, batch, list(base.named_parameters()))
     if kind not in ("dynamic", "longrope"):  # where a cache changes nothing
         out["cached_logits"] = out["logits"].clone()
@@ -341,6 +365,7 @@ def main():
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--long", type=int, default=0)
+    parser.add_argument("--dtype", choices=["int8", "int4"])
     parser.add_argument("--keep", help="folder for models that differ")
     parser.add_argument("families", nargs="*", default=FAMILIES)
     options = parser.parse_args()
@@ -354,11 +379,12 @@ def main():
             torch.manual_seed(rnd.randrange(2 ** 31))
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    config = make(rnd, folder, family, options.long)
+                    config = make(rnd, folder, family, options.long, options.dtype)
                 except Exception as error:  # not a model for transformers: printed below
                     refused.append("%s: %s" % (seed, str(error).strip().split("\n")[-1]))
                     continue
-                run = subprocess.run([options.check, folder + "/"], capture_output=True, text=True)
+                run = subprocess.run([options.check] + ([options.dtype] if options.dtype else []) +
+                                     [folder + "/"], capture_output=True, text=True)
                 line = run.stdout.strip()[len(folder) + 2:]
                 errors = {} if "failed" in line or not line else dict(
                     zip(ORDER, map(float, line.split()[:5])))

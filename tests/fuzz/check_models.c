@@ -1,10 +1,12 @@
 /* Folders of the kind of tests/golden/models against what they say the reference makes of them; the
    other half of tools/model_fuzz.py, which makes them at random.
 
-       cc -O1 -pthread tests/fuzz/check_models.c -o check_models -lm && ./check_models FOLDER/ ...
+       cc -O1 -pthread tests/fuzz/check_models.c -o check_models -lm
+       ./check_models [int8|int4] FOLDER/ ...
 
    One line for each folder: the errors of logits, of logits with the adapter, of gradients of all
-   weights and of the adapter, of decoding token by token; or what went wrong. */
+   weights and of the adapter, of decoding token by token; or what went wrong. With int8 or int4 the
+   weights are held so, and there are no gradients of theirs. */
 #define MODELS_TOKENS 8192
 #include "../models.h"
 
@@ -46,6 +48,10 @@ int main(int argc, char **argv) {
     for (i = 1; i < argc; i++) {
         models_case k;
         double e[5] = {0, 0, 0, 0, 0};
+        if (strcmp(argv[i], "int8") == 0 || strcmp(argv[i], "int4") == 0) {
+            models_dtype = argv[i][3] == '8' ? PTST_I8 : PTST_I4;
+            continue;
+        }
         printf("%s", argv[i]);
         if (!models_open(c, &k, argv[i], true)) {
             printf(" failed: %s\n", ptst_error_text(c));
@@ -59,7 +65,7 @@ int main(int argc, char **argv) {
         e[0] = models_logits_error(c, &k, "logits");
         e[4] = check_cached(c, &k, "cached_logits",
                             (size_t)*(const int32_t *)ptst_tensors_find(k.expected, "first")->data);
-        if (ptst_model_unfreeze(c, k.m) == PTST_OK) {
+        if (models_dtype == PTST_DTYPE_FILE && ptst_model_unfreeze(c, k.m) == PTST_OK) {
             e[2] = models_gradient_error(c, &k, "loss", "full.");
         }
         printf(" %.3g %.3g %.3g %.3g %.3g%s\n", e[0], e[1], e[2], e[3], e[4],

@@ -1,8 +1,9 @@
 /* A short run of the fuzz targets without libFuzzer: seeds and random changes of them, for a number
-   of seconds. Any compiler; best with its sanitizers.
+   of seconds; with a random start, and a text that the seeds taken contain. Any compiler; best with
+   its sanitizers.
 
        cc -O1 -g -fsanitize=address,undefined -DTARGET='"fuzz_text.c"' tests/fuzz/smoke.c -o smoke \
-          -lm -pthread && ./smoke 20                                   (from the top folder) */
+          -lm -pthread && ./smoke 20 [1 [model_type]]                  (from the top folder) */
 #include TARGET
 
 static const char *const smoke_seeds[] = {
@@ -36,6 +37,74 @@ static const char *const smoke_seeds[] = {
     "\"rope_parameters\":{\"full_attention\":{\"rope_type\":\"linear\",\"factor\":8.0,\"rope_theta\":1e6"
     "},\"sliding_attention\":{\"rope_type\":\"default\"}},\"sliding_window_pattern\":2,"
     "\"query_pre_attn_scalar\":4,\"final_logit_softcapping\":30,\"no_rope_layers\":[1,0]}",
+    "0{\"model_type\":\"llama\",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,\"nu"
+    "m_hidden_layers\":2,\"num_attention_heads\":2,\"num_key_value_heads\":1,\"rope_scaling\":{"
+    "\"rope_type\":\"llama3\",\"factor\":8.0,\"low_freq_factor\":1.0,\"high_freq_factor\":4.0,"
+    "\"original_max_position_embeddings\":8192},\"rope_theta\":500000.0,\"head_dim\":4,\"attent"
+    "ion_bias\":false,\"mlp_bias\":true,\"max_position_embeddings\":99,\"torch_dtype\":\"bfloat"
+    "16\"}",
+    "0{\"model_type\":\"llama\",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,\"nu"
+    "m_hidden_layers\":2,\"num_attention_heads\":2,\"num_key_value_heads\":1,\"rope_parameters"
+    "\":{\"rope_type\":\"dynamic\",\"factor\":2.0,\"rope_theta\":10000.0},\"tie_word_embeddings"
+    "\":true,\"dtype\":\"float32\",\"initializer_range\":0.02,\"bos_token_id\":1,\"pad_token_id"
+    "\":null}",
+    "0{\"model_type\":\"mistral\",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,\""
+    "num_hidden_layers\":2,\"num_attention_heads\":2,\"num_key_value_heads\":1,\"sliding_window"
+    "\":4,\"rope_theta\":10000.0,\"head_dim\":null}",
+    "0{\"model_type\":\"mistral\",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,\""
+    "num_hidden_layers\":2,\"num_attention_heads\":2,\"num_key_value_heads\":1,\"sliding_window"
+    "\":null,\"rope_parameters\":{\"rope_type\":\"linear\",\"factor\":4.0,\"rope_theta\":100000"
+    "0.0}}",
+    "0{\"model_type\":\"qwen2\",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,\"nu"
+    "m_hidden_layers\":2,\"num_attention_heads\":2,\"num_key_value_heads\":1,\"rope_parameters"
+    "\":{\"rope_type\":\"default\",\"rope_theta\":1000000.0},\"layer_types\":[\"full_attention"
+    "\",\"full_attention\"],\"sliding_window\":null,\"use_sliding_window\":false}",
+    "0{\"model_type\":\"qwen3\",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,\"nu"
+    "m_hidden_layers\":2,\"num_attention_heads\":2,\"num_key_value_heads\":1,\"head_dim\":6,\"a"
+    "ttention_bias\":false,\"rope_scaling\":{\"type\":\"yarn\",\"factor\":4.0,\"original_max_po"
+    "sition_embeddings\":32,\"beta_fast\":32,\"beta_slow\":1},\"sliding_window\":null}",
+    "0{\"model_type\":\"qwen3\",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,\"nu"
+    "m_hidden_layers\":2,\"num_attention_heads\":2,\"num_key_value_heads\":1,\"head_dim\":4,\"r"
+    "ope_parameters\":{\"rope_type\":\"yarn\",\"factor\":4.0,\"attention_factor\":1.2,\"rope_th"
+    "eta\":1000000.0},\"layer_types\":[\"sliding_attention\",\"full_attention\"],\"sliding_wind"
+    "ow\":3,\"use_sliding_window\":true,\"max_window_layers\":0}",
+    "0{\"model_type\":\"smollm3\",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,\""
+    "num_hidden_layers\":2,\"num_attention_heads\":2,\"num_key_value_heads\":1,\"no_rope_layers"
+    "\":[1,0],\"no_rope_layer_interval\":2,\"pad_token_id\":0,\"rope_theta\":5000000.0,\"use_sl"
+    "iding_window\":false}",
+    "0{\"model_type\":\"smollm3\",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,\""
+    "num_hidden_layers\":2,\"num_attention_heads\":2,\"num_key_value_heads\":1,\"no_rope_layer_"
+    "interval\":2,\"pad_token_id\":0,\"rope_parameters\":{\"rope_type\":\"default\",\"rope_thet"
+    "a\":2000000.0},\"layer_types\":[\"full_attention\",\"sliding_attention\"],\"sliding_window"
+    "\":2}",
+    "0{\"model_type\":\"phi3\",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,\"num"
+    "_hidden_layers\":2,\"num_attention_heads\":2,\"num_key_value_heads\":1,\"pad_token_id\":0,"
+    "\"rope_parameters\":{\"rope_type\":\"longrope\",\"short_factor\":[1.0,1.1],\"long_factor\""
+    ":[4.0,8.0],\"rope_theta\":10000.0,\"partial_rotary_factor\":1.0},\"original_max_position_e"
+    "mbeddings\":16,\"max_position_embeddings\":64,\"partial_rotary_factor\":1.0,\"sliding_wind"
+    "ow\":7}",
+    "0{\"model_type\":\"gemma\",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,\"nu"
+    "m_hidden_layers\":2,\"num_attention_heads\":2,\"num_key_value_heads\":1,\"head_dim\":4,\"h"
+    "idden_act\":\"gelu\",\"hidden_activation\":null,\"rope_theta\":10000.0}",
+    "0{\"model_type\":\"gemma\",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,\"nu"
+    "m_hidden_layers\":2,\"num_attention_heads\":2,\"num_key_value_heads\":1,\"head_dim\":4,\"h"
+    "idden_activation\":\"gelu_pytorch_tanh\",\"rope_parameters\":{\"rope_type\":\"default\",\""
+    "rope_theta\":10000.0},\"attention_bias\":true}",
+    "0{\"model_type\":\"gemma2\",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,\"n"
+    "um_hidden_layers\":2,\"num_attention_heads\":2,\"num_key_value_heads\":1,\"head_dim\":4,\""
+    "query_pre_attn_scalar\":4,\"attn_logit_softcapping\":50.0,\"final_logit_softcapping\":30.0"
+    ",\"sliding_window\":5,\"hidden_activation\":\"gelu_pytorch_tanh\",\"cache_implementation\""
+    ":\"hybrid\"}",
+    "0{\"model_type\":\"gemma2\",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,\"n"
+    "um_hidden_layers\":2,\"num_attention_heads\":2,\"num_key_value_heads\":1,\"head_dim\":4,\""
+    "query_pre_attn_scalar\":7,\"final_logit_softcapping\":null,\"layer_types\":[\"sliding_atte"
+    "ntion\",\"full_attention\"],\"sliding_window\":3,\"rope_parameters\":{\"rope_type\":\"defa"
+    "ult\",\"rope_theta\":10000.0}}",
+    "0{\"model_type\":\"gemma3_text\",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":"
+    "5,\"num_hidden_layers\":2,\"num_attention_heads\":2,\"num_key_value_heads\":1,\"head_dim\""
+    ":4,\"query_pre_attn_scalar\":4,\"rope_local_base_freq\":10000.0,\"rope_theta\":1000000.0,"
+    "\"rope_scaling\":{\"rope_type\":\"linear\",\"factor\":8.0},\"sliding_window\":3,\"sliding_"
+    "window_pattern\":2}",
     "1{\"eos_token_id\":[5,6],\"temperature\":0.6,\"top_p\":0.9,\"top_k\":20,\"do_sample\":true,"
     "\"repetition_penalty\":1.1,\"max_new_tokens\":99,\"min_p\":0.1,\"num_beams\":null}",
     "{\"t\":{\"dtype\":\"F32\",\"shape\":[2,1],\"data_offsets\":[0,8]},\"u\":{\"dtype\":\"BF16\","
@@ -86,6 +155,9 @@ int main(int argc, char **argv) {
         const char *seed = smoke_seeds[ptst_rng_below(&r, SMOKE_SEEDS)];
         uint8_t *exact, input[ROOM];
         size_t n = strlen(seed), changes = ptst_rng_below(&r, 12);
+        if (argc > 3 && strstr(seed, argv[3]) == NULL) {
+            continue;
+        }
         memcpy(input, seed, n);
         for (; changes > 0; changes--) {
             n = smoke_change(&r, input, n, ROOM);
