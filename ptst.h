@@ -12849,7 +12849,7 @@ static ptst__jvalue ptst__j_getattr(ptst__jrun *r, ptst__jvalue v, const ptst__j
     if (r->code != PTST_OK) {
         return ptst__j_none();
     }
-    if (v.kind == PTST__J_UNDEFINED) { /* what all of Python's objects have is unsafe first of all */
+    if (v.kind == PTST__J_UNDEFINED) { /* what all objects of Python have is unsafe first of all */
         return ptst__j_listed("__class__ __doc__ __init__ __module__ __str__ __hash__", name)
                    ? ptst__j_undefined(PTST__J_WHY_UNSAFE, name, v.kind)
                    : ptst__j_fail_undefined(r, v);
