@@ -29537,12 +29537,11 @@ static ptst_code ptst__train_gradients(ptst_ctx *c, ptst_trainer *t, ptst__curso
 /* ---- options, resolved and as text ---- */
 
 /* Tokens that are computed at once: those of which 192 MB hold what the forward pass leaves behind,
-   2048 at most; but enough that packing weights is a small part of multiplying by them, which needs
-   more if A does not stay in the second cache (see PTST__MIDDLE), and still more if each time adds
-   to the gradients of all weights. */
+   2048 at most; but enough that packing weights is a small part of multiplying by them, and more if
+   each time adds to the gradients of all weights. */
 static size_t ptst__train_micro(const ptst_config *g, bool full) {
-    double most = 2048, least = full ? most : g->hidden_size <= PTST__BLOCK_K ? PTST__MIDDLE : 512;
-    double heads = (double)g->num_attention_heads + g->num_key_value_heads, tokens;
+    double most = 2048, least = full ? most : 512, tokens;
+    double heads = (double)g->num_attention_heads + g->num_key_value_heads;
     double floats = 2.0 * g->hidden_size + 2 * heads * g->head_dim + 2.0 * g->intermediate_size;
     tokens = 192e6 / (4 * floats * g->num_hidden_layers);
     return (size_t)(tokens < least ? least : tokens > most ? most : tokens);
