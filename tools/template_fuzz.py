@@ -154,7 +154,8 @@ def expected_learn(render, messages, eos):
         at = part.index(said) + len(said)
         end, first, at = part.find(eos, at), len(before) + part.index(said), len(before) + at
         marker = MARKER.match(text, at)  # some templates write it with the next message
-        if marker and messages[i + 1:] and messages[i + 1]["content"].encode().startswith(marker.group()):
+        following = messages[i + 1]["content"].encode() if messages[i + 1:] else b""
+        if marker and following and text.startswith(following, at):
             marker = None  # somebody's words
         last = marker.end() if marker else len(before) + end + len(eos) if end >= 0 else at
         learn[first:last] = b"\1" * (last - first)
