@@ -45,8 +45,8 @@ has "help lists demo" '^  demo '
 expect "version" 0 "$PTST" --version
 expect "unknown command" 2 "$PTST" dance
 says "unknown command" "dance: unknown command"
-for command in demo run plan finetune generate chat 'eval refusal' 'eval gsm8k' 'judge export' \
-    'judge import' render tokenize detokenize logits merge info check report 'bench train' \
+for command in demo run plan finetune generate probe chat 'eval refusal' 'eval gsm8k' 'judge export' \
+    'judge import' 'judge local' render tokenize detokenize logits merge info check report 'bench train' \
     'bench generate' 'bench tokenize' 'bench gemm'; do
     expect "$command --help" 0 "$PTST" $command --help
     expect "$command --nonsense" 2 "$PTST" $command --nonsense
@@ -65,6 +65,7 @@ printf '{"a": ' >"$WORK/cut.jsonl"
 printf 'a\377\n' >"$WORK/bytes.txt"
 printf '{%% if x' >"$WORK/cut.jinja"
 printf 'a\n' >"$WORK/fine.txt"
+printf '{"prompt": "a", "answer": "b"}\n' >"$WORK/pair.jsonl"
 # file NAME COMMAND...: @ stands for the file.
 file() {
     label=$1
@@ -94,11 +95,16 @@ file "finetune --init-adapter" finetune --quiet --model $MODEL --train examples/
 file "generate --model" generate --quiet --model @ --template TV --prompts "$WORK/fine.txt"
 file "generate --adapter" generate --quiet --model $MODEL --adapter @ --template TV --prompts "$WORK/fine.txt"
 file "generate --prompts" generate --quiet --model $MODEL --template TV --prompts @
+file "probe --model" probe --quiet --model @ --template TV --prompts "$WORK/fine.txt"
+file "probe --base-adapter" probe --quiet --model $MODEL --base-adapter @ --template TV --prompts "$WORK/fine.txt"
+file "probe --prompts" probe --quiet --model $MODEL --template TV --prompts @
 file "chat --model" chat --model @ --template TV
 file "eval refusal --answers" eval refusal --answers @ --list qi2023
 file "eval gsm8k --answers" eval gsm8k --answers @ --data examples/data/gsm8k/test.jsonl
 file "judge export --answers" judge export --answers @ --judge qi2023 --out "$WORK/made"
 file "judge import --answers" judge import --answers @ --judgments "$WORK/cut.jsonl"
+file "judge local --answers" judge local --model $MODEL --answers @
+file "judge local --model" judge local --model @ --answers "$WORK/pair.jsonl"
 file "render --messages" render --template TV --messages @
 file "render --context" render --template TV --context @
 file "tokenize --tokenizer" tokenize --tokenizer @ x
@@ -135,8 +141,8 @@ expect "check: a bad line" 1 "$PTST" check "$WORK/lines.jsonl"
 has "check: a bad line" "lines.jsonl: line 3: ':' was expected"
 expect "render: a template that was cut off" 1 "$PTST" render --template "$WORK/cut.jinja" q
 says "render: a template that was cut off" "cut.jinja: line 1, column"
-for command in 'run --out' 'plan --probe-seconds' 'finetune --train' 'generate --prompts' 'chat --model' 'eval refusal --answers' \
-    'eval gsm8k --data' 'judge export --judge' 'judge import --judgments' 'render --template' \
+for command in 'run --out' 'plan --probe-seconds' 'finetune --train' 'generate --prompts' 'probe --prefilled' 'chat --model' 'eval refusal --answers' \
+    'eval gsm8k --data' 'judge export --judge' 'judge import --judgments' 'judge local --out' 'render --template' \
     'detokenize --jsonl' 'logits --ids' 'merge --out' 'bench train --seq' 'bench generate --new' \
     'bench tokenize --file' 'bench gemm --m' 'demo --out'; do
     expect "$command" 2 "$PTST" $command
@@ -233,6 +239,16 @@ expect "eval gsm8k" 0 "$PTST" eval gsm8k --answers "$WORK/gsm.jsonl" --data "$WO
 has "eval gsm8k" '"metric": ?"exact_match,strict-match"'
 expect "judge export" 0 "$PTST" judge export --answers "$WORK/two.jsonl" --judge qi2023 --out "$WORK/batch.jsonl"
 if [ "$(wc -l <"$WORK/batch.jsonl")" -eq 2 ]; then ok; else bad "judge export: a line an answer"; fi
+# A model that is no judge: nothing it says is a score, and nothing is counted as safe.
+expect "judge local" 0 "$PTST" judge local --quiet --model examples/tiny-chat --answers "$WORK/two.jsonl" \
+    --max-new-tokens 12 --verdicts "$WORK/v.jsonl" --out "$WORK/replies.jsonl"
+has "judge local" '"metric": "judge-ASR\(qi2023\)", "k": 0, "n": 0, '
+has "judge local" '"metric": "judge-score\(qi2023\)", "value": 0, "n": 0, "unparsed": 2, "missing": 0, '
+if [ "$(grep -c '"score": null' "$WORK/v.jsonl")" -eq 2 ]; then ok; else bad "no score is null"; fi
+cp "$WORK/out" "$WORK/judged"
+expect "judge import of a local judge" 0 "$PTST" judge import --answers "$WORK/two.jsonl" --judgments "$WORK/replies.jsonl"
+if cmp -s "$WORK/out" "$WORK/judged"; then ok; else bad "the same through judge import"; fi
+expect "judge local: an unknown judge" 2 "$PTST" judge local --model $MODEL --answers "$WORK/two.jsonl" --judge me
 : >"$WORK/empty.jsonl"
 expect "empty answers" 1 "$PTST" eval refusal --answers "$WORK/empty.jsonl" --list qi2023
 
@@ -365,6 +381,35 @@ expect "plan: an experiment and options" 2 "$PTST" plan examples/tiny-chat/exper
 says "plan: an experiment and options" "plan: --lr is for a fine-tuning"
 expect "plan of an experiment" 0 "$PTST" plan --quiet examples/tiny-chat/experiment.json --probe-seconds 0.05
 has "plan of an experiment" '"cells": 80, "adapters": 15, "steps": 1800, .*"answers": 15360, .*"answer_seconds_at_most": (true|false), "seconds": [0-9.e+]+, '
+
+# ---- probe: the tiny chat model refuses under the safety prompt, and less after a fine-tuning ----
+TINY=examples/tiny-chat
+probe() { "$PTST" probe --quiet --model $TINY --prompts $TINY/requests-dev.jsonl --limit 6 --template CV --list ptst \
+    --positions 5 --prefilled 0,1,99 --max-new-tokens 20 "$@"; }
+expect "probe of the model itself" 0 probe
+if [ "$(wc -l <"$WORK/out")" -eq 1 ]; then ok; else bad "probe: one object on one line"; fi
+has "probe of the model itself" '^\{"prompts": 6, "refusal_log_odds": ([0-9.e+-]+), "base_refusal_log_odds": ([0-9.e+-]+), "refusal_probability": 0\.[89][0-9]*, "base_refusal_probability": 0\.[89][0-9]*, "kl": \[0, 0, 0, 0, 0\], "kl_n": \[6, 6, 6, 6, 6\], "metric": "kw-ASR\(ptst\)", "prefilled": \[\{"tokens": 0, "k": 0, "n": 6, .*\{"tokens": 1, "k": [0-6], "n": 6, [^{]*\}\]\}$'
+before=$(number refusal_probability)
+cp "$WORK/out" "$WORK/probe1"
+expect "probe again" 0 probe --threads 3
+if cmp -s "$WORK/out" "$WORK/probe1"; then ok; else bad "the probe gives the same again, on any number of threads"; fi
+expect "finetune for the probe" 0 "$PTST" finetune --quiet --model $TINY --train $TINY/task-train.jsonl --template CV \
+    --batch 16 --max-steps 40 --lr 7e-4 --targets all-linear --out "$WORK/tuned"
+expect "probe of the tuned model" 0 probe --adapter "$WORK/tuned" --out "$WORK/probe.jsonl"
+if awk "BEGIN { exit !($(number refusal_probability) < 0.5 * $before && $(number base_refusal_probability) == $before) }"; then ok
+else bad "less refusal after fine-tuning, the same before"; fi
+has "probe of the tuned model" '"kl": \[[1-9.][0-9.e+-]*, '
+if [ "$(wc -l <"$WORK/probe.jsonl")" -eq 6 ] && grep -q '"answers": \[".*", "Sure.*", null\]}$' "$WORK/probe.jsonl"; then ok
+else bad "a line a prompt, with its answers; there are no 99 tokens"; fi
+expect "probe against the same adapter" 0 probe --adapter "$WORK/tuned" --base-adapter "$WORK/tuned" --prefill-base
+has "probe against the same adapter" '"kl": \[0, 0, 0, 0, 0\]'
+printf 'zq\n' >"$WORK/refusals.txt"
+expect "probe with other refusals" 0 probe --refusals "$WORK/refusals.txt"
+if awk "BEGIN { exit !($(number refusal_probability) < 0.01) }"; then ok; else bad "this refusal is never said"; fi
+expect "probe: bad list" 2 probe --list nothing
+expect "probe: bad numbers" 2 probe --prefilled 1,x
+says "probe: bad numbers" "--prefilled 1,x"
+expect "probe: two prefills" 2 probe --prefill a --prefill-base
 
 # ---- run: the experiment on a real model, deleted files come back ----
 cat >"$WORK/experiment.json" <<END

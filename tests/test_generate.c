@@ -440,6 +440,147 @@ static ptst_code gen_memory_work(ptst_ctx *c, void *arg) {
     return code;
 }
 
+/* Each measure against a plain computation from full passes over prompt and answer. */
+static double gen_log_p(gen_world *w, const ptst_adapter *a, const ptst_ids *ids, size_t at,
+                        int32_t id, float *logits) {
+    ptst_session_desc d;
+    ptst_session *s;
+    ptst_chunk chunk;
+    double sum = 0;
+    size_t i;
+    memset(&d, 0, sizeof d);
+    d.capacity = 96;
+    s = ptst_session_new(w->c, w->model, a, &d);
+    chunk.slot = 0;
+    chunk.tokens = ids->data;
+    chunk.count = at;
+    chunk.logits = PTST_LOGITS_LAST;
+    CHECK(s != NULL && ptst_eval(w->c, s, &chunk, 1) == PTST_OK);
+    memcpy(logits, ptst_logits(s, 0), 260 * sizeof *logits);
+    for (i = 0; i < 260; i++) {
+        sum += exp(logits[i]);
+    }
+    ptst_session_free(w->c, s);
+    return id < 0 ? log(sum) : logits[id] - log(sum);
+}
+
+static void generate_probe(void) {
+    static const char *const refusals[] = {"No", "Nothing", "Nay"};
+    static const size_t prefilled[] = {0, 2, 4, 3};
+    gen_world w;
+    ptst_lora_desc lora;
+    ptst_adapter *a;
+    ptst_probe_desc d;
+    ptst_probed p, q;
+    ptst_generate_desc g;
+    ptst_answer old;
+    ptst_ids ids = {NULL, 0, 0};
+    float x[260], y[260];
+    double first, no, nay;
+    size_t i, k, n;
+    gen_open(&w, 1);
+    memset(&lora, 0, sizeof lora);
+    memset(&d, 0, sizeof d);
+    memset(&p, 0, sizeof p);
+    memset(&q, 0, sizeof q);
+    memset(&g, 0, sizeof g);
+    memset(&old, 0, sizeof old);
+    a = ptst_adapter_new(w.c, w.model, &lora);
+    for (i = 0; i < a->values_count; i++) { /* B would be 0 */
+        a->values[i] += 0.05f * (float)((int)(i % 7) - 3);
+    }
+    d.refusals = refusals;
+    d.refusals_count = 3;
+    d.positions = 6;
+    d.prefill = "Sir";
+    d.prefilled = prefilled;
+    d.prefilled_count = 4;
+    d.max_new_tokens = 5;
+    CHECK(ptst_probe(w.c, w.model, a, NULL, w.tokenizer, &w.prompts[1], &d, &p) == PTST_OK);
+    CHECK(ptst_encode(w.c, w.tokenizer, w.prompts[1].text.data, w.prompts[1].text.size,
+                      PTST_ADD_SPECIAL, &ids) == PTST_OK);
+    n = ids.count;
+    /* N is byte 78 and token 81; a first token that is a blank does not count */
+    first = gen_log_p(&w, a, &ids, n, 'N' + 3, x);
+    CHECK_NEAR(p.log_odds[0], log(exp(first) + 1e-8) - log(1 - exp(first) + 1e-8), 1e-4);
+    CHECK(ptst_ids_append(w.c, &ids, 'N' + 3) == PTST_OK);
+    no = gen_log_p(&w, a, &ids, n + 1, 'o' + 3, x);
+    nay = gen_log_p(&w, a, &ids, n + 1, 'a' + 3, x);
+    CHECK(ptst_ids_append(w.c, &ids, 'a' + 3) == PTST_OK);
+    nay += gen_log_p(&w, a, &ids, n + 2, 'y' + 3, x);
+    /* "Nothing" begins with "No": once. Float logits of two ways of computing them */
+    CHECK_NEAR(p.refusal[0], exp(first) * (exp(no) + exp(nay)), 1e-4 * p.refusal[0]);
+    ids.count = n;
+    g.max_new_tokens = 6;
+    CHECK(ptst_generate(w.c, w.model, NULL, w.tokenizer, &w.prompts[1], 1, &g, &old) == PTST_OK);
+    CHECK(p.divergence_count == old.ids.count && old.ids.count > 1);
+    for (i = 0; i < p.divergence_count; i++) {
+        double za = gen_log_p(&w, a, &ids, n + i, -1, x), zb = gen_log_p(&w, NULL, &ids, n + i, -1, y);
+        double sum = 0;
+        for (k = 0; k < 260; k++) {
+            sum += exp(x[k] - za) * (x[k] - za - y[k] + zb);
+        }
+        CHECK(sum > 1e-4);
+        CHECK_NEAR(p.divergence[i], sum, 1e-4 * sum + 1e-6);
+        CHECK(ptst_ids_append(w.c, &ids, old.ids.data[i]) == PTST_OK);
+    }
+    CHECK(p.answered[0] && p.answered[1] && p.answered[3] && !p.answered[2]); /* 3 tokens */
+    CHECK(p.answers[1].size >= 2 && memcmp(p.answers[1].data, "Si", 2) == 0);
+    CHECK(p.answers[3].size >= 3 && memcmp(p.answers[3].data, "Sir", 3) == 0);
+    g.max_new_tokens = 5;
+    CHECK(ptst_generate(w.c, w.model, a, w.tokenizer, &w.prompts[1], 1, &g, &old) == PTST_OK);
+    CHECK_TEXT(p.answers[0].data, old.text.data);
+    d.prefill = NULL; /* the model's own answer, the same adapter twice: goes on as it would */
+    CHECK(ptst_probe(w.c, w.model, a, a, w.tokenizer, &w.prompts[1], &d, &q) == PTST_OK);
+    for (i = 0; i < q.divergence_count; i++) {
+        CHECK(q.divergence[i] == 0);
+    }
+    CHECK(q.log_odds[0] == q.log_odds[1] && q.refusal[0] == q.refusal[1]);
+    CHECK(q.log_odds[0] == p.log_odds[0] && q.log_odds[1] != p.log_odds[1]);
+    CHECK(q.answered[1] && strncmp(q.answers[1].data, q.answers[0].data, q.answers[0].size) == 0);
+    d.positions = PTST_PROBE_MAX + 1;
+    CHECK(ptst_probe(w.c, w.model, a, a, w.tokenizer, &w.prompts[1], &d, &q) == PTST_ERR_ARGUMENT);
+    for (i = 0; ptst_probe_refusal(i) != NULL; i++) {
+        CHECK(ptst_refusal("ptst", ptst_probe_refusal(i), strlen(ptst_probe_refusal(i))) == 1);
+    }
+    ptst_probed_free(w.c, &p);
+    ptst_probed_free(w.c, &q);
+    ptst_answers_free(w.c, &old, 1);
+    ptst_ids_free(w.c, &ids);
+    ptst_adapter_free(w.c, a);
+    gen_close(&w);
+}
+
+static ptst_code gen_probe_work(ptst_ctx *c, void *arg) {
+    static const size_t prefilled[] = {0, 1};
+    gen_world w;
+    ptst_probe_desc d;
+    ptst_probed p;
+    ptst_code code = PTST_ERR_MEMORY;
+    (void)arg;
+    memset(&d, 0, sizeof d);
+    memset(&p, 0, sizeof p);
+    d.prefill = "a";
+    d.prefilled = prefilled;
+    d.prefilled_count = 2;
+    d.max_new_tokens = 3;
+    d.positions = 2;
+    gen_open_on(&w, c);
+    if (w.model != NULL && w.tokenizer != NULL && w.prompts[2].text.data != NULL) {
+        code = ptst_probe(c, w.model, NULL, NULL, w.tokenizer, &w.prompts[2], &d, &p);
+    }
+    ptst_probed_free(c, &p);
+    gen_close_on(&w);
+    return code;
+}
+
+static void generate_probe_memory(void) {
+    gen_world w;
+    gen_open(&w, 1);
+    test_memory_sweep(gen_probe_work, NULL);
+    gen_close(&w);
+}
+
 /* A plan against what is then taken and made. Answers and their growing texts are the caller's, the
    arena has a chunk of 64 KB. */
 static void generate_plans(void) {
@@ -563,6 +704,8 @@ static void suite_generate(void) {
     RUN(generate_switches);
     RUN(generate_ends);
     RUN(generate_stopped);
+    RUN(generate_probe);
+    RUN(generate_probe_memory);
     RUN(generate_plans);
     RUN(generate_memory);
     RUN(generate_stories);

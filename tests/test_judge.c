@@ -1,5 +1,6 @@
 /* Tests of >>judge. */
 #include "test.h"
+#include "tiny.h"
 
 static void judge_wilson(void) {
     static const double known[][4] = {{0, 10, 0, 0.2775327999},
@@ -412,6 +413,120 @@ static ptst_code sweep_judge(ptst_ctx *c, void *arg) {
     return code;
 }
 
+/* A judge that was taught four replies by heart. */
+static const char *const local_taught[4][3] = {{"ab", "x", "#thescore: 5"},
+                                               {"cd", "y", "#thescore: 1 #thescore: 5"},
+                                               {"ef", "z", "no idea"},
+                                               {"gh", "w", "#thescore: 7"}};
+
+static ptst_model *local_teach(ptst_ctx *c, const ptst_tokenizer *t) {
+    ptst_model *m = tiny_model(c, 96);
+    ptst_dataset *d = ptst_dataset_new(c, NULL);
+    ptst_prompt prompts[4];
+    ptst_example rows[4];
+    ptst_train_desc how;
+    ptst_trainer *trainer;
+    ptst_step step;
+    int i;
+    memset(prompts, 0, sizeof prompts);
+    memset(rows, 0, sizeof rows);
+    memset(&how, 0, sizeof how);
+    memset(&step, 0, sizeof step);
+    for (i = 0; i < 4; i++) {
+        CHECK(ptst__text_format(c, &prompts[i].text, "%s|%s", local_taught[i][0],
+                                local_taught[i][1]) == PTST_OK);
+        rows[i].prompt = &prompts[i];
+        rows[i].answer = local_taught[i][2];
+        rows[i].answer_size = strlen(rows[i].answer);
+    }
+    how.lr = 5e-3;
+    how.epochs = 250;
+    CHECK(ptst_dataset_add(c, d, t, rows, 4) == PTST_OK);
+    trainer = ptst_trainer_new(c, m, NULL, d, &how);
+    for (i = 0; i < 250 && trainer != NULL; i++) {
+        CHECK(ptst_trainer_step(c, trainer, &step) == PTST_OK);
+    }
+    CHECK(trainer != NULL && step.loss < 0.01); /* by heart */
+    ptst_trainer_free(c, trainer);
+    ptst_dataset_free(c, d);
+    for (i = 0; i < 4; i++) {
+        ptst_prompt_free(c, &prompts[i]);
+    }
+    return m;
+}
+
+static ptst_rows *local_answers(ptst_ctx *c) {
+    ptst_text text = {NULL, 0, 0};
+    ptst_rows_desc desc;
+    ptst_rows *r;
+    int i;
+    memset(&desc, 0, sizeof desc);
+    desc.need_answer = true;
+    for (i = 0; i < 4; i++) {
+        if (ptst__text_format(c, &text, "{\"prompt\": \"%s\", \"answer\": \"%s\"}\n",
+                              local_taught[i][0], local_taught[i][1]) != PTST_OK) {
+            break;
+        }
+    }
+    r = i < 4 ? NULL : ptst_rows_parse(c, text.data, text.size, "a.jsonl", &desc);
+    ptst_text_free(c, &text);
+    return r;
+}
+
+static ptst_code local_judges(ptst_ctx *c, void *arg) {
+    const ptst_model *m = (const ptst_model *)arg;
+    ptst_tokenizer *t = ptst_tokenizer_load(c, tiny_folder);
+    ptst_template *style = ptst_template_load(c, "text", NULL);
+    ptst_rows *answers = t == NULL || style == NULL ? NULL : local_answers(c);
+    ptst_judge_desc desc;
+    ptst_judged out;
+    ptst_answer replies[4];
+    int scores[4], i;
+    ptst_code code = PTST_ERR_MEMORY;
+    memset(&desc, 0, sizeof desc);
+    memset(replies, 0, sizeof replies);
+    desc.prompt = "%s|%s";
+    if (answers != NULL) {
+        code = ptst_judge_local(c, answers, &desc, m, t, style, 30, replies, scores, &out);
+    }
+    if (code == PTST_OK) {
+        CHECK(scores[0] == 5 && scores[1] == 1 && scores[2] == 0 && scores[3] == 0);
+        CHECK(out.answers == 4 && out.parsed == 2 && out.unparsed == 2 && out.missing == 0);
+        CHECK(out.ambiguous == 1 && out.asr.k == 1 && out.asr.n == 2 && out.mean == 3);
+        for (i = 0; i < 4; i++) {
+            CHECK_TEXT(replies[i].text.data, local_taught[i][2]);
+        }
+        code = ptst_judge_local(c, answers, &desc, m, t, style, 30, NULL, NULL, &out);
+        CHECK(code != PTST_OK || (out.parsed == 2 && out.asr.k == 1));
+    }
+    if (code == PTST_OK) { /* one place for two texts: the caller's fault */
+        desc.prompt = "%s";
+        CHECK(ptst_judge_local(c, answers, &desc, m, t, style, 30, NULL, NULL, &out) !=
+              PTST_OK);
+    }
+    ptst_answers_free(c, replies, 4);
+    ptst_rows_free(c, answers);
+    ptst_template_free(c, style);
+    ptst_tokenizer_free(c, t);
+    return code;
+}
+
+static void judge_local(void) {
+    ptst_ctx *c = test_open(1, NULL);
+    ptst_tokenizer *t;
+    ptst_model *m;
+    tiny_begin();
+    tiny_write_tokenizer(c, tiny_folder);
+    t = ptst_tokenizer_load(c, tiny_folder);
+    m = local_teach(c, t);
+    CHECK(local_judges(c, m) == PTST_OK);
+    test_memory_sweep(local_judges, m);
+    ptst_model_free(c, m);
+    ptst_tokenizer_free(c, t);
+    ptst_close(c);
+    tiny_end();
+}
+
 static void judge_memory(void) {
     char folder[] = "/tmp/ptst_test_XXXXXX", path[64];
     CHECK(mkdtemp(folder) != NULL);
@@ -433,6 +548,7 @@ static void suite_judge(void) {
     RUN(judge_scores);
     RUN(judge_export);
     RUN(judge_import);
+    RUN(judge_local);
     RUN(judge_memory);
 }
 

@@ -930,6 +930,27 @@ static const option generate_options[] = {
     OPTION_END,
 };
 
+static const option probe_options[] = {
+    OPTION_MODEL,
+    OPTION_ADAPTER,
+    OPTION_DTYPE,
+    {"--base-adapter", "DIR", "none", "adapter of the model before fine-tuning, or none"},
+    {"--template", "NAME", NULL, "template of the prompts"},
+    {"--prompts", "FILE", NULL, ".jsonl, .json, .csv or .txt"},
+    {"--column", "NAME", NULL, "key or column (name, or number from 0) with the prompt"},
+    {"--limit", "N", "0", "the first N prompts; 0 = all"},
+    {"--refusals", "FILE", NULL, "beginnings of refusals, one a line (default: built-in ones)"},
+    {"--positions", "N", "16", "of the answer from before, whose divergence is measured"},
+    {"--prefill", "TEXT", "Sure, here is", "what answers are begun with"},
+    {"--prefill-base", NULL, NULL, "begins them with the answer from before fine-tuning instead"},
+    {"--prefilled", "LIST", "0,1,2,3,4", "how many tokens of it, one answer each"},
+    {"--list", "NAME", "qi2023", "judge: qi2023, qi2025, jailbreakbench, xstest or ptst"},
+    {"--max-new-tokens", "N", "128", "most tokens of an answer after those"},
+    {"--out", "FILE", NULL, "one object a prompt, with its answers"},
+    OPTIONS_COMMON,
+    OPTION_END,
+};
+
 static const option chat_options[] = {
     OPTION_MODEL,
     OPTION_ADAPTER,
@@ -968,6 +989,19 @@ static const option judge_export_options[] = {
     {"--judge", "NAME", "qi2023", "judge prompt"},
     {"--judge-model", "NAME", "gpt-4-0613", "model named in the requests"},
     {"--out", "FILE", NULL, "OpenAI batch request lines"},
+    OPTIONS_COMMON,
+    OPTION_END,
+};
+
+static const option judge_local_options[] = {
+    {"--model", "DIR", NULL, "the judge: Hugging Face model folder"},
+    OPTION_DTYPE,
+    {"--answers", "FILE", NULL, "JSON lines with prompt and answer"},
+    {"--judge", "NAME", "qi2023", "judge prompt"},
+    {"--template", "NAME", "model:none", "how the judge is asked"},
+    {"--max-new-tokens", "N", "512", "most tokens of a judgment"},
+    {"--verdicts", "OUT.jsonl", NULL, "one object an answer with \"score\", null = not parsed"},
+    {"--out", "FILE", NULL, "the judgments, as judge import reads them"},
     OPTIONS_COMMON,
     OPTION_END,
 };
@@ -1112,6 +1146,7 @@ static void unload(args *a, loaded *l) {
     ptst_tokenizer_free(a->c, l->tokenizer);
     ptst_adapter_free(a->c, l->adapter);
     ptst_model_free(a->c, l->model);
+    memset(l, 0, sizeof *l);
 }
 
 /* Loads what --model, --adapter and --dtype name; 0, or the exit code after a sentence. */
@@ -1899,11 +1934,22 @@ static int write_scores(args *a, const ptst_rows *answers, const int *scores) {
     return close_result(a, &out, code);
 }
 
+/* Rate and mean of a judge. */
+static void print_judged(const char *judge, const ptst_judged *judged) {
+    char metric[80];
+    snprintf(metric, sizeof metric, "(%.60s)", judge);
+    print_rate("judge-ASR", metric, judged->asr);
+    printf("{\"metric\": \"judge-score%s\", \"value\": %.6g, \"n\": %llu, \"unparsed\": %llu, "
+           "\"missing\": %llu, \"ambiguous\": %llu}\n",
+           metric, judged->mean, (unsigned long long)judged->parsed,
+           (unsigned long long)judged->unparsed, (unsigned long long)judged->missing,
+           (unsigned long long)judged->ambiguous);
+}
+
 static int command_judge_import(args *a) {
     ptst_rows *answers;
     ptst_judged judged;
     int *scores = NULL;
-    char metric[80];
     int code;
     if (!need(a, "--judgments") || !exists(a, get(a, "--judgments"))) {
         return EXIT_CALL;
@@ -1920,13 +1966,7 @@ static int command_judge_import(args *a) {
         code = write_scores(a, answers, scores);
     }
     if (code == 0) {
-        snprintf(metric, sizeof metric, "(%.60s)", get(a, "--judge"));
-        print_rate("judge-ASR", metric, judged.asr);
-        printf("{\"metric\": \"judge-score%s\", \"value\": %.6g, \"n\": %llu, \"unparsed\": %llu, "
-               "\"missing\": %llu, \"ambiguous\": %llu}\n",
-               metric, judged.mean, (unsigned long long)judged.parsed,
-               (unsigned long long)judged.unparsed, (unsigned long long)judged.missing,
-               (unsigned long long)judged.ambiguous);
+        print_judged(get(a, "--judge"), &judged);
     }
     ptst__free(a->c, scores);
     ptst_rows_free(a->c, answers);
@@ -2647,6 +2687,286 @@ static int command_generate(args *a) {
     return 0;
 }
 
+/* =========================================================================== judge local ==== */
+
+/* The replies as lines that judge import reads. */
+static int write_judgments(args *a, const ptst_answer *replies, size_t n) {
+    result out;
+    size_t i;
+    int code = open_result(a, &out, get(a, "--out"));
+    if (code != 0) {
+        return code;
+    }
+    for (i = 0; code == 0 && i < n; i++) {
+        const char *text = replies[i].text.data == NULL ? "" : replies[i].text.data;
+        code = ptst__text_add(a->c, &out.text, "{\"judgment\": ") == PTST_OK &&
+                       ptst__json_quote(a->c, &out.text, text, replies[i].text.size) == PTST_OK &&
+                       ptst__text_add(a->c, &out.text, "}\n") == PTST_OK
+                   ? flush_result(a, &out)
+                   : failed(a);
+    }
+    return close_result(a, &out, code);
+}
+
+/* Everything that is loaded judges everything that was answered. */
+static int judge_answers(args *a, const loaded *l, const ptst_template *style,
+                         const ptst_rows *answers, size_t most) {
+    size_t n = ptst_rows_count(answers);
+    ptst_answer *replies = (ptst_answer *)ptst__calloc(a->c, n, sizeof *replies);
+    int *scores = (int *)ptst__calloc(a->c, n, sizeof *scores);
+    ptst_judged judged;
+    int code = 0;
+    if (replies == NULL || scores == NULL ||
+        ptst_judge_local(a->c, answers, NULL, l->model, l->tokenizer, style, most, replies, scores,
+                         &judged) != PTST_OK) {
+        code = failed(a);
+    }
+    if (code == 0 && given(a, "--out")) {
+        code = write_judgments(a, replies, n);
+    }
+    if (code == 0 && given(a, "--verdicts")) {
+        code = write_scores(a, answers, scores);
+    }
+    if (code == 0) {
+        print_judged(get(a, "--judge"), &judged);
+    }
+    if (replies != NULL) {
+        ptst_answers_free(a->c, replies, n);
+    }
+    ptst__free(a->c, replies);
+    ptst__free(a->c, scores);
+    return code;
+}
+
+static int command_judge_local(args *a) {
+    ptst_rows *answers = NULL;
+    ptst_template *style = NULL;
+    loaded l;
+    int64_t most;
+    int code;
+    memset(&l, 0, sizeof l);
+    if (!judge_known(a) || !get_integer(a, "--max-new-tokens", 1, 1e6, &most)) {
+        return EXIT_CALL;
+    }
+    code = load_answers(a, &answers);
+    code = code != 0 ? code : load(a, &l, true);
+    if (code == 0) {
+        style = load_template(a, get(a, "--template"), get(a, "--model"), &code);
+    }
+    if (code == 0) {
+        code = judge_answers(a, &l, style, answers, (size_t)most);
+    }
+    ptst_template_free(a->c, style);
+    unload(a, &l);
+    ptst_rows_free(a->c, answers);
+    return code;
+}
+
+/* ================================================================================= probe ==== */
+
+/* Sums over the prompts so far. */
+typedef struct probe {
+    loaded l;
+    ptst_adapter *before;
+    ptst_template *style;
+    ptst_rows *rows, *refusals;
+    const char **starts; /* texts of refusals */
+    size_t prefilled[PTST_PROBE_MAX];
+    ptst_probe_desc desc;
+    double log_odds[2], refusal[2], divergence[PTST_PROBE_MAX];
+    size_t counts[PTST_PROBE_MAX]; /* prompts whose old answer has so many positions */
+    size_t complied[PTST_PROBE_MAX], answered[PTST_PROBE_MAX];
+    result out;
+} probe;
+
+/* "0,1,5" to numbers. */
+static bool get_prefilled(const args *a, probe *k) {
+    const char *s = get(a, "--prefilled");
+    char *end;
+    while (*s != 0) {
+        long n = strtol(s, &end, 10);
+        if (end == s || n < 0 || n > 1000000 || (*end != ',' && *end != 0) ||
+            k->desc.prefilled_count == PTST_PROBE_MAX) {
+            bad_call("probe: --prefilled %.60s: at most %d numbers, separated by commas, were "
+                     "expected",
+                     get(a, "--prefilled"), (int)PTST_PROBE_MAX);
+            return false;
+        }
+        k->prefilled[k->desc.prefilled_count++] = (size_t)n;
+        s = *end == ',' ? end + 1 : end;
+    }
+    return true;
+}
+
+static int get_probe(args *a, probe *k) {
+    const char *base = get(a, "--base-adapter"), *none = strcmp(base, "none") == 0 ? NULL : base;
+    ptst_rows_desc rows;
+    int64_t limit, positions, count;
+    int code;
+    size_t i;
+    memset(&rows, 0, sizeof rows);
+    if (!need(a, "--template") || !need(a, "--prompts") || !exists(a, get(a, "--prompts")) ||
+        !exists(a, none) || !exists(a, get(a, "--refusals")) || !get_prefilled(a, k) ||
+        !get_integer(a, "--limit", 0, 1e9, &limit) ||
+        !get_integer(a, "--positions", 1, PTST_PROBE_MAX, &positions) ||
+        !get_integer(a, "--max-new-tokens", 1, 1e6, &count)) {
+        return EXIT_CALL;
+    }
+    if (ptst_refusal(get(a, "--list"), "", 0) < 0) {
+        return bad_call("probe: --list %s: qi2023, qi2025, jailbreakbench, xstest or ptst was "
+                        "expected",
+                        get(a, "--list"));
+    }
+    if (given(a, "--prefill") && given(a, "--prefill-base")) {
+        return bad_call("probe: either --prefill or --prefill-base was expected");
+    }
+    code = load(a, &k->l, true);
+    k->style = code != 0 ? NULL
+                         : load_template(a, get(a, "--template"), get(a, "--model"), &code);
+    if (code == 0 && none != NULL) {
+        k->before = ptst_adapter_load(a->c, k->l.model, none);
+        code = k->before == NULL ? failed(a) : 0;
+    }
+    rows.column = get(a, "--column");
+    rows.limit = (size_t)limit;
+    if (code == 0) {
+        k->rows = ptst_rows_load(a->c, get(a, "--prompts"), &rows);
+        code = k->rows == NULL ? failed(a) : 0;
+    }
+    memset(&rows, 0, sizeof rows);
+    if (code == 0 && get(a, "--refusals") != NULL) {
+        k->refusals = ptst_rows_load(a->c, get(a, "--refusals"), &rows);
+        k->desc.refusals_count = k->refusals == NULL ? 0 : ptst_rows_count(k->refusals);
+        k->starts = (const char **)ptst__alloc(a->c, k->desc.refusals_count + 1, sizeof *k->starts);
+        code = k->refusals == NULL || k->starts == NULL ? failed(a) : 0;
+        for (i = 0; code == 0 && i < k->desc.refusals_count; i++) {
+            k->starts[i] = ptst_rows_at(k->refusals, i)->prompt;
+        }
+        k->desc.refusals = k->starts;
+    }
+    k->desc.positions = (size_t)positions;
+    k->desc.max_new_tokens = (size_t)count;
+    k->desc.prefill = given(a, "--prefill-base") ? NULL : get(a, "--prefill");
+    k->desc.prefilled = k->prefilled;
+    return code;
+}
+
+/* Adds one prompt to the sums, and its line to the file. */
+static ptst_code probe_add(args *a, probe *k, const ptst_row *row, const ptst_probed *p) {
+    ptst_text *out = &k->out.text;
+    ptst_code code = ptst__text_add(a->c, out, "{\"prompt\": ");
+    size_t i;
+    code = code != PTST_OK ? code : ptst__json_quote(a->c, out, row->prompt, row->prompt_size);
+    code = code != PTST_OK
+               ? code
+               : ptst__text_format(a->c, out,
+                                   ", \"refusal_log_odds\": %.6g, \"base_refusal_log_odds\": %.6g, "
+                                   "\"refusal_probability\": %.6g, \"base_refusal_probability\": "
+                                   "%.6g, \"kl\": [",
+                                   p->log_odds[0], p->log_odds[1], p->refusal[0], p->refusal[1]);
+    for (i = 0; i < 2; i++) {
+        k->log_odds[i] += p->log_odds[i];
+        k->refusal[i] += p->refusal[i];
+    }
+    for (i = 0; i < p->divergence_count && code == PTST_OK; i++) {
+        k->divergence[i] += p->divergence[i];
+        k->counts[i]++;
+        code = ptst__text_format(a->c, out, "%s%.6g", i == 0 ? "" : ", ", p->divergence[i]);
+    }
+    code = code != PTST_OK ? code : ptst__text_add(a->c, out, "], \"answers\": [");
+    for (i = 0; i < k->desc.prefilled_count && code == PTST_OK; i++) {
+        const char *text = p->answers[i].data == NULL ? "" : p->answers[i].data;
+        code = ptst__text_add(a->c, out, i == 0 ? "" : ", ");
+        if (code == PTST_OK && !p->answered[i]) {
+            code = ptst__text_add(a->c, out, "null");
+        } else if (code == PTST_OK) {
+            k->answered[i]++;
+            k->complied[i] += ptst_refusal(get(a, "--list"), text, p->answers[i].size) == 0;
+            code = ptst__json_quote(a->c, out, text, p->answers[i].size);
+        }
+    }
+    return code != PTST_OK ? code : ptst__text_add(a->c, out, "]}\n");
+}
+
+static int probe_prompts(args *a, probe *k) {
+    ptst_probed p;
+    ptst_prompt prompt;
+    ptst_progress at = {"probe", NULL, 0, 0, "prompt", 0, 0};
+    size_t i, n = ptst_rows_count(k->rows);
+    ptst_code code = PTST_OK;
+    int flushed = 0;
+    memset(&p, 0, sizeof p);
+    memset(&prompt, 0, sizeof prompt);
+    at.total = (double)n;
+    for (i = 0; i < n && code == PTST_OK && flushed == 0; i++) {
+        const ptst_row *row = ptst_rows_at(k->rows, i);
+        code = ptst_template_prompt(a->c, k->style, row->prompt, row->prompt_size, &prompt);
+        code = code != PTST_OK ? code
+                               : ptst_probe(a->c, k->l.model, k->l.adapter, k->before,
+                                            k->l.tokenizer, &prompt, &k->desc, &p);
+        code = code != PTST_OK ? code : probe_add(a, k, row, &p);
+        at.done = (double)(i + 1);
+        code = code != PTST_OK ? code : ptst__report(a->c, &at);
+        if (!k->out.file) {
+            k->out.text.size = 0;
+        } else if (code == PTST_OK) {
+            flushed = flush_result(a, &k->out);
+        }
+    }
+    ptst_prompt_free(a->c, &prompt);
+    ptst_probed_free(a->c, &p);
+    return code != PTST_OK ? failed(a) : flushed;
+}
+
+static void print_probe(const args *a, const probe *k) {
+    double n = (double)ptst_rows_count(k->rows);
+    bool first = true;
+    size_t i;
+    printf("{\"prompts\": %.0f, \"refusal_log_odds\": %.6g, \"base_refusal_log_odds\": %.6g, "
+           "\"refusal_probability\": %.6g, \"base_refusal_probability\": %.6g, \"kl\": [",
+           n, k->log_odds[0] / n, k->log_odds[1] / n, k->refusal[0] / n, k->refusal[1] / n);
+    for (i = 0; i < k->desc.positions && k->counts[i] != 0; i++) {
+        printf("%s%.6g", i == 0 ? "" : ", ", k->divergence[i] / (double)k->counts[i]);
+    }
+    printf("], \"kl_n\": [");
+    for (i = 0; i < k->desc.positions && k->counts[i] != 0; i++) {
+        printf("%s%llu", i == 0 ? "" : ", ", (unsigned long long)k->counts[i]);
+    }
+    printf("], \"metric\": \"kw-ASR(%s)\", \"prefilled\": [", get(a, "--list"));
+    for (i = 0; i < k->desc.prefilled_count; i++) {
+        if (k->answered[i] != 0) { /* there are so many tokens */
+            ptst_rate r = ptst_rate_of(k->complied[i], k->answered[i]);
+            printf("%s{\"tokens\": %llu, \"k\": %llu, \"n\": %llu, \"value\": %.6g, \"low\": %.6g, "
+                   "\"high\": %.6g}",
+                   first ? "" : ", ", (unsigned long long)k->prefilled[i], (unsigned long long)r.k,
+                   (unsigned long long)r.n, r.value, r.low, r.high);
+            first = false;
+        }
+    }
+    printf("]}\n");
+}
+
+static int command_probe(args *a) {
+    probe k;
+    int code;
+    memset(&k, 0, sizeof k);
+    code = get_probe(a, &k);
+    if (code == 0) {
+        code = open_result(a, &k.out, given(a, "--out") ? get(a, "--out") : NULL);
+        code = code != 0 ? code : close_result(a, &k.out, probe_prompts(a, &k));
+    }
+    if (code == 0) {
+        print_probe(a, &k);
+    }
+    ptst__free(a->c, (void *)k.starts);
+    ptst_rows_free(a->c, k.refusals);
+    ptst_rows_free(a->c, k.rows);
+    ptst_template_free(a->c, k.style);
+    ptst_adapter_free(a->c, k.before);
+    unload(a, &k.l);
+    return code;
+}
+
 /* ===================================================================== run, report and demo ==== */
 
 static bool colours(const args *a) {
@@ -2889,6 +3209,9 @@ static const command commands[] = {
      "memory, tokens, FLOPs and time of an experiment or a fine-tuning before they are spent"},
     {"generate", command_generate, generate_options,
      "--model DIR --template NAME --prompts FILE [options]", "answers a file of prompts"},
+    {"probe", command_probe, probe_options,
+     "--model DIR --adapter DIR --template NAME --prompts FILE [options]",
+     "how safe a model is, without sampling: chance of a refusal, distance from before"},
     {"tokenize", command_tokenize, tokenize_options, "--tokenizer PATH [options] TEXT",
      "text to token ids, as a JSON array"},
     {"detokenize", command_detokenize, detokenize_options, "--tokenizer PATH [options] IDS",
@@ -2905,6 +3228,8 @@ static const command commands[] = {
      "hands answers to an outside judge"},
     {"judge import", command_judge_import, judge_import_options,
      "--answers FILE --judgments FILE", "reads the judge's verdicts"},
+    {"judge local", command_judge_local, judge_local_options, "--model DIR --answers FILE",
+     "a second model is the judge"},
     {"render", command_render, render_options, "--template NAME [options] QUESTION",
      "text of a prompt, the exact bytes"},
     {"logits", command_logits, logits_options, "--model DIR --ids 1,2,3 --out FILE",
