@@ -8534,7 +8534,7 @@ static const ptst__added *ptst__added_at(const ptst__added_list *list, const cha
 static size_t ptst__added_next(const ptst__added_list *list, const char *s, size_t at,
                                size_t size) {
     const char *next;
-    if (list->count == 0) {
+    if (list->count == 0 || at == size) { /* an empty text may be NULL */
         return size;
     }
     if (list->only >= 0) {
