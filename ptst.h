@@ -287,7 +287,7 @@ typedef enum ptst_log_level { PTST_LOG_INFO, PTST_LOG_WARNING } ptst_log_level;
 typedef struct ptst_desc {
     ptst_allocator allocator; /* all NULL = malloc and free */
     int threads;              /* 0 = all cores, 1 = no worker threads */
-    const char *simd;         /* NULL = best; "scalar", "avx2", "avx512", "neon" */
+    const char *simd;         /* NULL = best; "scalar", "avx2", "avx512", "amx", "neon" */
     /* NULL = none. Called from the thread that made the call. A value other than 0 asks the call
        to save its work and return PTST_ERR_STOPPED. */
     int (*progress)(void *user, const ptst_progress *progress);
@@ -309,7 +309,7 @@ PTST_API ptst_code ptst_error_code(const ptst_ctx *c);
 PTST_API const char *ptst_error_text(const ptst_ctx *c);
 /* "ERR_FORMAT", ...; "unknown" for a value out of range. Static text. */
 PTST_API const char *ptst_code_name(ptst_code code);
-/* "scalar", "avx2", "avx512", "neon": the kernels that this context uses. */
+/* "scalar", "avx2", "avx512", "amx", "neon": the kernels that this context uses. */
 PTST_API const char *ptst_simd_name(const ptst_ctx *c);
 /* Number of threads that this context uses, at least 1. */
 PTST_API int ptst_thread_count(const ptst_ctx *c);
@@ -1564,6 +1564,11 @@ PTST_API ptst_code ptst_report_write(ptst_ctx *c, const char *folder);
 #if defined(__x86_64__)
 #define PTST__X86 1
 #include <immintrin.h>
+#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define PTST__AMX 1
+#include <cpuid.h>
+#include <sys/syscall.h>
+#endif
 #elif defined(__aarch64__)
 #define PTST__NEON 1
 #include <arm_neon.h>
@@ -1571,6 +1576,9 @@ PTST_API ptst_code ptst_report_write(ptst_ctx *c, const char *folder);
 #endif
 #ifndef PTST__X86
 #define PTST__X86 0
+#endif
+#ifndef PTST__AMX
+#define PTST__AMX 0
 #endif
 #ifndef PTST__NEON
 #define PTST__NEON 0
@@ -1580,6 +1588,10 @@ PTST_API ptst_code ptst_report_write(ptst_ctx *c, const char *folder);
 #if PTST__X86
 #define PTST__AVX2 __attribute__((target("avx2,fma,f16c")))
 #define PTST__AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#endif
+#if PTST__AMX
+#define PTST__TILES                                                                                \
+    __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
@@ -1606,7 +1618,18 @@ PTST_API ptst_code ptst_report_write(ptst_ctx *c, const char *folder);
 extern "C" {
 #endif
 
-enum { PTST__CPU_AVX2 = 1, PTST__CPU_AVX512 = 2, PTST__CPU_NEON = 4 };
+enum { PTST__CPU_AVX2 = 1, PTST__CPU_AVX512 = 2, PTST__CPU_NEON = 4, PTST__CPU_AMX = 8 };
+
+#if PTST__AMX
+/* AMX with BF16: the processor has it, and Linux lets this process keep its registers (8 KB for
+   each thread), which a process must ask for. */
+static bool ptst__amx_allowed(void) {
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* asm/prctl.h, of Linux 5.16 on */
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) != 0 && (d >> 24 & 1) != 0 &&
+           syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+#endif
 
 /* Bits of PTST__CPU_*: what this processor (and operating system) can run. */
 static int ptst__cpu_features(void) {
@@ -1620,6 +1643,9 @@ static int ptst__cpu_features(void) {
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
         bits |= PTST__CPU_AVX512;
+#if PTST__AMX
+        bits |= ptst__amx_allowed() ? PTST__CPU_AMX : 0;
+#endif
     }
 #elif PTST__NEON
     bits |= PTST__CPU_NEON; /* part of the AArch64 baseline */
@@ -18890,9 +18916,10 @@ PTST_API ptst_code ptst_tensors_write(ptst_ctx *c, const char *path, const ptst_
 /* >>kernels =======================================================================================
    The operations: conversion of element types, matrix products, and what a transformer layer does
    to its activations. Each operation is a maths block, a scalar reference and variants for AVX2,
-   AVX-512 and NEON; a table per instruction set (struct ptst__kernels) holds what differs, and
-   ptst_open chooses the best table that the machine can run. Relies on >>threads. Afterwards no
-   other section mentions an instruction set. Nothing here allocates after ptst_open or can fail.
+   AVX-512 (for matrix products also AMX) and NEON; a table per instruction set (struct
+   ptst__kernels) holds what differs, and ptst_open chooses the best table that the machine can run.
+   Relies on >>threads. Afterwards no other section mentions an instruction set. Nothing here
+   allocates after ptst_open or can fail.
    Tested by tests/test_kernels.c and tests/test_ops.c. */
 
 /* One call of a micro-kernel, rows x cols of Y:
@@ -18911,6 +18938,7 @@ typedef struct ptst__tile {
 } ptst__tile;
 
 struct ptst__adamw_factors;
+struct ptst__matrix;
 struct ptst__patch;
 
 /* What differs between instruction sets. dtype is F32, F16 or BF16 everywhere, in to_f32, from_f32
@@ -18942,6 +18970,12 @@ struct ptst__kernels {
        hint: what lies `ahead` bytes behind each w[j] is needed next. */
     void (*dots)(float *sums, size_t K, const float *const a[4], size_t rows,
                  const void *const w[4], ptst_dtype dtype, size_t ahead);
+    /* matmul in parts: see ptst__split__amx and the functions after it; NULL without AMX. */
+    void (*split)(uint16_t *dst, size_t parts, const struct ptst__matrix *X, bool as_rows,
+                  size_t at, size_t cols, size_t k0, size_t kc);
+    void (*parts_mode)(bool on); /* on the calling thread, around calls of tile_parts */
+    void (*tile_parts)(size_t steps, size_t parts, const uint16_t *a, const uint16_t *b,
+                       const ptst__tile *t);
     /* Fused multiply-adds on registers only, `rounds` times; returns the number of floating point
        operations. sink keeps the result alive. */
     double (*peak)(size_t rounds, float scale, float *sink);
@@ -19507,8 +19541,9 @@ PTST__UNUSED static void ptst__convert_from_f32(const ptst_ctx *c, void *dst, co
    Threads pack together, then share the tiles of Y. Blocks of K follow each other in a fixed
    order, so each sum has one order: the same bits for any number of threads.
 
-   Three kinds of product:
+   Four kinds of product:
        large    as above
+       parts    with AMX: as sums of products of 16-bit parts
        short    few rows of Y: packing B is a large part of the work, so each task packs a panel of
                 it into its own buffer and multiplies at once, for all of K, while the next panel
                 is asked for; F32 rows that lie as the micro-kernel wants them are not even packed
@@ -19528,6 +19563,9 @@ enum {
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
     PTST__SHORT = 96,       /* and up to so many by tasks that pack for themselves, */
     PTST__MIDDLE = 384,     /* or so many, if A stays in the second cache */
+    PTST__PARTS_M = 1024,   /* rows of A that are split into parts at once, for so much of K; */
+    PTST__PARTS_K = 768,    /* then each thread splits B, 192 columns in 3 parts: floats for it */
+    PTST__PARTS_OWN = 192 * PTST__PARTS_K * 3 / 2,
     PTST__ALONE = 64 * 1024 /* multiplications that are done before another thread wakes up */
 };
 
@@ -20302,6 +20340,233 @@ PTST__AVX512 static double ptst__peak__avx512(size_t rounds, float scale, float 
     return 14.0 * 32.0 * (double)rounds;
 }
 
+#if PTST__AMX
+
+/* ---- matmul in parts, AMX ----
+   AMX multiplies tiles of 16 x 32 and 32 x 16 numbers of BF16 and adds to sums in F32, 16 times as
+   many at once as AVX-512 does in F32. A number of F32 has 24 significant bits, one of BF16 has 8:
+
+       x = x0 + x1 + x2 exactly,    x0 = BF16(x), x1 = BF16(x - x0), x2 = x - x0 - x1
+       a b = a0 b0 + (a0 b1 + a1 b0) + (a0 b2 + a1 b1 + a2 b0) + rest,   |rest| < 2^-23 |a b|
+
+   so six products of parts make a product as exact as that of F32 (each is exact in F32, only the
+   sums are rounded). If b is BF16 it has one part and three products do, without a rest; F16 and
+   int4 (11 and 15 bits) have two, int8 has three. Parts below 2^-126 count as 0, and infinities
+   become NaN: neither are numbers to train with.
+
+   A strip is 16 rows of A, or 16 columns of B, for all k of a block: for each 32 k (a step), part
+   by part, a tile of 1 KB as the instruction wants it. Two neighbours in k are a pair of 32 bits:
+
+       A: tile[16 i][16 pairs]          B: tile[16 pairs][16 j] */
+
+/* Rounds to BF16, ties away from zero: the lower 16 bits are 0 then. */
+PTST__TILES PTST__INLINE __m512i ptst__round__amx(__m512 x) {
+    __m512i up = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+    return _mm512_and_si512(up, _mm512_set1_epi32((int)0xFFFF0000));
+}
+
+/* The pairs of 32 numbers, 1 KB from part to part: neighbours in x, then in y (along), or lane i of
+   x and lane i of y. What is left for the last part is a number of BF16. */
+PTST__TILES PTST__INLINE void ptst__split32__amx(uint16_t *dst, size_t parts, __m512 x, __m512 y,
+                                                 bool along) {
+    const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37,
+                                         35, 33, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7,
+                                         5, 3, 1);
+    size_t part;
+    for (part = 0; part < parts; part++, dst += 512) {
+        bool last = part + 1 == parts;
+        __m512i xi = last ? _mm512_castps_si512(x) : ptst__round__amx(x);
+        __m512i yi = last ? _mm512_castps_si512(y) : ptst__round__amx(y);
+        __m512i pairs = along ? _mm512_permutex2var_epi16(xi, odd, yi)
+                              : _mm512_or_si512(_mm512_srli_epi32(xi, 16), yi);
+        _mm512_storeu_si512(dst, pairs);
+        x = _mm512_sub_ps(x, _mm512_castsi512_ps(xi));
+        y = _mm512_sub_ps(y, _mm512_castsi512_ps(yi));
+    }
+}
+
+/* One tile of each part, from F32 or (as one part) BF16, in the direction in which it lies: k and
+   its pairs along the rows, 16 of them (dst[row][pair]), or across them, 32 (dst[pair][column]).
+   What is beyond cols <= 16 or kn <= 32 becomes 0. parts, dtype and along are constants. */
+PTST__TILES PTST__INLINE void ptst__split_rows__amx(uint16_t *dst, size_t parts, const void *src,
+                                                    ptst_dtype dtype, size_t ld, bool along,
+                                                    size_t cols, size_t kn) {
+    size_t i, rows = along ? cols : kn, width = along ? kn : cols, step = along ? 1 : 2;
+    __mmask16 m0 = ptst__mask16__avx512(width);
+    __mmask16 m1 = along ? ptst__mask16__avx512(width < 16 ? 0 : width - 16) : m0;
+    for (i = 0; i < 16; i++, dst += 32) {
+        size_t row = i * step, first = row * ld, second = along ? first + 16 : first + ld;
+        __m512 x = _mm512_setzero_ps(), y = x;
+        if (row < rows) {
+            x = ptst__load16__avx512(src, dtype, first, m0);
+        }
+        if (row + step - 1 < rows && m1 != 0) {
+            y = ptst__load16__avx512(src, dtype, second, m1);
+        }
+        ptst__split32__amx(dst, parts, x, y, along);
+    }
+}
+
+/* The same with fewer tests where nothing is beyond an edge, as nearly everywhere. */
+PTST__TILES PTST__INLINE void ptst__split_tile__amx(uint16_t *dst, size_t parts, const void *src,
+                                                    ptst_dtype dtype, size_t ld, bool along,
+                                                    size_t cols, size_t kn) {
+    if (cols == 16 && kn == 32) {
+        along ? ptst__split_rows__amx(dst, parts, src, dtype, ld, true, 16, 32)
+              : ptst__split_rows__amx(dst, parts, src, dtype, ld, false, 16, 32);
+    } else {
+        along ? ptst__split_rows__amx(dst, parts, src, dtype, ld, true, cols, kn)
+              : ptst__split_rows__amx(dst, parts, src, dtype, ld, false, cols, kn);
+    }
+}
+
+/* The same against the direction in which F32 lies. */
+PTST__TILES PTST__INLINE void ptst__split_turned__amx(uint16_t *dst, size_t parts, const float *src,
+                                                      size_t ld, bool along, size_t cols,
+                                                      size_t kn) {
+    float turned[512];
+    if (along) {
+        ptst__turn__avx512(turned, 16, src, PTST_F32, ld, cols, kn);
+    } else {
+        ptst__turn__avx512(turned, 32, src, PTST_F32, ld, kn, cols);
+    }
+    ptst__split_tile__amx(dst, parts, turned, PTST_F32, along ? 16 : 32, !along, cols, kn);
+}
+
+/* BF16 is what it becomes: against its direction, pairs change places as numbers of 32 bits. */
+PTST__TILES PTST__INLINE void ptst__split_bf16__amx(uint16_t *dst, const void *src, size_t ld,
+                                                    bool along, bool as_rows, size_t cols,
+                                                    size_t kn) {
+    uint16_t tile[512];
+    if (along == as_rows) {
+        ptst__split_tile__amx(dst, 1, src, PTST_BF16, ld, along, cols, kn);
+    } else if (along && cols == 16 && kn == 32 && ld % 2 == 0) {
+        ptst__turn__avx512((float *)(void *)dst, 16, src, PTST_F32, ld / 2, 16, 16);
+    } else {
+        ptst__split_tile__amx(tile, 1, src, PTST_BF16, ld, along, cols, kn);
+        ptst__turn__avx512((float *)(void *)dst, 16, tile, PTST_F32, 16, 16, 16);
+    }
+}
+
+/* A strip of X [K, columns]: columns at..at + cols - 1 (cols <= 16; zeros follow), rows k0..k0 +
+   kc - 1 (to a multiple of 32 with zeros), as rows (of A) or columns (of B). X is BF16, which has
+   one part, or F32 with two or three. */
+PTST__TILES static void ptst__split__amx(uint16_t *dst, size_t parts, const ptst__matrix *X,
+                                         bool as_rows, size_t at, size_t cols, size_t k0,
+                                         size_t kc) {
+    bool along = X->transposed;
+    size_t k, kn, first = along ? at * X->ld + k0 : k0 * X->ld + at;
+    for (k = 0; k < kc; k += 32, first += along ? 32 : 32 * X->ld, dst += parts * 512) {
+        const void *src = ptst__element(X->data, X->dtype, first);
+        kn = kc - k < 32 ? kc - k : 32;
+        if (X->dtype == PTST_BF16) {
+            ptst__split_bf16__amx(dst, src, X->ld, along, as_rows, cols, kn);
+        } else if (along == as_rows) {
+            parts == 2 ? ptst__split_tile__amx(dst, 2, src, PTST_F32, X->ld, along, cols, kn)
+                       : ptst__split_tile__amx(dst, 3, src, PTST_F32, X->ld, along, cols, kn);
+        } else {
+            const float *f32 = (const float *)src;
+            parts == 2 ? ptst__split_turned__amx(dst, 2, f32, X->ld, along, cols, kn)
+                       : ptst__split_turned__amx(dst, 3, f32, X->ld, along, cols, kn);
+        }
+    }
+}
+
+/* Configures the tile registers of this thread, 16 rows of 64 bytes each, or gives them back. */
+PTST__TILES static void ptst__parts_mode__amx(bool on) {
+    static const struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } config = {
+        1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    on ? _tile_loadconfig(&config) : _tile_release();
+}
+
+/* Adds the products of one step. Tile registers: sums 0 1 / 2 3, rows of A 4 and 5, columns of B 6
+   and 7. A part of A that is in its registers is used for the next part of B, too. */
+PTST__TILES PTST__INLINE void ptst__step__amx(size_t parts, const uint16_t *a, size_t a_strip,
+                                              const uint16_t *b, size_t b_strip, bool both) {
+#define PTST__A(part)                                                                              \
+    _tile_loadd(4, a + 512 * part, 64);                                                            \
+    if (both) {                                                                                    \
+        _tile_loadd(5, a + a_strip + 512 * part, 64);                                              \
+    }
+#define PTST__B(part)                                                                              \
+    _tile_loadd(6, b + 512 * part, 64);                                                            \
+    _tile_loadd(7, b + b_strip + 512 * part, 64);
+#define PTST__AB                                                                                   \
+    _tile_dpbf16ps(0, 4, 6);                                                                       \
+    _tile_dpbf16ps(1, 4, 7);                                                                       \
+    if (both) {                                                                                    \
+        _tile_dpbf16ps(2, 5, 6);                                                                   \
+        _tile_dpbf16ps(3, 5, 7);                                                                   \
+    }
+    if (parts == 1) {
+        PTST__B(0) PTST__A(2) PTST__AB PTST__A(1) PTST__AB PTST__A(0) PTST__AB
+    } else if (parts == 2) {
+        PTST__B(1) PTST__A(1) PTST__AB PTST__A(0) PTST__AB
+        PTST__B(0) PTST__AB PTST__A(2) PTST__AB PTST__A(1) PTST__AB
+    } else {
+        PTST__B(2) PTST__A(0) PTST__AB PTST__B(1) PTST__AB PTST__A(1) PTST__AB
+        PTST__B(0) PTST__AB PTST__A(2) PTST__AB PTST__A(0) PTST__AB
+    }
+#undef PTST__A
+#undef PTST__B
+#undef PTST__AB
+}
+
+/* parts and both are constants. */
+PTST__TILES PTST__INLINE void ptst__steps__amx(size_t steps, size_t parts, const uint16_t *a,
+                                               const uint16_t *b, float *sums, bool both) {
+    size_t a_strip = steps * 3 * 512, b_strip = steps * parts * 512;
+    __asm__ volatile("" ::: "memory"); /* what the loads of tiles read has been written */
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (; steps > 0; steps--, a += 3 * 512, b += parts * 512) {
+        ptst__step__amx(parts, a, a_strip, b, b_strip, both);
+    }
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+    if (both) {
+        _tile_stored(2, sums + 512, 128);
+        _tile_stored(3, sums + 528, 128);
+    }
+    __asm__ volatile("" ::: "memory");
+}
+
+/* Up to 32 x 32 of Y from two strips of A (one if rows <= 16) and two of B, each strip `steps` x
+   its parts x 1 KB. */
+PTST__TILES static void ptst__tile_parts__amx(size_t steps, size_t parts, const uint16_t *a,
+                                              const uint16_t *b, const ptst__tile *t) {
+    float sums[1024] __attribute__((aligned(64)));
+    __mmask16 m0 = ptst__mask16__avx512(t->cols);
+    __mmask16 m1 = t->cols > 16 ? ptst__mask16__avx512(t->cols - 16) : (__mmask16)0;
+    bool both = t->rows > 16;
+    size_t i;
+    if (parts == 1) {
+        both ? ptst__steps__amx(steps, 1, a, b, sums, true)
+             : ptst__steps__amx(steps, 1, a, b, sums, false);
+    } else if (parts == 2) {
+        both ? ptst__steps__amx(steps, 2, a, b, sums, true)
+             : ptst__steps__amx(steps, 2, a, b, sums, false);
+    } else {
+        both ? ptst__steps__amx(steps, 3, a, b, sums, true)
+             : ptst__steps__amx(steps, 3, a, b, sums, false);
+    }
+    for (i = 0; i < t->rows; i++) {
+        float *y = t->y + i * t->ldy;
+        ptst__put16__avx512(y, _mm512_load_ps(sums + 32 * i), m0, t);
+        if (m1 != 0) {
+            ptst__put16__avx512(y + 16, _mm512_load_ps(sums + 32 * i + 16), m1, t);
+        }
+    }
+}
+
+#endif
+
 #elif PTST__NEON
 
 /* ---- matmul, NEON ---- */
@@ -20514,8 +20779,11 @@ typedef struct ptst__product {
 /* Floats of the packing buffers: B, A, and one panel for each thread. */
 static size_t ptst__scratch_floats(const struct ptst__kernels *kernels, int threads) {
     size_t a = PTST__BLOCK_M / kernels->tile_rows * kernels->a_width;
-    size_t own = (size_t)threads * kernels->tile_cols;
-    return (PTST__BLOCK_N + a + own) * PTST__BLOCK_K;
+    size_t own = kernels->tile_cols * PTST__BLOCK_K;
+    if (kernels->split != NULL && own < PTST__PARTS_OWN) {
+        own = PTST__PARTS_OWN;
+    }
+    return (PTST__BLOCK_N + a) * PTST__BLOCK_K + (size_t)threads * own;
 }
 
 /* The same of I8 and I4, which become F32 in between. */
@@ -20925,6 +21193,134 @@ static void ptst__gemm_dots_turned(ptst_ctx *c, ptst__product *p) {
     ptst__product_for(c, ptst__ceil_div(p->M, 32), ptst__dots_task, p);
 }
 
+/* ---- products in parts ----
+   A is split into strips first. Then each task splits the strips of its columns of B into its own
+   buffer, for all rows of A to be multiplied by: both stay in the second cache. */
+
+/* Parts that hold an element of B exactly. */
+static size_t ptst__parts_of(ptst_dtype dtype) {
+    return dtype == PTST_BF16 ? 1 : dtype == PTST_F16 || dtype == PTST_I4 ? 2 : 3;
+}
+
+/* Whether a product is large enough, in each direction, for splitting to pay. */
+static bool ptst__parts_fit(const ptst__product *p) {
+    return p->kernels->split != NULL && p->M > PTST__DOTS && p->N > 16 && p->K > 48;
+}
+
+/* Splits columns at.. of a matrix; F16 and blocks of I8 and I4 become F32 before. */
+static void ptst__split_strip(const struct ptst__kernels *kernels, uint16_t *dst, size_t parts,
+                              ptst__matrix X, bool as_rows, size_t at, size_t cols, size_t k0,
+                              size_t kc) {
+    float piece[16 * 32];
+    ptst__matrix F;
+    size_t k, i, kn;
+    if (X.dtype == PTST_F32 || X.dtype == PTST_BF16) {
+        kernels->split(dst, parts, &X, as_rows, at, cols, k0, kc);
+        return;
+    }
+    F.data = piece;
+    F.dtype = PTST_F32;
+    F.transposed = X.transposed;
+    F.ld = X.transposed ? 32 : 16;
+    for (k = 0; k < kc; k += 32, dst += parts * 512) {
+        kn = ptst__min(32, kc - k);
+        for (i = 0; i < (X.transposed ? cols : kn); i++) {
+            size_t first = X.transposed ? (at + i) * X.ld + k0 + k : (k0 + k + i) * X.ld + at;
+            ptst__read_f32(kernels, piece + i * F.ld, X.data, X.dtype, first,
+                           X.transposed ? kn : cols);
+        }
+        kernels->split(dst, parts, &F, as_rows, 0, cols, 0, kn);
+    }
+}
+
+/* Task: one strip of A. */
+static void ptst__parts_a_task(void *arg, size_t task, int thread) {
+    const ptst__product *p = (const ptst__product *)arg;
+    size_t strip = ptst__ceil_div(p->kc, 32) * 3 * 512, at = 16 * task;
+    (void)thread;
+    ptst__split_strip(p->kernels, (uint16_t *)(void *)p->packed_b + task * strip, 3, p->A, true,
+                      p->m0 + at, ptst__min(16, p->mc - at), p->k0, p->kc);
+}
+
+/* Task: task_rows x task_cols of the block of Y. */
+static void ptst__parts_task(void *arg, size_t task, int thread) {
+    const ptst__product *p = (const ptst__product *)arg;
+    const struct ptst__kernels *kernels = p->kernels;
+    size_t parts = ptst__parts_of(p->B.dtype), steps = ptst__ceil_div(p->kc, 32), m, n;
+    size_t n_first = task % p->col_tasks * p->task_cols;
+    size_t n_end = ptst__min(n_first + p->task_cols, p->N);
+    size_t m_first = task / p->col_tasks * p->task_rows;
+    size_t m_end = ptst__min(m_first + p->task_rows, p->mc);
+    const uint16_t *a = (const uint16_t *)(void *)p->packed_b;
+    uint16_t *own = (uint16_t *)(void *)(p->own + (size_t)thread * PTST__PARTS_OWN);
+    ptst__tile t;
+    memset(&t, 0, sizeof t);
+    for (n = n_first; n < n_end; n += 16) {
+        ptst__split_strip(kernels, own + (n - n_first) / 16 * steps * parts * 512, parts, p->B,
+                          false, n, ptst__min(16, n_end - n), p->k0, p->kc);
+    }
+    t.alpha = p->alpha;
+    t.beta = p->k0 == 0 ? p->beta : 1;
+    t.stream = t.beta == 0 && p->kc == p->K && p->M * p->N >= PTST__STREAM;
+    t.ldy = p->ldy;
+    kernels->parts_mode(true);
+    for (m = m_first; m < m_end; m += 32) {
+        for (n = n_first; n < n_end; n += 32) {
+            t.rows = ptst__min(32, m_end - m);
+            t.cols = ptst__min(32, n_end - n);
+            t.y = p->Y + (p->m0 + m) * p->ldy + n;
+            kernels->tile_parts(steps, parts, a + m / 16 * steps * 3 * 512,
+                                own + (n - n_first) / 16 * steps * parts * 512, &t);
+        }
+    }
+    kernels->parts_mode(false);
+    if (t.stream) {
+        ptst__streamed();
+    }
+}
+
+/* Cuts the block of Y into tasks: of all sizes for which a thread's buffer has room the one by
+   which the busiest thread has least to do, if splitting 32 columns of B costs as much as
+   multiplying them by 48 rows. Returns their number. */
+static size_t ptst__parts_cut(ptst__product *p) {
+    size_t steps = ptst__ceil_div(p->kc, 32), parts = ptst__parts_of(p->B.dtype);
+    size_t room = (size_t)PTST__PARTS_OWN * 2 / (2 * steps * parts * 512);
+    size_t panels = ptst__ceil_div(p->N, 32), blocks = ptst__ceil_div(p->mc, 32);
+    size_t cut, width, best = SIZE_MAX, tasks = 0;
+    for (cut = 1; cut <= blocks && (cut == 1 || p->threads > 1); cut *= 2) {
+        size_t rows = ptst__ceil_div(blocks, cut);
+        for (width = ptst__min(room, panels); width > 0; width--) {
+            size_t count = ptst__ceil_div(panels, width) * ptst__ceil_div(blocks, rows);
+            size_t cost = ptst__ceil_div(count, p->threads) * width * (2 * rows + 3);
+            if (cost < best) {
+                best = cost;
+                tasks = count;
+                p->task_rows = 32 * rows;
+                p->task_cols = 32 * width;
+                p->col_tasks = ptst__ceil_div(panels, width);
+            }
+        }
+    }
+    return tasks;
+}
+
+static void ptst__parts_split_a(ptst_ctx *c, ptst__product *p) {
+    ptst__product_for(c, ptst__ceil_div(p->mc, 16), ptst__parts_a_task, p);
+}
+
+static void ptst__gemm_parts(ptst_ctx *c, ptst__product *p) {
+    size_t blocks = ptst__ceil_div(p->K, PTST__PARTS_K);
+    size_t most = ptst__ceil_div(ptst__ceil_div(p->K, blocks), 32) * 32;
+    for (p->m0 = 0; p->m0 < p->M; p->m0 += p->mc) {
+        p->mc = ptst__min(PTST__PARTS_M, p->M - p->m0);
+        for (p->k0 = 0; p->k0 < p->K; p->k0 += p->kc) {
+            p->kc = ptst__min(most, p->K - p->k0);
+            ptst__parts_split_a(c, p);
+            ptst__product_for(c, ptst__parts_cut(p), ptst__parts_task, p);
+        }
+    }
+}
+
 /* ---- the choice ---- */
 
 /* Y = beta Y, row by row: what is left of a product without A B. */
@@ -20939,7 +21335,7 @@ static void ptst__scale_task(void *arg, size_t m, int thread) {
 }
 
 enum { PTST__BY_SCALE, PTST__BY_DOTS, PTST__BY_DOTS_TURNED, PTST__BY_SHORT, PTST__BY_TURNED,
-       PTST__BY_LARGE };
+       PTST__BY_LARGE, PTST__BY_PARTS };
 
 /* The way that suits the shape of a product. The order of sums depends on the shape only. */
 static int ptst__gemm_way(const ptst__product *p) {
@@ -20952,6 +21348,9 @@ static int ptst__gemm_way(const ptst__product *p) {
     }
     if (p->A.transposed && p->M > PTST__DOTS && p->N <= 2 * PTST__DOTS && p->K <= room / p->N) {
         return PTST__BY_DOTS_TURNED;
+    }
+    if (ptst__parts_fit(p)) {
+        return PTST__BY_PARTS;
     }
     if (p->M <= PTST__SHORT || (p->M <= PTST__MIDDLE && p->K <= PTST__BLOCK_K)) {
         return PTST__BY_SHORT;
@@ -20976,6 +21375,8 @@ static void ptst__gemm_run(ptst_ctx *c, ptst__product *p) {
         ptst__gemm_short(c, p);
     } else if (way == PTST__BY_TURNED) {
         ptst__gemm_turned(c, p);
+    } else if (way == PTST__BY_PARTS) {
+        ptst__gemm_parts(c, p);
     } else {
         ptst__gemm_large(c, p);
     }
@@ -21007,19 +21408,30 @@ static bool ptst__group_cut(ptst_ctx *c, ptst__group *g) {
     size_t i, panels = ptst__ceil_div(g->p[0].M, c->kernels->tile_rows), tasks = 0;
     for (i = 0; i < g->count; i++) {
         ptst__product *p = &g->p[i];
+        p->mc = p->M;
         p->kc = p->K;
         p->a_tasks = ptst__a_packed(p, p->M, panels);
-        if (ptst__gemm_way(p) != way || p->a_tasks != g->p[0].a_tasks ||
-            (way != PTST__BY_DOTS && way != PTST__BY_SHORT) || p->N == 0 ||
-            (way == PTST__BY_SHORT && p->K > ptst__short_room(p))) {
+        if (ptst__gemm_way(p) != way || p->N == 0) {
+            return false;
+        } else if (way == PTST__BY_DOTS) {
+            tasks += ptst__dots_cut(p);
+        } else if (way == PTST__BY_PARTS && p->M <= PTST__PARTS_M && p->K <= PTST__PARTS_K) {
+            tasks += ptst__parts_cut(p);
+        } else if (way == PTST__BY_SHORT && p->a_tasks == g->p[0].a_tasks &&
+                   p->K <= ptst__short_room(p)) {
+            tasks += ptst__short_cut(p);
+        } else {
             return false;
         }
-        tasks += way == PTST__BY_DOTS ? ptst__dots_cut(p) : ptst__short_cut(p);
         g->ends[i] = tasks;
     }
-    g->run = way == PTST__BY_DOTS ? ptst__dots_task : ptst__short_task;
+    g->run = way == PTST__BY_DOTS    ? ptst__dots_task
+             : way == PTST__BY_SHORT ? ptst__short_task
+                                     : ptst__parts_task;
     if (way == PTST__BY_SHORT) {
         ptst__short_pack(c, &g->p[0]);
+    } else if (way == PTST__BY_PARTS) {
+        ptst__parts_split_a(c, &g->p[0]);
     }
     return true;
 }
@@ -23861,6 +24273,9 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     ptst__pack_cols__scalar,
     ptst__tile__scalar,
     ptst__dots__scalar,
+    NULL,
+    NULL,
+    NULL,
     ptst__peak__scalar,
     ptst__rmsnorm__scalar,
     ptst__rmsnorm_backward__scalar,
@@ -23894,6 +24309,9 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     ptst__pack_cols__avx2,
     ptst__tile__avx2,
     ptst__dots__avx2,
+    NULL,
+    NULL,
+    NULL,
     ptst__peak__avx2,
     ptst__rmsnorm__avx2,
     ptst__rmsnorm_backward__avx2,
@@ -23926,6 +24344,9 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     ptst__pack_cols__avx512,
     ptst__tile__avx512,
     ptst__dots__avx512,
+    NULL,
+    NULL,
+    NULL,
     ptst__peak__avx512,
     ptst__rmsnorm__avx2,
     ptst__rmsnorm_backward__avx2,
@@ -23944,6 +24365,43 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     ptst__scale__avx2,
     ptst__axpy__avx2,
 };
+#if PTST__AMX
+static const struct ptst__kernels ptst__kernels_amx = {
+    "amx",
+    ptst__to_f32__avx512,
+    ptst__from_f32__avx2,
+    14,
+    16,
+    32,
+    true,
+    640,
+    168,
+    ptst__pack_rows__avx512,
+    ptst__pack_cols__avx512,
+    ptst__tile__avx512,
+    ptst__dots__avx512,
+    ptst__split__amx,
+    ptst__parts_mode__amx,
+    ptst__tile_parts__amx,
+    ptst__peak__avx512,
+    ptst__rmsnorm__avx2,
+    ptst__rmsnorm_backward__avx2,
+    ptst__rmsnorm_dw__avx2,
+    ptst__rope__avx2,
+    ptst__glu__avx512,
+    ptst__glu_backward__avx512,
+    ptst__multiply__avx512,
+    ptst__softmax_tile__avx512,
+    ptst__softmax_tile_backward__avx512,
+    ptst__adamw__avx2,
+    ptst__row_max__avx2,
+    ptst__row_exp__avx512,
+    ptst__dot__avx2,
+    ptst__sum_squares__avx2,
+    ptst__scale__avx2,
+    ptst__axpy__avx2,
+};
+#endif
 #elif PTST__NEON
 static const struct ptst__kernels ptst__kernels_neon = {
     "neon",
@@ -23959,6 +24417,9 @@ static const struct ptst__kernels ptst__kernels_neon = {
     ptst__pack_cols__neon,
     ptst__tile__neon,
     ptst__dots__neon,
+    NULL,
+    NULL,
+    NULL,
     ptst__peak__neon,
     ptst__rmsnorm__neon,
     ptst__rmsnorm_backward__neon,
@@ -23981,10 +24442,15 @@ static const struct ptst__kernels ptst__kernels_neon = {
 
 /* The table called name, or the best one (name NULL); NULL if this machine cannot run it. */
 static const struct ptst__kernels *ptst__kernels_choose(const char *name) {
-    const struct ptst__kernels *list[4];
+    const struct ptst__kernels *list[5];
     size_t i, n = 0;
     int features = ptst__cpu_features();
 #if PTST__X86
+#if PTST__AMX
+    if (features & PTST__CPU_AMX) {
+        list[n++] = &ptst__kernels_amx;
+    }
+#endif
     if (features & PTST__CPU_AVX512) {
         list[n++] = &ptst__kernels_avx512;
     }

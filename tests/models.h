@@ -253,7 +253,7 @@ PTST__UNUSED static ptst_config models_config(const char *type) {
 
 /* Runs f for each instruction set that this machine has, on one and on three threads. */
 PTST__UNUSED static void models_each_level(void (*f)(ptst_ctx *c)) {
-    static const char *const levels[] = {"scalar", "avx2", "avx512", "neon"};
+    static const char *const levels[] = {"scalar", "avx2", "avx512", "amx", "neon"};
     size_t i;
     for (i = 0; i < 8; i++) {
         ptst_desc d;

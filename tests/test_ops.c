@@ -3,7 +3,7 @@
 #include "test.h"
 
 /* The instruction sets of this machine; NULL ends the list. */
-static const char *const ops_simds[] = {"scalar", "avx2", "avx512", "neon", NULL};
+static const char *const ops_simds[] = {"scalar", "avx2", "avx512", "amx", "neon", NULL};
 
 /* A context, or NULL if this machine cannot run simd. */
 static ptst_ctx *ops_open(const char *simd, int threads) {

@@ -29,7 +29,7 @@ typedef struct option {
 #define OPTION_END {NULL, NULL, NULL, NULL}
 #define FLAG_QUIET {"--quiet", NULL, NULL, "no progress and no notes"}
 #define OPTION_THREADS {"--threads", "N", "0", "threads; 0 = all cores"}
-#define OPTION_SIMD {"--simd", "NAME", NULL, "scalar, avx2, avx512 or neon (default: best)"}
+#define OPTION_SIMD {"--simd", "NAME", NULL, "scalar, avx2, avx512, amx or neon (default: best)"}
 #define OPTIONS_COMMON FLAG_QUIET, OPTION_THREADS, OPTION_SIMD
 #define OPTION_MODEL {"--model", "DIR", NULL, "Hugging Face model folder"}
 #define OPTION_ADAPTER {"--adapter", "DIR", NULL, "PEFT adapter folder"}
@@ -3303,8 +3303,8 @@ static int open_context(args *a, screen *s) {
     case PTST_OK:
         return 0;
     case PTST_ERR_ARGUMENT:
-        return bad_call("%s: --simd %s: this machine cannot run it; scalar, avx2, avx512 or neon "
-                        "was expected",
+        return bad_call("%s: --simd %s: this machine cannot run it; scalar, avx2, avx512, amx or "
+                        "neon was expected",
                         a->command, desc.simd == NULL ? "" : desc.simd);
     default:
         fprintf(stderr, "ptst: out of memory\n");
