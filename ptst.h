@@ -2794,28 +2794,52 @@ typedef struct ptst__worker {
     int index;
 } ptst__worker;
 
+/* A thread takes a task by counting `remaining` down; until it is done, the operation cannot end,
+   so run, arg and tasks are read only after that. Who has taken none is not waited for.
+
+   Nobody needs the lock but to sleep and to wake sleepers: a thread that will sleep first says so
+   in `sleepers` (the caller in `waiting`) and then looks once more; who changes what it looks at
+   reads that afterwards. One of both sees the other. */
 struct ptst__pool {
     pthread_mutex_t lock;
     pthread_cond_t wake, done;
     ptst__worker *workers;
-    int count;           /* workers besides the caller */
-    ptst__task run;      /* the current operation */
+    int count;      /* workers besides the caller */
+    ptst__task run; /* the current operation */
     void *arg;
     size_t tasks;
-    size_t next;         /* first task that nobody has taken; atomic */
-    unsigned generation; /* of the current operation; atomic, written under the lock */
-    int working;         /* workers that have not finished it; atomic */
-    bool quit, busy;
+    bool busy;
+    char gap0[64]; /* what threads change while others look gets cache lines of its own */
+    size_t remaining; /* tasks that nobody has taken */
+    char gap1[64];
+    size_t finished; /* tasks */
+    int waiting;
+    char gap2[64];
+    unsigned generation; /* of the current operation */
+    int sleepers, quit;
+    char gap3[64];
 };
 
 /* How often a waiting thread looks before it goes to sleep: about the length of one small
-   operation, so that a chain of them does not pay for a wake-up each. */
-enum { PTST__SPINS = 4000 };
-
+   operation, so that a chain of them does not pay for a wake-up each. Without atomic operations
+   threads read and change everything under the lock. */
 #if PTST__ATOMICS
-#define PTST__LOAD(p) __atomic_load_n(&(p), __ATOMIC_ACQUIRE)
+enum { PTST__SPINS = 4000 };
+#define PTST__LOAD(p) __atomic_load_n(&(p), __ATOMIC_SEQ_CST)
+#define PTST__STORE(p, x) __atomic_store_n(&(p), x, __ATOMIC_SEQ_CST)
+#define PTST__ADD(p, n) __atomic_add_fetch(&(p), n, __ATOMIC_SEQ_CST)
+#define PTST__SWAP(p, old, x)                                                                      \
+    __atomic_compare_exchange_n(&(p), &(old), x, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
+#define PTST__LOCK(p) (void)(p)
+#define PTST__UNLOCK(p) (void)(p)
 #else
+enum { PTST__SPINS = 0 };
 #define PTST__LOAD(p) (p)
+#define PTST__STORE(p, x) ((p) = (x))
+#define PTST__ADD(p, n) ((p) += (n))
+#define PTST__SWAP(p, old, x) ((p) = (x), true)
+#define PTST__LOCK(p) pthread_mutex_lock(&(p)->lock)
+#define PTST__UNLOCK(p) pthread_mutex_unlock(&(p)->lock)
 #endif
 
 static void ptst__relax(void) {
@@ -2826,29 +2850,40 @@ static void ptst__relax(void) {
 #endif
 }
 
-static size_t ptst__pool_take(ptst__pool *p) {
-#if PTST__ATOMICS
-    return __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED);
-#else
-    size_t task;
-    pthread_mutex_lock(&p->lock);
-    task = p->next++;
-    pthread_mutex_unlock(&p->lock);
-    return task;
-#endif
+/* Takes the next task; false if there is none. */
+static bool ptst__pool_take(ptst__pool *p, size_t *task) {
+    size_t left;
+    bool taken = false;
+    PTST__LOCK(p);
+    left = PTST__LOAD(p->remaining);
+    while (left != 0 && !taken) {
+        taken = PTST__SWAP(p->remaining, left, left - 1);
+    }
+    PTST__UNLOCK(p);
+    *task = taken ? p->tasks - left : 0;
+    return taken;
 }
 
-static void ptst__pool_work(ptst__pool *p, int thread) {
-    size_t task;
-    while ((task = ptst__pool_take(p)) < p->tasks) {
+/* Works as long as there are tasks. Returns whether the last one ended here. */
+static bool ptst__pool_work(ptst__pool *p, int thread) {
+    size_t task, tasks = 0, count = 0;
+    bool last;
+    for (; ptst__pool_take(p, &task); count++) {
+        tasks = p->tasks;
         p->run(p->arg, task, thread);
     }
+    if (count == 0) {
+        return false;
+    }
+    PTST__LOCK(p);
+    last = PTST__ADD(p->finished, count) == tasks;
+    PTST__UNLOCK(p);
+    return last;
 }
 
 /* Waits until the operation number changes; looks for a while, then sleeps. */
 static unsigned ptst__pool_wait(ptst__pool *p, unsigned seen) {
     unsigned now = seen;
-#if PTST__ATOMICS
     int spin;
     for (spin = 0; spin < PTST__SPINS && now == seen; spin++) {
         ptst__relax();
@@ -2857,12 +2892,12 @@ static unsigned ptst__pool_wait(ptst__pool *p, unsigned seen) {
     if (now != seen) {
         return now;
     }
-#endif
     pthread_mutex_lock(&p->lock);
-    while (p->generation == seen) {
+    (void)PTST__ADD(p->sleepers, 1);
+    while ((now = PTST__LOAD(p->generation)) == seen) {
         pthread_cond_wait(&p->wake, &p->lock);
     }
-    now = p->generation;
+    (void)PTST__ADD(p->sleepers, -1);
     pthread_mutex_unlock(&p->lock);
     return now;
 }
@@ -2871,51 +2906,56 @@ static void *ptst__worker_main(void *arg) {
     ptst__worker *w = (ptst__worker *)arg;
     ptst__pool *p = w->pool;
     unsigned seen = 0;
-    for (;;) {
+    bool last, waiting, quit = false;
+    while (!quit) {
         seen = ptst__pool_wait(p, seen);
-        if (p->quit) {
-            return NULL;
-        }
-        ptst__pool_work(p, w->index);
-        pthread_mutex_lock(&p->lock);
-#if PTST__ATOMICS
-        __atomic_sub_fetch(&p->working, 1, __ATOMIC_RELEASE);
-#else
-        p->working--;
-#endif
-        if (p->working == 0) {
+        last = ptst__pool_work(p, w->index);
+        PTST__LOCK(p);
+        waiting = PTST__LOAD(p->waiting) != 0;
+        quit = PTST__LOAD(p->quit) != 0;
+        PTST__UNLOCK(p);
+        if (last && waiting) {
+            pthread_mutex_lock(&p->lock);
             pthread_cond_signal(&p->done);
+            pthread_mutex_unlock(&p->lock);
         }
+    }
+    return NULL;
+}
+
+/* Publishes an operation, or with no tasks the wish to quit, to all workers. */
+static void ptst__pool_publish(ptst__pool *p, size_t tasks) {
+    bool asleep;
+    PTST__LOCK(p);
+    p->tasks = tasks;
+    PTST__STORE(p->finished, 0);
+    PTST__STORE(p->quit, tasks == 0);
+    PTST__STORE(p->remaining, tasks);
+    (void)PTST__ADD(p->generation, 1);
+    asleep = PTST__LOAD(p->sleepers) != 0;
+    PTST__UNLOCK(p);
+    if (asleep) {
+        pthread_mutex_lock(&p->lock);
+        pthread_cond_broadcast(&p->wake);
         pthread_mutex_unlock(&p->lock);
     }
 }
 
-/* Publishes an operation (or the wish to quit) to all workers. */
-static void ptst__pool_publish(ptst__pool *p, bool quit) {
-    pthread_mutex_lock(&p->lock);
-    p->quit = quit;
-    p->next = 0;
-    p->working = p->count;
-#if PTST__ATOMICS
-    __atomic_add_fetch(&p->generation, 1, __ATOMIC_RELEASE);
-#else
-    p->generation++;
-#endif
-    pthread_cond_broadcast(&p->wake);
-    pthread_mutex_unlock(&p->lock);
-}
-
+/* Waits until all tasks are done. */
 static void ptst__pool_finish(ptst__pool *p) {
-#if PTST__ATOMICS
     int spin;
-    for (spin = 0; spin < PTST__SPINS && PTST__LOAD(p->working) != 0; spin++) {
+    for (spin = 0; spin < PTST__SPINS; spin++) {
+        if (PTST__LOAD(p->finished) == p->tasks) {
+            return;
+        }
         ptst__relax();
     }
-#endif
     pthread_mutex_lock(&p->lock);
-    while (p->working != 0) {
+    (void)PTST__ADD(p->waiting, 1);
+    while (PTST__LOAD(p->finished) != p->tasks) {
         pthread_cond_wait(&p->done, &p->lock);
     }
+    (void)PTST__ADD(p->waiting, -1);
     pthread_mutex_unlock(&p->lock);
 }
 
@@ -2925,7 +2965,7 @@ static void ptst__pool_close(ptst_ctx *c) {
     if (p == NULL) {
         return;
     }
-    ptst__pool_publish(p, true);
+    ptst__pool_publish(p, 0);
     for (i = 0; i < p->count; i++) {
         pthread_join(p->workers[i].thread, NULL);
     }
@@ -2982,10 +3022,10 @@ PTST__UNUSED static void ptst__parallel_for(ptst_ctx *c, size_t tasks, ptst__tas
     p->busy = true;
     p->run = run;
     p->arg = arg;
-    p->tasks = tasks;
-    ptst__pool_publish(p, false);
-    ptst__pool_work(p, 0);
-    ptst__pool_finish(p);
+    ptst__pool_publish(p, tasks);
+    if (!ptst__pool_work(p, 0)) {
+        ptst__pool_finish(p);
+    }
     p->busy = false;
 }
 

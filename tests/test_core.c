@@ -168,6 +168,34 @@ static void threads_each_task_once(void) {
     }
 }
 
+static void core_add(void *arg, size_t task, int thread) {
+    uint64_t *sums = (uint64_t *)arg;
+    (void)thread;
+    sums[task] += task + 1;
+}
+
+/* Short operations one after the other, with more threads than cores, long pauses for some to fall
+   asleep in between: each sees what the one before wrote. */
+static void threads_in_order(void) {
+    static uint64_t sums[64];
+    ptst_ctx *c = test_open(7, NULL);
+    size_t round, i, wrong = 0, tasks;
+    memset(sums, 0, sizeof sums);
+    for (round = 0; round < 3000; round++) {
+        tasks = 2 + round % 63;
+        if (round % 600 == 0) {
+            ptst__nap(2);
+        }
+        ptst__parallel_for(c, tasks, core_add, sums);
+        for (i = 0; i < tasks; i++) {
+            wrong += sums[i] != i + 1;
+            sums[i] = 0;
+        }
+    }
+    CHECK(wrong == 0);
+    ptst_close(c);
+}
+
 /* ---- random ---- */
 
 /* Known answers of philox4x32-10 from the Random123 distribution (kat_vectors). */
@@ -285,6 +313,7 @@ static void suite_core(void) {
     RUN(core_sha256);
     RUN(core_append_and_finite);
     RUN(threads_each_task_once);
+    RUN(threads_in_order);
     RUN(random_known_answers);
     RUN(random_moments);
 }
