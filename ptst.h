@@ -1140,7 +1140,7 @@ typedef struct ptst_answer {
 typedef struct ptst_generate_desc {
     ptst_sample_desc sample;
     size_t max_new_tokens;   /* 0 = 512 */
-    size_t batch;            /* answers at a time; 0 = 16 */
+    size_t batch;            /* answers at a time; 0 = 64, fewer if their memory is large */
     size_t capacity;         /* tokens of prompt and answer; 0 = what they need */
     uint64_t seed;           /* of random numbers */
     const int32_t *stop_ids; /* besides the tokenizer's eos */
@@ -19606,6 +19606,7 @@ enum {
     PTST__PARTS_M = 1024,   /* rows of A that are split into parts at once, for so much of K; */
     PTST__PARTS_K = 768,    /* then each thread splits B, 192 columns in 3 parts: floats for it */
     PTST__PARTS_OWN = 192 * PTST__PARTS_K * 3 / 2,
+    PTST__PARTS_NEAR = 256, /* rows of A that leave room for half of that in the second cache */
     PTST__ALONE = 64 * 1024 /* multiplications that are done before another thread wakes up */
 };
 
@@ -20437,6 +20438,10 @@ PTST__TILES PTST__INLINE void ptst__split_rows__amx(uint16_t *dst, size_t parts,
     for (i = 0; i < 16; i++, dst += 32) {
         size_t row = i * step, first = row * ld, second = along ? first + 16 : first + ld;
         __m512 x = _mm512_setzero_ps(), y = x;
+        if (!along) { /* rows are far apart, and the next strip lies right beside this one */
+            _mm_prefetch((const char *)ptst__element(src, dtype, first + 16), _MM_HINT_T0);
+            _mm_prefetch((const char *)ptst__element(src, dtype, second + 16), _MM_HINT_T0);
+        }
         if (row < rows) {
             x = ptst__load16__avx512(src, dtype, first, m0);
         }
@@ -21319,12 +21324,13 @@ static void ptst__parts_task(void *arg, size_t task, int thread) {
     }
 }
 
-/* Cuts the block of Y into tasks: of all sizes for which a thread's buffer has room the one by
-   which the busiest thread has least to do, if splitting 32 columns of B costs as much as
-   multiplying them by 48 rows. Returns their number. */
+/* Cuts the block of Y into tasks: of all sizes for which a thread's buffer has room (half of it, if
+   that lets all of A stay near, too) the one by which the busiest thread has least to do, if
+   splitting 32 columns of B costs as much as multiplying them by 48 rows. Returns their number. */
 static size_t ptst__parts_cut(ptst__product *p) {
     size_t steps = ptst__ceil_div(p->kc, 32), parts = ptst__parts_of(p->B.dtype);
-    size_t room = (size_t)PTST__PARTS_OWN * 2 / (2 * steps * parts * 512);
+    size_t room = (size_t)PTST__PARTS_OWN * (p->mc <= PTST__PARTS_NEAR ? 1 : 2) /
+                  (2 * steps * parts * 512);
     size_t panels = ptst__ceil_div(p->N, 32), blocks = ptst__ceil_div(p->mc, 32);
     size_t cut, width, best = SIZE_MAX, tasks = 0;
     for (cut = 1; cut <= blocks && (cut == 1 || p->threads > 1); cut *= 2) {
@@ -30095,9 +30101,10 @@ static ptst_code ptst__train_gradients(ptst_ctx *c, ptst_trainer *t, ptst__curso
 
 /* Tokens that are computed at once: those of which 192 MB hold what the forward pass leaves behind,
    2048 at most; but enough that packing weights is a small part of multiplying by them, and more if
-   each time adds to the gradients of all weights. */
+   each time adds to the gradients of all weights. The results depend on it (on the order of sums),
+   so it is the same for any machine. */
 static size_t ptst__train_micro(const ptst_config *g, bool full) {
-    double most = 2048, least = full ? most : 512, tokens;
+    double most = 2048, least = full ? most : 256, tokens;
     double heads = (double)g->num_attention_heads + g->num_key_value_heads;
     double floats = 2.0 * g->hidden_size + 2 * heads * g->head_dim + 2.0 * g->intermediate_size;
     tokens = 192e6 / (4 * floats * g->num_hidden_layers);
@@ -31599,6 +31606,21 @@ static bool ptst__generate_ends(const ptst__generator *g, int32_t id) {
     return false;
 }
 
+/* Answers at a time, if nobody says how many: what lives as long as they do may take 512 MB and a
+   quarter of what the weights take. It depends on the model and the prompts only. */
+static void ptst__generate_fit(ptst__generator *g, const ptst_model *m, ptst_session_desc *s) {
+    double room = 512e6 + (double)ptst_model_bytes(m) / 4, each;
+    size_t one, more;
+    s->slots = s->logit_rows = 1;
+    one = ptst_session_bytes(m, NULL, s);
+    s->slots = s->logit_rows = 9;
+    more = ptst_session_bytes(m, NULL, s);
+    each = one == 0 || more <= one ? room : (double)(more - one) / 8;
+    if (room < each * (double)g->batch) {
+        g->batch = room < each ? 1 : (size_t)(room / each);
+    }
+}
+
 /* How long sequences may become, and the session for them. */
 static ptst_code ptst__generate_room(ptst_ctx *c, ptst__generator *g, const ptst_model *m,
                                      ptst_session_desc *s) {
@@ -31624,8 +31646,11 @@ static ptst_code ptst__generate_room(ptst_ctx *c, ptst__generator *g, const ptst
                   "the longest prompt has %llu tokens, the model was made for %ld",
                   (unsigned long long)longest, (long)config->max_position_embeddings);
     }
-    s->slots = g->batch + (g->head != 0);
     s->capacity = g->limit - g->head > g->head ? g->limit - g->head : g->head;
+    if (g->d->batch == 0) {
+        ptst__generate_fit(g, m, s);
+    }
+    s->slots = g->batch + (g->head != 0);
     s->logit_rows = g->batch;
     return PTST_OK;
 }
@@ -31919,7 +31944,7 @@ static ptst_code ptst__generate_begin(ptst_ctx *c, ptst__generator *g, const pts
     g->count = count;
     g->vocab = (size_t)ptst_model_config(model)->vocab_size;
     g->max_new = desc->max_new_tokens == 0 ? 512 : desc->max_new_tokens;
-    g->batch = desc->batch == 0 ? 16 : desc->batch;
+    g->batch = desc->batch == 0 ? 64 : desc->batch; /* see ptst__generate_fit */
     g->batch = g->batch > count ? count : g->batch;
     g->start = ptst__seconds();
     code = ptst__generate_check(c, &g->sample);
