@@ -2820,11 +2820,11 @@ struct ptst__pool {
     char gap3[64];
 };
 
-/* How often a waiting thread looks before it goes to sleep: about the length of one small
-   operation, so that a chain of them does not pay for a wake-up each. Without atomic operations
+/* How often a waiting thread looks before it goes to sleep, a millisecond or less: threads that
+   wait for the last task of an operation are awake for the next one. Without atomic operations
    threads read and change everything under the lock. */
 #if PTST__ATOMICS
-enum { PTST__SPINS = 4000 };
+enum { PTST__SPINS = 20000 };
 #define PTST__LOAD(p) __atomic_load_n(&(p), __ATOMIC_SEQ_CST)
 #define PTST__STORE(p, x) __atomic_store_n(&(p), x, __ATOMIC_SEQ_CST)
 #define PTST__ADD(p, n) __atomic_add_fetch(&(p), n, __ATOMIC_SEQ_CST)
@@ -21324,9 +21324,10 @@ static void ptst__parts_task(void *arg, size_t task, int thread) {
     }
 }
 
-/* Cuts the block of Y into tasks: of all sizes for which a thread's buffer has room (half of it, if
-   that lets all of A stay near, too) the one by which the busiest thread has least to do, if
-   splitting 32 columns of B costs as much as multiplying them by 48 rows. Returns their number. */
+/* Cuts the block of Y into tasks: of all sizes for which a thread's buffer has room (half of it,
+   if that lets all of A stay near, too) the one by which the busiest thread has least to do. For
+   32 x 32 of Y, bringing the rows of A near costs about as much as one and a half multiplications,
+   splitting the columns of B as two and a half. Returns their number. */
 static size_t ptst__parts_cut(ptst__product *p) {
     size_t steps = ptst__ceil_div(p->kc, 32), parts = ptst__parts_of(p->B.dtype);
     size_t room = (size_t)PTST__PARTS_OWN * (p->mc <= PTST__PARTS_NEAR ? 1 : 2) /
@@ -21337,7 +21338,8 @@ static size_t ptst__parts_cut(ptst__product *p) {
         size_t rows = ptst__ceil_div(blocks, cut);
         for (width = ptst__min(room, panels); width > 0; width--) {
             size_t count = ptst__ceil_div(panels, width) * ptst__ceil_div(blocks, rows);
-            size_t cost = ptst__ceil_div(count, p->threads) * width * (2 * rows + 3);
+            size_t one = 2 * width * rows + 3 * rows + 5 * width;
+            size_t cost = ptst__ceil_div(count, p->threads) * one;
             if (cost < best) {
                 best = cost;
                 tasks = count;
