@@ -1621,6 +1621,10 @@ extern "C" {
 enum { PTST__CPU_AVX2 = 1, PTST__CPU_AVX512 = 2, PTST__CPU_NEON = 4, PTST__CPU_AMX = 8 };
 
 #if PTST__AMX
+#ifndef __cplusplus
+extern long syscall(long number, ...); /* _POSIX_C_SOURCE alone hides it */
+#endif
+
 /* AMX with BF16: the processor has it, and Linux lets this process keep its registers (8 KB for
    each thread), which a process must ask for. */
 static bool ptst__amx_allowed(void) {

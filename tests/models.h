@@ -255,7 +255,7 @@ PTST__UNUSED static ptst_config models_config(const char *type) {
 PTST__UNUSED static void models_each_level(void (*f)(ptst_ctx *c)) {
     static const char *const levels[] = {"scalar", "avx2", "avx512", "amx", "neon"};
     size_t i;
-    for (i = 0; i < 8; i++) {
+    for (i = 0; i < 2 * sizeof levels / sizeof levels[0]; i++) {
         ptst_desc d;
         ptst_ctx *c;
         memset(&d, 0, sizeof d);

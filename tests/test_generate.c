@@ -583,6 +583,38 @@ static void generate_probe_memory(void) {
 
 /* A plan against what is then taken and made. Answers and their growing texts are the caller's, the
    arena has a chunk of 64 KB. */
+/* Bytes for all prompts, `batch` at a time. */
+static size_t gen_plan_bytes(ptst_ctx *c, const gen_world *w, size_t fresh, size_t batch) {
+    ptst_generate_desc d;
+    ptst_generate_needs plan;
+    memset(&d, 0, sizeof d);
+    d.max_new_tokens = fresh;
+    d.batch = batch;
+    CHECK(ptst_generate_plan(c, w->model, NULL, w->tokenizer, w->prompts, GEN_PROMPTS, &d, &plan) ==
+          PTST_OK);
+    return plan.bytes;
+}
+
+/* If nobody says how many answers at a time: all while they are short, fewer than all but as many
+   as 512 MB hold when they are long, one when even that is larger. */
+static void generate_batch(void) {
+    gen_world w;
+    ptst_ctx *c = test_open(1, NULL);
+    size_t some, two;
+    tiny_begin();
+    tiny_write_tokenizer(c, tiny_folder);
+    gen_open_on(&w, c);
+    CHECK(gen_plan_bytes(c, &w, 9, 0) == gen_plan_bytes(c, &w, 9, GEN_PROMPTS));
+    some = gen_plan_bytes(c, &w, 600000, 0);
+    two = gen_plan_bytes(c, &w, 600000, 2);
+    CHECK((double)(some - gen_plan_bytes(c, &w, 600000, 1)) < 512e6);
+    CHECK(some >= two && some < gen_plan_bytes(c, &w, 600000, GEN_PROMPTS));
+    CHECK(gen_plan_bytes(c, &w, 20000000, 0) == gen_plan_bytes(c, &w, 20000000, 1));
+    gen_close_on(&w);
+    ptst_close(c);
+    tiny_end();
+}
+
 static void generate_plans(void) {
     gen_world w;
     test_memory m;
@@ -706,6 +738,7 @@ static void suite_generate(void) {
     RUN(generate_stopped);
     RUN(generate_probe);
     RUN(generate_probe_memory);
+    RUN(generate_batch);
     RUN(generate_plans);
     RUN(generate_memory);
     RUN(generate_stories);
