@@ -20132,7 +20132,9 @@ PTST__INLINE void ptst__turn_ahead(const void *const column[16], ptst_dtype dtyp
     size_t i, at = k + PTST__TURN_AHEAD;
     at = at < K ? at : 16 * ld + at - K;
     for (i = 0; i < 16; i++) {
-        _mm_prefetch((const char *)ptst__element(column[i], dtype, at), _MM_HINT_T0);
+        /* A number, not a pointer: it may lie behind the array. */
+        uintptr_t address = (uintptr_t)column[i] + ptst__dtype_bytes(dtype, at);
+        _mm_prefetch((const char *)address, _MM_HINT_T0);
     }
 }
 
