@@ -18999,9 +18999,7 @@ struct ptst__kernels {
        each row of B), also if it makes less. */
     size_t tile_rows, a_width, tile_cols;
     bool unpacked; /* can take rows of A as they lie in memory */
-    /* Upper bounds of a block that a core works on: tile_cols x block_k floats of B and
-       block_rows x block_k of A are to stay in the second cache. */
-    size_t block_k, block_rows;
+    size_t block_k; /* of K at once at most: PTST__OWN x block_k floats of B stay near a core */
     /* Panel of K rows: dst[k * width + j] = src[k * ld + j], j < cols; 0 for cols <= j < width.
        width is a_width or tile_cols. */
     void (*pack_rows)(float *dst, size_t width, const void *src, ptst_dtype dtype, size_t ld,
@@ -19579,34 +19577,35 @@ PTST__UNUSED static void ptst__convert_from_f32(const ptst_ctx *c, void *dst, co
        | kc    |       |                                  +--------------+
 
    The micro-kernel keeps tile_rows x tile_cols sums in registers: per k it loads one row of a B
-   panel, and multiplies it by each of the tile_rows numbers of A. A panel of B stays in the first
-   cache while the panels of A pass by from the second one.
+   panel, and multiplies it by each of the tile_rows numbers of A.
 
-   Threads pack together, then share the tiles of Y. Blocks of K follow each other in a fixed
-   order, so each sum has one order: the same bits for any number of threads.
+   Threads pack A together (if at all: micro-kernels that read rows of A where they lie are given
+   these). Then tasks share Y; each packs its columns of B into a buffer of its thread, which stays
+   in the second cache, and multiplies all its rows by them, while the columns that come next are
+   asked for. B is mostly weights, which are in memory and nowhere nearer: packing it in a step of
+   its own would wait for memory, and one core would wait for what another wrote. Blocks of K
+   follow each other in a fixed order, so each sum has one order: the same bits for any number of
+   threads.
 
-   Four kinds of product:
-       large    as above
+   Three kinds of product:
+       packed   as above; few F32 rows of B that lie as the micro-kernel wants them stay there
        parts    with AMX: as sums of products of 16-bit parts
-       short    few rows of Y: packing B is a large part of the work, so each task packs a panel of
-                it into its own buffer and multiplies at once, for all of K, while the next panel
-                is asked for; F32 rows that lie as the micro-kernel wants them are not even packed
        dots     very few rows (decoding) or columns (adapters of low rank): `dots` makes 4 x 4
                 scalar products of rows as they lie in memory. */
 
 enum {
-    PTST__BLOCK_K = 640, /* the largest block_k; columns of B and rows of A packed at once */
-    PTST__BLOCK_N = 2048,
-    PTST__BLOCK_M = 1024,
+    PTST__BLOCK_K = 640,  /* the largest block_k */
+    PTST__BLOCK_M = 1024, /* rows of A that are packed at once, */
+    PTST__OWN = 128,      /* and columns of B that a thread packs for itself */
+    PTST__ROOM = 2048 * PTST__BLOCK_K, /* floats for A in parts, or products with few columns */
     PTST__PANEL = 64,       /* no panel is wider */
     PTST__AHEAD = 8192,     /* bytes of weights that `dots` asks for ahead of time */
     PTST__STREAM = 1 << 20, /* elements of Y that no cache near a core keeps */
     PTST__TURN_AHEAD = 128, /* elements of a row that packing asks for ahead of time */
-    PTST__PACK_ROWS = 32,   /* of B, in one task */
+    PTST__PACK_ROWS = 16,   /* of B that are packed before the next panel */
     PTST__UNPACKED = 1536,  /* up to so many columns of Y are made without packing A */
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
-    PTST__SHORT = 96,       /* and up to so many by tasks that pack for themselves, */
-    PTST__MIDDLE = 384,     /* or so many, if A stays in the second cache */
+    PTST__SHORT = 96,       /* and up to so many rows pass by one panel of B at a time */
     PTST__PARTS_M = 1024,   /* rows of A that are split into parts at once, for so much of K; */
     PTST__PARTS_K = 768,    /* then each thread splits B, 192 columns in 3 parts: floats for it */
     PTST__PARTS_OWN = 192 * PTST__PARTS_K * 3 / 2,
@@ -20088,21 +20087,35 @@ PTST__AVX2 static double ptst__peak__avx2(size_t rounds, float scale, float *sin
 
 /* ---- matmul, AVX-512 ---- */
 
-/* As __scalar, 16 columns at a time. A row is only one or two cache lines, and no processor guesses
+/* As __scalar, 16 or 32 columns. A row is only one or two cache lines, and no processor guesses
    where the next one is: rows are asked for ahead of time. */
+PTST__AVX512 PTST__INLINE void ptst__rows__avx512(float *dst, size_t width, const void *src,
+                                                  ptst_dtype dtype, size_t ld, size_t cols,
+                                                  size_t K) {
+    __mmask16 m0 = ptst__mask16__avx512(cols);
+    __mmask16 m1 = cols > 16 ? ptst__mask16__avx512(cols - 16) : (__mmask16)0;
+    size_t k;
+    for (k = 0; k < K; k++, dst += width) {
+        uintptr_t later = (uintptr_t)src + ptst__dtype_bytes(dtype, (k + 16) * ld);
+        _mm_prefetch((const char *)later, _MM_HINT_T0);
+        _mm512_storeu_ps(dst, ptst__load16__avx512(src, dtype, k * ld, m0));
+        if (width > 16) {
+            _mm_prefetch((const char *)(later + 64), _MM_HINT_T0);
+            _mm512_storeu_ps(dst + 16, ptst__load16__avx512(src, dtype, k * ld + 16, m1));
+        }
+    }
+}
+
+/* The dtype is made a constant of the loop. */
 PTST__AVX512 static void ptst__pack_rows__avx512(float *dst, size_t width, const void *src,
                                                  ptst_dtype dtype, size_t ld, size_t cols,
                                                  size_t K) {
-    size_t k, j;
-    for (k = 0; k < K; k++) {
-        uintptr_t later = (uintptr_t)src + ptst__dtype_bytes(dtype, (k + 16) * ld);
-        _mm_prefetch((const char *)later, _MM_HINT_T0);
-        _mm_prefetch((const char *)(later + 64), _MM_HINT_T0);
-        for (j = 0; j < width; j += 16) {
-            __mmask16 mask = cols > j ? ptst__mask16__avx512(cols - j) : (__mmask16)0;
-            __m512 x = ptst__load16__avx512(src, dtype, k * ld + j, mask);
-            _mm512_storeu_ps(dst + k * width + j, x);
-        }
+    if (dtype == PTST_F32) {
+        ptst__rows__avx512(dst, width, src, PTST_F32, ld, cols, K);
+    } else if (dtype == PTST_F16) {
+        ptst__rows__avx512(dst, width, src, PTST_F16, ld, cols, K);
+    } else {
+        ptst__rows__avx512(dst, width, src, PTST_BF16, ld, cols, K);
     }
 }
 
@@ -20819,22 +20832,28 @@ typedef struct ptst__product {
     ptst__matrix B;
     float *Y;
     size_t ldy;
-    /* Packing buffers: A block [m0, m0 + mc) x [k0, k0 + kc), B block [k0, k0 + kc) x
-       [n0, n0 + nc), and `own`, tile_cols x PTST__BLOCK_K for each thread. */
-    float *packed_a, *packed_b, *own;
-    size_t m0, mc, n0, nc, k0, kc, k_step;
-    size_t b_tasks, a_tasks;                /* to pack B: 0 if it is still the same block; A */
+    /* Buffers: the block of A, [m0, m0 + mc) x [k0, k0 + kc), packed; `room` for A in parts, or for
+       what products with few columns need of B or Y; `own`, task_cols x k_step of B for each
+       thread. */
+    float *packed_a, *room, *own;
+    size_t m0, mc, k0, kc, k_step;
+    size_t a_tasks;                         /* panels of A to pack, for each k_step of K */
     size_t task_rows, task_cols, col_tasks; /* what one task computes of Y; tasks in a row of Y */
 } ptst__product;
 
-/* Floats of the packing buffers: B, A, and one panel for each thread. */
+/* Floats of the packing buffers that all threads share. */
+static size_t ptst__shared_floats(const struct ptst__kernels *kernels) {
+    size_t panels = ptst__ceil_div(PTST__BLOCK_M, kernels->tile_rows);
+    return PTST__ROOM + panels * kernels->a_width * PTST__BLOCK_K;
+}
+
+/* The same with the buffers of each thread. */
 static size_t ptst__scratch_floats(const struct ptst__kernels *kernels, int threads) {
-    size_t a = PTST__BLOCK_M / kernels->tile_rows * kernels->a_width;
-    size_t own = kernels->tile_cols * PTST__BLOCK_K;
+    size_t own = (size_t)PTST__OWN * PTST__BLOCK_K;
     if (kernels->split != NULL && own < PTST__PARTS_OWN) {
         own = PTST__PARTS_OWN;
     }
-    return (PTST__BLOCK_N + a) * PTST__BLOCK_K + (size_t)threads * own;
+    return ptst__shared_floats(kernels) + (size_t)threads * own;
 }
 
 /* The same of I8 and I4, which become F32 in between. */
@@ -20892,28 +20911,13 @@ static void ptst__product_for(ptst_ctx *c, size_t tasks, ptst__task run, ptst__p
     }
 }
 
-/* ---- large products ---- */
+/* ---- packed products ---- */
 
 /* What was written past the caches is seen by other threads from here on. */
 static void ptst__streamed(void) {
 #if PTST__X86
     _mm_sfence();
 #endif
-}
-
-/* Packs PTST__PACK_ROWS rows of all panels of B, which lies row by row: a panel at a time would
-   jump from page to page. */
-static void ptst__pack_b_rows(const ptst__product *p, size_t task) {
-    const struct ptst__kernels *kernels = p->kernels;
-    size_t width = kernels->tile_cols, k, at;
-    size_t end = ptst__min(p->kc, (task + 1) * PTST__PACK_ROWS);
-    for (k = task * PTST__PACK_ROWS; k < end; k += 4) {
-        for (at = 0; at < p->nc; at += width) {
-            ptst__pack_panel(kernels, p->packed_b + at * p->kc + k * width, width, p->B,
-                             p->n0 + at, ptst__min(width, p->nc - at), p->k0 + k,
-                             ptst__min(4, end - k));
-        }
-    }
 }
 
 /* The micro-kernel takes rows of A as they lie in memory. It is some per cent slower then (each row
@@ -20924,226 +20928,206 @@ static bool ptst__a_unpacked(const ptst__product *p) {
            p->N <= PTST__UNPACKED && p->A.ld % 2048 != 0;
 }
 
-/* Panels of A that must be packed, of `panels` in all: a last one that is not whole, or all. */
-static size_t ptst__a_packed(const ptst__product *p, size_t rows, size_t panels) {
-    return !ptst__a_unpacked(p) ? panels : rows % p->kernels->tile_rows != 0;
+/* Panels of the block of A that must be packed: a last one that is not whole, or all. */
+static size_t ptst__a_packed(const ptst__product *p) {
+    size_t rows = p->kernels->tile_rows;
+    return ptst__a_unpacked(p) ? p->mc % rows != 0 : ptst__ceil_div(p->mc, rows);
 }
 
-/* Where the tile finds its rows [m, m + rows) of A, k >= k0: in memory, or at `packed`. */
-static void ptst__tile_a(const ptst__product *p, ptst__tile *t, size_t m, size_t k0,
-                         const float *packed) {
-    bool unpacked = ptst__a_unpacked(p) && t->rows == p->kernels->tile_rows;
-    t->a_ld = unpacked ? p->A.ld : 0;
-    t->a = unpacked ? (const float *)p->A.data + m * p->A.ld + k0 : packed;
-}
-
-/* Task: packs one panel, first those of B, then those of A. */
-static void ptst__pack_task(void *arg, size_t task, int thread) {
+/* Task: packs one panel of one block of A. */
+static void ptst__pack_a_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
-    const struct ptst__kernels *kernels = p->kernels;
-    size_t width, at;
+    size_t rows = p->kernels->tile_rows, panels = ptst__ceil_div(p->mc, rows);
+    size_t panel = panels - p->a_tasks + task % p->a_tasks, at = panel * rows;
+    size_t k = task / p->a_tasks * p->k_step, kc = ptst__min(p->k_step, p->kc - k);
+    float *dst = p->packed_a + (panels * k + panel * kc) * p->kernels->a_width;
     (void)thread;
-    if (task < p->b_tasks && !p->B.transposed) {
-        ptst__pack_b_rows(p, task);
-    } else if (task < p->b_tasks) {
-        width = kernels->tile_cols;
-        at = task * width;
-        ptst__pack_panel(kernels, p->packed_b + at * p->kc, width, p->B, p->n0 + at,
-                         ptst__min(width, p->nc - at), p->k0, p->kc);
+    ptst__pack_panel(p->kernels, dst, p->kernels->a_width, p->A, p->m0 + at,
+                     ptst__min(rows, p->mc - at), p->k0 + k, kc);
+}
+
+/* Where the tile finds its rows [m, m + rows) of the block of A, k of it and more. */
+static void ptst__tile_a(const ptst__product *p, ptst__tile *t, size_t m, size_t k, size_t kc) {
+    size_t rows = p->kernels->tile_rows, panels = ptst__ceil_div(p->mc, rows);
+    if (ptst__a_unpacked(p) && t->rows == rows) {
+        t->a_ld = p->A.ld;
+        t->a = (const float *)p->A.data + (p->m0 + m) * p->A.ld + p->k0 + k;
     } else {
-        task += ptst__ceil_div(p->mc, kernels->tile_rows) - p->b_tasks - p->a_tasks;
-        width = kernels->a_width;
-        at = task * kernels->tile_rows;
-        ptst__pack_panel(kernels, p->packed_a + task * width * p->kc, width, p->A, p->m0 + at,
-                         ptst__min(kernels->tile_rows, p->mc - at), p->k0, p->kc);
+        t->a_ld = 0;
+        t->a = p->packed_a + (panels * k + m / rows * kc) * p->kernels->a_width;
     }
 }
 
-/* Task: task_rows x task_cols of Y, tile by tile. While a panel of B is multiplied, the next one
-   is brought near. */
-static void ptst__tiles_task(void *arg, size_t task, int thread) {
-    const ptst__product *p = (const ptst__product *)arg;
-    const struct ptst__kernels *kernels = p->kernels;
-    size_t cols = kernels->tile_cols, rows = kernels->tile_rows, m, n;
-    size_t m_first = task / p->col_tasks * p->task_rows;
-    size_t n_first = task % p->col_tasks * p->task_cols;
-    size_t m_end = ptst__min(m_first + p->task_rows, p->mc);
-    size_t n_end = ptst__min(n_first + p->task_cols, p->nc);
-    ptst__tile t;
-    (void)thread;
-    t.b_step = cols;
-    t.ahead_step = cols * sizeof(float);
-    t.alpha = p->alpha;
-    t.beta = p->k0 == 0 ? p->beta : 1;
-    t.stream = t.beta == 0 && p->kc == p->K && p->M * p->N >= PTST__STREAM;
-    t.ldy = p->ldy;
-    for (n = n_first; n < n_end; n += cols) {
-        const float *next = p->packed_b + (n + cols) * p->kc; /* 16 floats are a cache line */
-        const float *end = n + cols < n_end ? next + cols : next;
-        t.b = p->packed_b + n * p->kc;
-        t.cols = ptst__min(cols, n_end - n);
-        for (m = m_first; m < m_end; m += rows) {
-            t.rows = ptst__min(rows, m_end - m);
-            ptst__tile_a(p, &t, p->m0 + m, p->k0,
-                         p->packed_a + m / rows * kernels->a_width * p->kc);
-            t.y = p->Y + (p->m0 + m) * p->ldy + p->n0 + n;
-            t.ahead = (const char *)(next < end ? next : t.b);
-            next += 16;
-            kernels->tile(p->kc, &t);
+/* Packs columns [n, end) of B, rows [k, k + kc), into panels side by side. If B lies row by row, a
+   few rows of all panels at a time: a panel at a time would jump from page to page. */
+static void ptst__pack_b(const ptst__product *p, float *dst, size_t n, size_t end, size_t k,
+                         size_t kc) {
+    size_t step = p->B.transposed ? kc : (size_t)PTST__PACK_ROWS;
+    size_t width = p->kernels->tile_cols, i, at;
+    for (i = 0; i < kc; i += step) {
+        for (at = n; at < end; at += width) {
+            ptst__pack_panel(p->kernels, dst + (at - n) * kc + i * width, width, p->B, at,
+                             ptst__min(width, end - at), k + i, ptst__min(step, kc - i));
         }
+    }
+}
+
+/* What one task computes, and the part of B in its buffer. */
+typedef struct ptst__packed_part {
+    size_t m_first, m_end, n_first, n_end; /* of the block of Y */
+    size_t k, kc;                          /* of the block of K */
+    const float *b;
+    bool direct; /* b is B itself, which lies as the micro-kernel wants it */
+} ptst__packed_part;
+
+/* The i-th of all tiles of a part asks for some of what this thread packs next, columns n and more
+   from row k on: it is in memory, perhaps nowhere nearer, and packing would wait for each line. A
+   tile asks kc times: of columns that follow each other for its share, of others for one of them,
+   of rows for one cache line of each. */
+static void ptst__tile_ahead(const ptst__product *p, const ptst__packed_part *part, ptst__tile *t,
+                             size_t i, size_t n, size_t k) {
+    const ptst__matrix *B = &p->B;
+    size_t line = ptst__dtype_bytes(B->dtype, B->ld), at, step, cols, tiles;
+    cols = n < p->N ? ptst__min(p->task_cols, p->N - n) : 0;
+    t->ahead = (const char *)t->b;
+    t->ahead_step = 0;
+    if (B->transposed && B->ld == part->kc) {
+        tiles = ptst__ceil_div(part->m_end - part->m_first, p->kernels->tile_rows) *
+                ptst__ceil_div(part->n_end - part->n_first, p->kernels->tile_cols);
+        step = ptst__min(64, ptst__ceil_div(cols * line, tiles * part->kc));
+        at = i * part->kc * step < cols * line ? n * line + i * part->kc * step : 0;
+    } else if (B->transposed) {
+        step = ptst__ceil_div(line, B->ld);
+        at = i < cols ? (n + i) * line + ptst__dtype_bytes(B->dtype, k) : 0;
+    } else {
+        step = line;
+        at = i * 64 < ptst__dtype_bytes(B->dtype, cols)
+                 ? k * line + ptst__dtype_bytes(B->dtype, n) + i * 64
+                 : 0;
+    }
+    if (at != 0) {
+        t->ahead = (const char *)B->data + at;
+        t->ahead_step = step;
+    }
+}
+
+/* Multiplies a part, tile by tile: rows of A stay in the first cache while the panels of B pass by
+   from the second one. */
+static void ptst__packed_tiles(const ptst__product *p, const ptst__packed_part *part,
+                               ptst__tile *t) {
+    size_t cols = p->kernels->tile_cols, rows = p->kernels->tile_rows, m, n, count = 0;
+    size_t kc = part->kc;
+    bool last = part->k + kc == p->kc;
+    size_t next = part->n_first + (last ? p->threads * p->task_cols : 0);
+    for (m = part->m_first; m < part->m_end; m += rows) {
+        for (n = part->n_first; n < part->n_end; n += cols, count++) {
+            t->rows = ptst__min(rows, part->m_end - m);
+            t->cols = ptst__min(cols, part->n_end - n);
+            t->b = part->b + (n - part->n_first) * (part->direct ? 1 : kc);
+            t->y = p->Y + (p->m0 + m) * p->ldy + n;
+            ptst__tile_a(p, t, m, part->k, kc);
+            if (part->direct) {
+                t->ahead_step = t->b_step * sizeof *t->b;
+                t->ahead = (const char *)t->b + (last ? 0 : 8 * t->ahead_step);
+            } else {
+                ptst__tile_ahead(p, part, t, count, next, p->k0 + (last ? 0 : part->k + kc));
+            }
+            p->kernels->tile(kc, t);
+        }
+    }
+}
+
+/* Task: task_rows x task_cols of the block of Y, block of K after block of K. */
+static void ptst__packed_task(void *arg, size_t task, int thread) {
+    const ptst__product *p = (const ptst__product *)arg;
+    float *own = p->own + (size_t)thread * PTST__OWN * PTST__BLOCK_K;
+    ptst__packed_part part;
+    ptst__tile t;
+    memset(&t, 0, sizeof t);
+    part.n_first = task % p->col_tasks * p->task_cols;
+    part.n_end = ptst__min(part.n_first + p->task_cols, p->N);
+    part.m_first = task / p->col_tasks * p->task_rows;
+    part.m_end = ptst__min(part.m_first + p->task_rows, p->mc);
+    part.direct = p->B.dtype == PTST_F32 && !p->B.transposed &&
+                  p->mc <= 2 * p->kernels->tile_rows &&
+                  (part.n_end - part.n_first) % p->kernels->tile_cols == 0;
+    t.b_step = part.direct ? p->B.ld : p->kernels->tile_cols;
+    t.alpha = p->alpha;
+    t.ldy = p->ldy;
+    for (part.k = 0; part.k < p->kc; part.k += part.kc) {
+        part.kc = ptst__min(p->k_step, p->kc - part.k);
+        part.b = own;
+        if (part.direct) {
+            part.b = (const float *)p->B.data + (p->k0 + part.k) * p->B.ld + part.n_first;
+        } else {
+            ptst__pack_b(p, own, part.n_first, part.n_end, p->k0 + part.k, part.kc);
+        }
+        t.beta = p->k0 + part.k == 0 ? p->beta : 1;
+        t.stream = t.beta == 0 && part.kc == p->K && p->M * p->N >= PTST__STREAM;
+        ptst__packed_tiles(p, &part, &t);
     }
     if (t.stream) {
         ptst__streamed();
     }
 }
 
-/* Cuts the block of Y into tasks, neighbours in a row of Y (so that a thread often keeps its rows
-   of A), and so many that threads end at about the same time. Returns their number. */
-static size_t ptst__cut_tasks(ptst_ctx *c, ptst__product *p) {
-    size_t rows = p->kernels->tile_rows, cols = p->kernels->tile_cols, blocks, row_tasks, wanted;
-    blocks = ptst__ceil_div(p->mc, p->kernels->block_rows);
-    p->task_rows = ptst__ceil_div(ptst__ceil_div(p->mc, blocks), rows) * rows;
-    row_tasks = ptst__ceil_div(p->mc, p->task_rows);
-    wanted = ptst__ceil_div(16 * (size_t)c->threads, row_tasks);
-    p->task_cols = ptst__ceil_div(ptst__ceil_div(p->nc, wanted), cols) * cols;
-    p->col_tasks = ptst__ceil_div(p->nc, p->task_cols);
-    return row_tasks * p->col_tasks;
+/* Cuts the block of Y into tasks, by which the busiest thread has least to do: packing a panel of B
+   costs about as much as two tiles, bringing rows of A near as a quarter of one, and in the end
+   threads wait for one that began its last task late or whose core is slower. With few rows it is
+   packing that counts, whatever the width. Returns the number of tasks. */
+static size_t ptst__packed_cut(ptst__product *p) {
+    size_t rows = p->kernels->tile_rows, cols = p->kernels->tile_cols;
+    size_t panels = ptst__ceil_div(p->N, cols), blocks = ptst__ceil_div(p->mc, rows);
+    size_t widest = p->mc <= PTST__SHORT ? 1 : ptst__min(PTST__OWN / cols, panels);
+    size_t cut, width, best = SIZE_MAX, tasks = 0;
+    for (cut = 1; cut == 1 || (cut <= blocks / 4 && cut <= 2 * p->threads); cut++) {
+        size_t high = ptst__ceil_div(blocks, cut);
+        for (width = widest; width > 0; width--) {
+            size_t count = ptst__ceil_div(panels, width) * ptst__ceil_div(blocks, high);
+            size_t one = 4 * width * high + high + 8 * width;
+            size_t turns = ptst__ceil_div(count, p->threads) + (p->threads > 1);
+            size_t cost = turns * one;
+            if (cost < best) {
+                best = cost;
+                tasks = count;
+                p->task_rows = high * rows;
+                p->task_cols = width * cols;
+                p->col_tasks = ptst__ceil_div(panels, width);
+            }
+        }
+    }
+    return tasks;
 }
 
-/* Packs and multiplies block by block. */
-static void ptst__gemm_large(ptst_ctx *c, ptst__product *p) {
-    const struct ptst__kernels *kernels = p->kernels;
-    size_t rows = PTST__BLOCK_M / kernels->tile_rows * kernels->tile_rows;
-    size_t cols = PTST__BLOCK_N / kernels->tile_cols * kernels->tile_cols;
-    for (p->n0 = 0; p->n0 < p->N; p->n0 += p->nc) {
-        p->nc = ptst__min(p->N - p->n0, cols);
+/* Of K, as much of A as there is room for: whole blocks. */
+static size_t ptst__packed_room(const ptst__product *p) {
+    size_t panels = ptst__ceil_div(p->mc, p->kernels->tile_rows);
+    size_t room = (size_t)(p->own - p->packed_a) / (panels * p->kernels->a_width);
+    if (!p->B.transposed) { /* rows of B, which lie side by side, at about the same time */
+        return p->k_step;
+    }
+    return ptst__a_packed(p) == 0 ? p->K : room / p->k_step * p->k_step;
+}
+
+static void ptst__pack_a(ptst_ctx *c, ptst__product *p) {
+    p->a_tasks = ptst__a_packed(p);
+    ptst__product_for(c, p->a_tasks * ptst__ceil_div(p->kc, p->k_step), ptst__pack_a_task, p);
+}
+
+/* Packs A for as many blocks of K as there is room for, then multiplies. */
+static void ptst__gemm_packed(ptst_ctx *c, ptst__product *p) {
+    size_t tall = ptst__ceil_div(p->M, ptst__ceil_div(p->M, PTST__BLOCK_M));
+    for (p->m0 = 0; p->m0 < p->M; p->m0 += p->mc) {
+        p->mc = ptst__min(p->M - p->m0, tall);
         for (p->k0 = 0; p->k0 < p->K; p->k0 += p->kc) {
-            p->kc = ptst__min(p->K - p->k0, p->k_step);
-            for (p->m0 = 0; p->m0 < p->M; p->m0 += p->mc) {
-                p->mc = ptst__min(p->M - p->m0, rows);
-                p->b_tasks = p->m0 != 0         ? 0
-                             : p->B.transposed ? ptst__ceil_div(p->nc, kernels->tile_cols)
-                                               : ptst__ceil_div(p->kc, PTST__PACK_ROWS);
-                p->a_tasks =
-                    ptst__a_packed(p, p->mc, ptst__ceil_div(p->mc, kernels->tile_rows));
-                ptst__product_for(c, p->b_tasks + p->a_tasks, ptst__pack_task, p);
-                ptst__product_for(c, ptst__cut_tasks(c, p), ptst__tiles_task, p);
-            }
+            p->kc = ptst__min(p->K - p->k0, ptst__packed_room(p));
+            ptst__pack_a(c, p);
+            ptst__product_for(c, ptst__packed_cut(p), ptst__packed_task, p);
         }
     }
 }
 
-/* ---- short products ---- */
-
-/* Task: packs one panel of one block of A. */
-static void ptst__short_pack_task(void *arg, size_t task, int thread) {
-    const ptst__product *p = (const ptst__product *)arg;
-    const struct ptst__kernels *kernels = p->kernels;
-    size_t rows = kernels->tile_rows, panels = ptst__ceil_div(p->M, rows);
-    size_t panel = panels - p->a_tasks + task % p->a_tasks, at = panel * rows;
-    size_t k = task / p->a_tasks * p->k_step, kc = ptst__min(p->k_step, p->kc - k);
-    float *dst = p->packed_a + (panels * k + panel * kc) * kernels->a_width;
-    (void)thread;
-    ptst__pack_panel(kernels, dst, kernels->a_width, p->A, at, ptst__min(rows, p->M - at),
-                     p->k0 + k, kc);
-}
-
-/* What the n-th tile of a panel asks for: a part of the panel of B that this thread packs next (if
-   the threads go on in turn). It is in memory, perhaps nowhere nearer, and packing would wait for
-   each line. Rows of a transposed B follow each other, and so do the parts. */
-static void ptst__short_ahead(const ptst__product *p, ptst__tile *t, size_t at, size_t n, size_t k,
-                              size_t kc) {
-    const ptst__matrix *B = &p->B;
-    size_t cols = p->kernels->tile_cols, line = 64, row = ptst__dtype_bytes(B->dtype, B->ld);
-    size_t next = at + cols * p->threads, offset = line * kc * n;
-    t->ahead = (const char *)t->b;
-    t->ahead_step = 0;
-    if (next + cols > p->N) {
-        return;
-    }
-    if (B->transposed && offset < cols * row) {
-        t->ahead = (const char *)B->data + next * row + offset;
-        t->ahead_step = line;
-    } else if (!B->transposed && n < ptst__ceil_div(ptst__dtype_bytes(B->dtype, cols), line)) {
-        t->ahead = (const char *)B->data + k * row + ptst__dtype_bytes(B->dtype, next) + line * n;
-        t->ahead_step = row;
-    }
-}
-
-/* Task: rows of one panel of columns of Y, for the blocks of K in [k0, k0 + kc). */
-static void ptst__short_task(void *arg, size_t task, int thread) {
-    const ptst__product *p = (const ptst__product *)arg;
-    const struct ptst__kernels *kernels = p->kernels;
-    size_t cols = kernels->tile_cols, rows = kernels->tile_rows, k, kc, m, count = 0;
-    size_t n = task % p->col_tasks * cols, m_first = task / p->col_tasks * p->task_rows;
-    size_t m_end = ptst__min(m_first + p->task_rows, p->M);
-    const float *packed;
-    float *own = p->own + (size_t)thread * cols * PTST__BLOCK_K;
-    bool direct;
-    ptst__tile t;
-    t.cols = ptst__min(cols, p->N - n);
-    t.alpha = p->alpha;
-    t.stream = false;
-    t.ldy = p->ldy;
-    direct = p->B.dtype == PTST_F32 && !p->B.transposed && t.cols == cols && p->M <= 2 * rows;
-    t.b_step = direct ? p->B.ld : cols;
-    for (k = 0; k < p->kc; k += kc) {
-        kc = ptst__min(p->k_step, p->kc - k);
-        if (direct) {
-            t.b = (const float *)p->B.data + (p->k0 + k) * p->B.ld + n;
-        } else {
-            ptst__pack_panel(kernels, own, cols, p->B, n, t.cols, p->k0 + k, kc);
-            t.b = own;
-        }
-        t.ahead = (const char *)(p->k0 + k + kc + 8 <= p->K ? t.b + 8 * t.b_step : t.b);
-        t.ahead_step = t.b_step * sizeof(float);
-        t.beta = p->k0 + k == 0 ? p->beta : 1;
-        packed = p->packed_a +
-                 (ptst__ceil_div(p->M, rows) * k + m_first / rows * kc) * kernels->a_width;
-        for (m = m_first; m < m_end; m += rows, packed += kc * kernels->a_width) {
-            t.rows = ptst__min(rows, m_end - m);
-            ptst__tile_a(p, &t, m, p->k0 + k, packed);
-            t.y = p->Y + m * p->ldy + n;
-            if (!direct) {
-                ptst__short_ahead(p, &t, n, count++, p->k0 + k, kc);
-            }
-            kernels->tile(kc, &t);
-        }
-        count = p->B.transposed ? count : 0;
-    }
-}
-
-/* Cuts Y into panels, and these in rows if threads would have too few of them. */
-static size_t ptst__short_cut(ptst__product *p) {
-    size_t rows = p->kernels->tile_rows, wanted, parts;
-    p->col_tasks = ptst__ceil_div(p->N, p->kernels->tile_cols);
-    wanted = p->threads == 1 ? 1 : ptst__ceil_div(4 * p->threads, p->col_tasks);
-    parts = ptst__min(wanted, ptst__ceil_div(p->M, 4 * rows));
-    p->task_rows = ptst__ceil_div(ptst__ceil_div(p->M, parts), rows) * rows;
-    return p->col_tasks * ptst__ceil_div(p->M, p->task_rows);
-}
-
-/* Of K, as much as there is room for in packed_a: whole blocks. */
-static size_t ptst__short_room(const ptst__product *p) {
-    size_t panels = ptst__ceil_div(p->M, p->kernels->tile_rows);
-    return (size_t)(p->own - p->packed_a) / (panels * p->kernels->a_width * p->k_step) * p->k_step;
-}
-
-static void ptst__short_pack(ptst_ctx *c, ptst__product *p) {
-    p->a_tasks = ptst__a_packed(p, p->M, ptst__ceil_div(p->M, p->kernels->tile_rows));
-    ptst__product_for(c, p->a_tasks * ptst__ceil_div(p->kc, p->k_step), ptst__short_pack_task, p);
-}
-
-/* Packs A for as many blocks of K as there is room for, then each task does a panel of B. */
-static void ptst__gemm_short(ptst_ctx *c, ptst__product *p) {
-    for (p->k0 = 0; p->k0 < p->K; p->k0 += p->kc) {
-        p->kc = ptst__min(p->K - p->k0, ptst__short_room(p));
-        ptst__short_pack(c, p);
-        ptst__product_for(c, ptst__short_cut(p), ptst__short_task, p);
-    }
-}
-
-/* Task: Y [M, N] += block by block the transpose of packed_b [N, M], 64 rows of it. */
+/* Task: Y [M, N] += block by block the transpose of room [N, M], 64 rows of it. */
 static void ptst__turn_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
     size_t m, n, end = ptst__min(p->M, 64 * (task + 1));
@@ -21151,13 +21135,13 @@ static void ptst__turn_task(void *arg, size_t task, int thread) {
     for (m = 64 * task; m < end; m++) {
         float *y = p->Y + m * p->ldy;
         for (n = 0; n < p->N; n++) {
-            float sum = p->alpha * p->packed_b[n * p->M + m];
+            float sum = p->alpha * p->room[n * p->M + m];
             y[n] = p->beta == 0 ? sum : p->beta * y[n] + sum;
         }
     }
 }
 
-/* Few columns: makes Y^T = B^T A^T, which has few rows, in packed_b, and turns it. */
+/* Few columns: makes Y^T = B^T A^T, which has few rows, in room, and turns it. */
 static void ptst__gemm_turned(ptst_ctx *c, ptst__product *p) {
     ptst__product q = *p;
     q.M = p->N;
@@ -21166,22 +21150,22 @@ static void ptst__gemm_turned(ptst_ctx *c, ptst__product *p) {
     q.B = p->A;
     q.alpha = 1;
     q.beta = 0;
-    q.Y = p->packed_b;
+    q.Y = p->room;
     q.ldy = p->M;
-    ptst__gemm_short(c, &q);
+    ptst__gemm_packed(c, &q);
     ptst__product_for(c, ptst__ceil_div(p->M, 64), ptst__turn_task, p);
 }
 
 /* ---- products of scalar products ---- */
 
 /* Task: task_cols rows of w times all rows of a. If there are few rows, a = A and w = B; if few
-   columns (task_rows = 0), a = B as F32 in packed_b and w = A. */
+   columns (task_rows = 0), a = B as F32 in room and w = A. */
 static void ptst__dots_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
     bool turned = p->task_rows == 0;
     size_t few = turned ? p->N : p->M, many = turned ? p->M : p->N, i, j, r;
     size_t end = ptst__min(many, (task + 1) * p->task_cols), a_ld = turned ? p->K : p->A.ld;
-    const float *a_data = turned ? p->packed_b : (const float *)p->A.data, *a[4];
+    const float *a_data = turned ? p->room : (const float *)p->A.data, *a[4];
     ptst__matrix W = turned ? p->A : p->B;
     const void *w[4];
     size_t step = ptst__dtype_bytes(W.dtype, 4 * W.ld);
@@ -21213,14 +21197,14 @@ static void ptst__dots_task(void *arg, size_t task, int thread) {
     }
 }
 
-/* Task: a part of the few columns of B, as rows of F32 in packed_b. */
+/* Task: a part of the few columns of B, as rows of F32 in room. */
 static void ptst__dots_copy_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
     const ptst__matrix *B = &p->B;
     size_t k, n, end = ptst__min(p->K, (task + 1) * 64);
     (void)thread;
     for (n = 0; n < p->N; n++) {
-        float *row = p->packed_b + n * p->K;
+        float *row = p->room + n * p->K;
         for (k = task * 64; k < end; k += B->transposed ? end : 1) {
             size_t at = B->transposed ? n * B->ld + k : k * B->ld + n;
             ptst__read_f32(p->kernels, row + k, B->data, B->dtype, at, B->transposed ? end - k : 1);
@@ -21289,7 +21273,7 @@ static void ptst__parts_a_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
     size_t strip = ptst__ceil_div(p->kc, 32) * 3 * 512, at = 16 * task;
     (void)thread;
-    ptst__split_strip(p->kernels, (uint16_t *)(void *)p->packed_b + task * strip, 3, p->A, true,
+    ptst__split_strip(p->kernels, (uint16_t *)(void *)p->room + task * strip, 3, p->A, true,
                       p->m0 + at, ptst__min(16, p->mc - at), p->k0, p->kc);
 }
 
@@ -21302,7 +21286,7 @@ static void ptst__parts_task(void *arg, size_t task, int thread) {
     size_t n_end = ptst__min(n_first + p->task_cols, p->N);
     size_t m_first = task / p->col_tasks * p->task_rows;
     size_t m_end = ptst__min(m_first + p->task_rows, p->mc);
-    const uint16_t *a = (const uint16_t *)(void *)p->packed_b;
+    const uint16_t *a = (const uint16_t *)(void *)p->room;
     uint16_t *own = (uint16_t *)(void *)(p->own + (size_t)thread * PTST__PARTS_OWN);
     ptst__tile t;
     memset(&t, 0, sizeof t);
@@ -21388,29 +21372,27 @@ static void ptst__scale_task(void *arg, size_t m, int thread) {
     }
 }
 
-enum { PTST__BY_SCALE, PTST__BY_DOTS, PTST__BY_DOTS_TURNED, PTST__BY_SHORT, PTST__BY_TURNED,
-       PTST__BY_LARGE, PTST__BY_PARTS };
+enum { PTST__BY_SCALE, PTST__BY_DOTS, PTST__BY_DOTS_TURNED, PTST__BY_TURNED, PTST__BY_PACKED,
+       PTST__BY_PARTS };
 
 /* The way that suits the shape of a product. The order of sums depends on the shape only. */
 static int ptst__gemm_way(const ptst__product *p) {
-    size_t room = (size_t)PTST__BLOCK_N * PTST__BLOCK_K; /* floats in packed_b */
+    size_t most = PTST__ROOM;
     if (p->K == 0 || p->alpha == 0) {
         return PTST__BY_SCALE;
     }
     if (p->A.transposed && p->M <= PTST__DOTS && p->B.transposed) {
         return PTST__BY_DOTS;
     }
-    if (p->A.transposed && p->M > PTST__DOTS && p->N <= 2 * PTST__DOTS && p->K <= room / p->N) {
+    if (p->A.transposed && p->M > PTST__DOTS && p->N <= 2 * PTST__DOTS && p->K <= most / p->N) {
         return PTST__BY_DOTS_TURNED;
     }
     if (ptst__parts_fit(p)) {
         return PTST__BY_PARTS;
     }
-    if (p->M <= PTST__SHORT || (p->M <= PTST__MIDDLE && p->K <= PTST__BLOCK_K)) {
-        return PTST__BY_SHORT;
-    }
-    return !p->A.transposed && p->N <= 2 * PTST__DOTS && p->M <= room / p->N ? PTST__BY_TURNED
-                                                                             : PTST__BY_LARGE;
+    return p->M > PTST__SHORT && !p->A.transposed && p->N <= 2 * PTST__DOTS && p->M <= most / p->N
+               ? PTST__BY_TURNED
+               : PTST__BY_PACKED;
 }
 
 static void ptst__gemm_run(ptst_ctx *c, ptst__product *p) {
@@ -21425,14 +21407,12 @@ static void ptst__gemm_run(ptst_ctx *c, ptst__product *p) {
         ptst__product_for(c, ptst__dots_cut(p), ptst__dots_task, p);
     } else if (way == PTST__BY_DOTS_TURNED) {
         ptst__gemm_dots_turned(c, p);
-    } else if (way == PTST__BY_SHORT) {
-        ptst__gemm_short(c, p);
     } else if (way == PTST__BY_TURNED) {
         ptst__gemm_turned(c, p);
     } else if (way == PTST__BY_PARTS) {
         ptst__gemm_parts(c, p);
     } else {
-        ptst__gemm_large(c, p);
+        ptst__gemm_packed(c, p);
     }
 }
 
@@ -21459,31 +21439,31 @@ static void ptst__group_task(void *arg, size_t task, int thread) {
    before. False if they are not of that kind: then nothing is done. */
 static bool ptst__group_cut(ptst_ctx *c, ptst__group *g) {
     int way = ptst__gemm_way(&g->p[0]);
-    size_t i, panels = ptst__ceil_div(g->p[0].M, c->kernels->tile_rows), tasks = 0;
+    size_t i, tasks = 0;
     for (i = 0; i < g->count; i++) {
         ptst__product *p = &g->p[i];
         p->mc = p->M;
         p->kc = p->K;
-        p->a_tasks = ptst__a_packed(p, p->M, panels);
+        p->a_tasks = ptst__a_packed(p);
         if (ptst__gemm_way(p) != way || p->N == 0) {
             return false;
         } else if (way == PTST__BY_DOTS) {
             tasks += ptst__dots_cut(p);
         } else if (way == PTST__BY_PARTS && p->M <= PTST__PARTS_M && p->K <= PTST__PARTS_K) {
             tasks += ptst__parts_cut(p);
-        } else if (way == PTST__BY_SHORT && p->a_tasks == g->p[0].a_tasks &&
-                   p->K <= ptst__short_room(p)) {
-            tasks += ptst__short_cut(p);
+        } else if (way == PTST__BY_PACKED && p->a_tasks == g->p[0].a_tasks &&
+                   p->M <= PTST__BLOCK_M && p->K <= ptst__packed_room(p)) {
+            tasks += ptst__packed_cut(p);
         } else {
             return false;
         }
         g->ends[i] = tasks;
     }
     g->run = way == PTST__BY_DOTS    ? ptst__dots_task
-             : way == PTST__BY_SHORT ? ptst__short_task
+             : way == PTST__BY_PACKED ? ptst__packed_task
                                      : ptst__parts_task;
-    if (way == PTST__BY_SHORT) {
-        ptst__short_pack(c, &g->p[0]);
+    if (way == PTST__BY_PACKED) {
+        ptst__pack_a(c, &g->p[0]);
     } else if (way == PTST__BY_PARTS) {
         ptst__parts_split_a(c, &g->p[0]);
     }
@@ -21512,7 +21492,6 @@ static ptst__product ptst__product_make(const ptst_ctx *c, size_t M, size_t N, s
                                         float alpha, const float *A, size_t lda, bool a_transposed,
                                         ptst__matrix B, float beta, float *Y, size_t ldy) {
     ptst__product p;
-    size_t a_floats = PTST__BLOCK_M / c->kernels->tile_rows * c->kernels->a_width * PTST__BLOCK_K;
     memset(&p, 0, sizeof p);
     p.kernels = c->kernels;
     p.threads = (size_t)c->threads;
@@ -21529,9 +21508,9 @@ static ptst__product ptst__product_make(const ptst_ctx *c, size_t M, size_t N, s
     p.B = B;
     p.Y = Y;
     p.ldy = ldy;
-    p.packed_b = (float *)c->scratch;
-    p.packed_a = p.packed_b + (size_t)PTST__BLOCK_N * PTST__BLOCK_K;
-    p.own = p.packed_a + a_floats;
+    p.room = (float *)c->scratch;
+    p.packed_a = p.room + PTST__ROOM;
+    p.own = p.room + ptst__shared_floats(p.kernels);
     return p;
 }
 
@@ -24317,12 +24296,11 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     "scalar",
     ptst__to_f32__scalar,
     ptst__from_f32__scalar,
-    4, /* tile_rows, a_width, tile_cols; unpacked; block_k, block_rows */
+    4, /* tile_rows, a_width, tile_cols; unpacked; block_k */
     4,
     4,
     true,
     256,
-    64,
     ptst__pack_rows__scalar,
     ptst__pack_cols__scalar,
     ptst__tile__scalar,
@@ -24358,7 +24336,6 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     16,
     true,
     320,
-    120,
     ptst__pack_rows__avx2,
     ptst__pack_cols__avx2,
     ptst__tile__avx2,
@@ -24393,7 +24370,6 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     32,
     true,
     640,
-    168,
     ptst__pack_rows__avx512,
     ptst__pack_cols__avx512,
     ptst__tile__avx512,
@@ -24429,7 +24405,6 @@ static const struct ptst__kernels ptst__kernels_amx = {
     32,
     true,
     640,
-    168,
     ptst__pack_rows__avx512,
     ptst__pack_cols__avx512,
     ptst__tile__avx512,
@@ -24466,7 +24441,6 @@ static const struct ptst__kernels ptst__kernels_neon = {
     12,
     false,
     320,
-    120,
     ptst__pack_rows__neon,
     ptst__pack_cols__neon,
     ptst__tile__neon,

@@ -367,16 +367,18 @@ static void matmul_sizes(void) {
 
 /* Beyond one block of K, N and M, and beyond one task, for each kind of product. */
 static void matmul_blocks(void) {
-    static const size_t shapes[][3] = {{20, 33, PTST__BLOCK_K + 1}, /* short */
+    static const size_t shapes[][3] = {{20, 33, PTST__BLOCK_K + 1}, /* packed, few rows */
                                        {2, 40, 2 * PTST__BLOCK_K + 7},
                                        {PTST__SHORT, 17, 14 * PTST__BLOCK_K + 3},
                                        {PTST__DOTS, 3, PTST__BLOCK_K * 3 + 5}, /* dots */
-                                       {3, PTST__BLOCK_N + 1, 34},
+                                       {3, 2049, 34},
                                        {2 * PTST__BLOCK_M + 9, 2 * PTST__DOTS, 40}, /* or turned */
                                        {300, 7, PTST__BLOCK_K + 30},
-                                       {PTST__SHORT + 1, PTST__BLOCK_N + 5, 19}, /* large */
+                                       {PTST__SHORT + 1, 2053, 19}, /* packed, many rows */
                                        {PTST__BLOCK_M + 3, 21, 23},
                                        {171, 70, PTST__BLOCK_K + 18},
+                                       {280, PTST__OWN + 50, 2 * PTST__BLOCK_K + 5},
+                                       {PTST__BLOCK_M, PTST__UNPACKED + 4, 30},
                                        {PTST__PARTS_M + 17, 70, 60}, /* or in parts */
                                        {40, 230, 2 * PTST__PARTS_K + 33}};
     int s;
