@@ -22666,7 +22666,8 @@ enum {
     PTST__FEW_PARTS = 16,       /* a row's keys are cut in at most so many parts */
     PTST__FEW_PART = 256,       /* of at least about so many keys, until there are */
     PTST__FEW_TASKS = 64,       /* so many tasks */
-    PTST__FEW_ROOM = 256 * 1024 /* floats for what the parts found */
+    PTST__FEW_ROOM = 256 * 1024, /* floats for what the parts found */
+    PTST__SHARED = 16            /* so many rows that see the same keys are tiles again */
 };
 
 /* The state of a tile of queries. */
@@ -22695,7 +22696,11 @@ typedef struct ptst__attention_job {
     const struct ptst__attention_plan *plan;
     size_t tiles; /* of queries in the longest span */
     size_t parts; /* of the keys of spans of few queries */
-    float *few;   /* what the parts found */
+    float *few;   /* what the parts found; or max [H] and sum [H] of each row of `shared` */
+    /* Block 0 of spans shared_first, ... shared_end - 1, which is the same, and their rows, which
+       follow each other, as one span; no rows: there are none. */
+    ptst_span shared;
+    size_t shared_first, shared_end;
 } ptst__attention_job;
 
 /* Task: one span and head. */
@@ -23424,9 +23429,31 @@ static void ptst__tile_open(const ptst__attention_job *job, ptst__rows *rows, co
     }
 }
 
+/* Max [H] and sum [H] of a row of `shared`. */
+static float *ptst__shared_state(const ptst__attention_job *job, size_t row) {
+    return job->few + (row - job->shared.query) * 2 * job->a->H;
+}
+
+/* Ends a tile of queries of head h, or leaves it to be continued. */
+static void ptst__tile_close(const ptst__attention_job *job, const ptst__rows *rows,
+                             const ptst__view *v, float *out, bool shared) {
+    size_t H = job->a->H, r;
+    for (r = 0; r < v->R; r++) {
+        size_t row = v->s->query + v->r0 + r;
+        if (shared) {
+            float *state = ptst__shared_state(job, row);
+            state[v->h] = rows->max[r];
+            state[H + v->h] = rows->sum[r];
+        } else {
+            ptst__row_finish(job, rows->max[r], rows->sum[r], out + r * H * job->a->D,
+                             job->lse == NULL ? NULL : job->lse + row * H + v->h);
+        }
+    }
+}
+
 /* A group of n tiles from row r0 on of head h of a span: its keys, tile by tile. */
 static void ptst__attention_group(const ptst__attention_job *job, ptst__room *room,
-                                  const ptst_span *s, size_t h, size_t r0, size_t n) {
+                                  const ptst_span *s, size_t h, size_t r0, size_t n, bool shared) {
     const ptst_attention *a = job->a;
     size_t at = h / (a->H / a->K) * a->D, ld = a->H * a->D, ld_v, j, i;
     const float *q = job->q + (s->query + r0) * a->q_ld + h * a->D, *values;
@@ -23466,11 +23493,20 @@ static void ptst__attention_group(const ptst__attention_job *job, ptst__room *ro
         }
     }
     for (i = 0; i < n; i++) {
-        for (j = 0; j < v[i].R; j++) {
-            size_t row = s->query + r0 + i * PTST__QUERIES + j;
-            ptst__row_finish(job, room->rows[i].max[j], room->rows[i].sum[j], t[i].C + j * ld,
-                             job->lse == NULL ? NULL : job->lse + row * a->H + h);
-        }
+        ptst__tile_close(job, &room->rows[i], &v[i], t[i].C, shared);
+    }
+}
+
+/* Task: a tile of rows of `shared` and head, in tiles of about the same size. */
+static void ptst__shared_task(void *arg, size_t task, int thread) {
+    const ptst__attention_job *job = (const ptst__attention_job *)arg;
+    size_t H = job->a->H, tiles = ptst__ceil_div(job->shared.count, PTST__QUERIES);
+    size_t tall = ptst__ceil_div(job->shared.count, tiles), first = task / H * tall;
+    ptst_span s = job->shared;
+    s.query += first;
+    s.count = first < s.count ? ptst__min(tall, s.count - first) : 0;
+    if (s.count != 0) {
+        ptst__attention_group(job, job->rooms + thread, &s, task % H, 0, 1, true);
     }
 }
 
@@ -23478,7 +23514,11 @@ static void ptst__attention_group(const ptst__attention_job *job, ptst__room *ro
    Decoding has one query a span, so a tile of queries would be almost empty, and what counts is to
    read keys and values once, in the order in which they lie. A task takes one row with all its
    heads and a part of its keys; lanes are floats of a head, then keys. What the parts found is put
-   together afterwards. How a row is cut depends on the spans alone, not on the threads. */
+   together afterwards. How a row is cut depends on the spans alone, not on the threads.
+
+   If many rows see the same block 0 (answers to prompts with one head), they are tiles of queries
+   for these keys, and each row goes on from there with its own (as in Juravsky et al. 2024,
+   "Hydragen"). */
 
 /* Asks for n rows of `floats` floats, ld apart. */
 static void ptst__prefetch(const float *x, size_t n, size_t floats, size_t ld) {
@@ -23550,22 +23590,23 @@ static void ptst__few_heads(const ptst__attention_job *job, ptst__room *room, co
     job->kernels->multiply(&t);
 }
 
-/* Row i of a span, its part of the keys: out [H, D] not yet divided by sum [H], max [H]. */
+/* Row i of a span, its part of the keys: out [H, D] not yet divided by sum [H], max [H]. begun:
+   they hold what block 0 gave. */
 static void ptst__few_row(const ptst__attention_job *job, ptst__room *room, const ptst_span *s,
-                          size_t i, size_t part, float *out, float *max, float *sum) {
+                          size_t i, size_t part, float *out, float *max, float *sum, bool begun) {
     const ptst_attention *a = job->a;
     size_t group = a->H / a->K, total = s->keys[0] + s->keys[1], begin[2], end[2], j, h, J;
     size_t size =
         ptst__ceil_div(ptst__ceil_div(total, job->parts), PTST__FEW_KEYS) * PTST__FEW_KEYS;
     const float *q = job->q + (s->query + i) * a->q_ld;
-    bool first = true;
+    bool first = !begun;
     int b;
-    for (h = 0; h < a->H; h++) {
+    for (h = 0; h < a->H && !begun; h++) {
         max[h] = -INFINITY;
         sum[h] = 0;
     }
     ptst__attention_sees(a, s, i, begin, end);
-    for (b = 0; b < 2; b++) {
+    for (b = begun; b < 2; b++) {
         size_t before = b == 0 ? 0 : s->keys[0], low = part * size, high = low + size;
         low = low > before ? low - before : 0;
         high = high > before ? high - before : 0;
@@ -23595,18 +23636,20 @@ static void ptst__few_task(const ptst__attention_job *job, ptst__room *room, siz
     const ptst_attention *a = job->a;
     const ptst_span *s = &a->spans[n];
     size_t i, h, size = a->H * a->D;
-    float *max = room->q_turned, *sum = max + a->H, *out, *p;
+    float *max = room->q_turned, *out, *p;
+    bool begun = n >= job->shared_first && n < job->shared_end;
     for (i = 0; i < s->count; i++) {
         size_t row = s->query + i;
         out = job->out + row * size;
         if (job->parts != 1) {
             p = ptst__few_part(job, n, i, part);
-            ptst__few_row(job, room, s, i, part, p, p + size, p + size + a->H);
+            ptst__few_row(job, room, s, i, part, p, p + size, p + size + a->H, false);
             continue;
         }
-        ptst__few_row(job, room, s, i, 0, out, max, sum);
+        max = begun ? ptst__shared_state(job, row) : max;
+        ptst__few_row(job, room, s, i, 0, out, max, max + a->H, begun);
         for (h = 0; h < a->H; h++) {
-            ptst__row_finish(job, max[h], sum[h], out + h * a->D,
+            ptst__row_finish(job, max[h], max[a->H + h], out + h * a->D,
                              job->lse == NULL ? NULL : job->lse + row * a->H + h);
         }
     }
@@ -23655,7 +23698,7 @@ static void ptst__attention_task(void *arg, size_t task, int thread) {
         }
     } else if (tile < tiles && tile % group == 0) {
         ptst__attention_group(job, job->rooms + thread, s, h, tile * PTST__QUERIES,
-                              ptst__min(group, tiles - tile));
+                              ptst__min(group, tiles - tile), false);
     }
 }
 
@@ -23970,6 +24013,36 @@ static size_t ptst__few_parts(const ptst_attention *a, size_t rows, size_t keys)
     return n == 0 ? 1 : n;
 }
 
+/* Whether span n can be one of those that share block 0 with `shared`. */
+static bool ptst__shared_fits(const ptst_attention *a, const ptst_span *shared, size_t n) {
+    const ptst_span *s = &a->spans[n];
+    size_t total = s->keys[0] + s->keys[1];
+    return s->count != 0 && s->count <= PTST__FEW && s->k[0] == shared->k[0] &&
+           s->v[0] == shared->v[0] && s->keys[0] == shared->keys[0] &&
+           s->query == shared->query + shared->count && s->keys[1] >= s->count &&
+           (a->window == 0 || total <= a->window);
+}
+
+/* Looks for the first row of spans that share a block 0, and have enough rows for it to pay. */
+static void ptst__shared_find(ptst__attention_job *j) {
+    const ptst_attention *a = j->a;
+    size_t n, end;
+    for (n = 0; n < a->spans_count; n = end > n ? end : n + 1) {
+        ptst_span s = a->spans[n];
+        s.count = s.keys[1] = 0;
+        for (end = n; end < a->spans_count && ptst__shared_fits(a, &s, end); end++) {
+            s.count += a->spans[end].count;
+        }
+        if (s.count >= PTST__SHARED && s.keys[0] >= PTST__FEW_KEYS && a->H <= PTST__FEW_HEADS &&
+            s.count <= PTST__FEW_ROOM / (2 * a->H)) {
+            j->shared = s;
+            j->shared_first = n;
+            j->shared_end = end;
+            return;
+        }
+    }
+}
+
 static void ptst__attention_job_open(ptst_ctx *c, ptst__attention_job *j, const ptst_attention *a,
                                      const float *q) {
     size_t n, longest = 0, rows = 0, keys = 0;
@@ -23991,7 +24064,8 @@ static void ptst__attention_job_open(ptst_ctx *c, ptst__attention_job *j, const 
         rows += s->count <= PTST__FEW ? s->count : 0;
     }
     j->tiles = ptst__ceil_div(longest, PTST__QUERIES);
-    j->parts = ptst__few_parts(a, rows, keys);
+    ptst__shared_find(j);
+    j->parts = j->shared.count != 0 ? 1 : ptst__few_parts(a, rows, keys);
 }
 
 PTST_API void ptst_attention_forward(ptst_ctx *c, const ptst_attention *a, const float *q,
@@ -24003,6 +24077,10 @@ PTST_API void ptst_attention_forward(ptst_ctx *c, const ptst_attention *a, const
     if (c->kernels->multiply == NULL) {
         ptst__parallel_for(c, a->spans_count * a->H, ptst__attention_task__scalar, &j);
         return;
+    }
+    if (j.shared.count != 0) {
+        ptst__parallel_for(c, a->H * ptst__ceil_div(j.shared.count, PTST__QUERIES),
+                           ptst__shared_task, &j);
     }
     if (j.parts > j.tiles && j.tiles != 0) {
         j.tiles = j.parts;

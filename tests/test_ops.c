@@ -438,7 +438,7 @@ static void swiglu_extremes(void) {
 
 /* ---- attention ---- */
 
-enum { SPANS = 4 };
+enum { SPANS = 60 };
 
 /* A batch of spans that share a prefix (whose own span may be the first one), with buffers of
    everything. */
@@ -650,6 +650,57 @@ static void attention_parity(void) {
         if (test_bad != before) {
             fprintf(stderr, "in attention shape %d\n", (int)i);
         }
+    }
+}
+
+/* Many rows that decode behind one prefix, which the SIMD versions meet as tiles of queries, and
+   where that cannot be: a window that cuts the prefix off, few rows, rows that have a gap. */
+static void attention_shared(void) {
+    static const struct {
+        size_t H, K, D, window, prefix, spans;
+        bool first_is_prefix;
+        float softcap;
+        bool shared;
+    } cases[] = {{6, 2, 16, 0, 100, 50, false, 0, true}, {2, 2, 33, 500, 33, 20, true, 0, true},
+                 {2, 1, 9, 0, 40, 49, true, 0.7f, true}, {1, 1, 600, 0, 32, 14, false, 0, true},
+                 {2, 1, 8, 40, 70, 20, false, 0, false}, {2, 1, 8, 0, 31, 20, false, 0, false},
+                 {2, 2, 8, 0, 100, 11, false, 0, false}};
+    size_t i, n, rows;
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+        ptst_ctx *c = test_open(1, NULL);
+        ops_shape s;
+        ops_attention t;
+        ptst__attention_job j;
+        memset(&s, 0, sizeof s);
+        s.H = cases[i].H;
+        s.K = cases[i].K;
+        s.D = cases[i].D;
+        s.window = cases[i].window;
+        s.prefix = cases[i].prefix;
+        s.spans = cases[i].spans;
+        s.first_is_prefix = cases[i].first_is_prefix;
+        s.softcap = cases[i].softcap;
+        for (n = 0; n < s.spans; n++) {
+            s.count[n] = n % 7 == 3 ? 2 : n % 11 == 5 ? 3 : 1;
+            s.keys[n] = s.count[n] + n * 13 % 40;
+        }
+        if (s.first_is_prefix) {
+            s.count[0] = s.keys[0] = s.prefix;
+        }
+        t = ops_attention_new(c, &s);
+        t.a.spans = t.spans;
+        ptst__attention_job_open(c, &j, &t.a, t.q);
+        for (rows = 0, n = s.first_is_prefix; n < s.spans; n++) {
+            rows += s.count[n];
+        }
+        CHECK(j.shared.count == (cases[i].shared ? rows : 0));
+        t.spans[s.spans - 1].query++; /* a row between the last two belongs to nobody */
+        ptst__attention_job_open(c, &j, &t.a, t.q);
+        rows -= s.count[s.spans - 1];
+        CHECK(j.shared.count == (cases[i].shared && rows >= PTST__SHARED ? rows : 0));
+        ops_attention_free(&t);
+        ptst_close(c);
+        ops_attention_parity(&s);
     }
 }
 
@@ -1096,6 +1147,7 @@ static void suite_ops(void) {
     RUN(swiglu_extremes);
     RUN(attention_gradient);
     RUN(attention_parity);
+    RUN(attention_shared);
     RUN(attention_prefix);
     RUN(attention_extremes);
     RUN(cross_entropy_gradient);
