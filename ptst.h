@@ -1848,6 +1848,7 @@ struct ptst_ctx {
     ptst__pool *pool;
     const struct ptst__kernels *kernels; /* chosen in ptst_open, see >>kernels */
     void *scratch;                       /* packing buffers of the kernels, see >>kernels */
+    size_t products;                     /* operations of which threads remember parts, there */
     size_t scratch_size;
     void *words; /* tokens of words that came before, see >>tokenizer; NULL at first */
 };
@@ -19607,9 +19608,11 @@ enum {
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
     PTST__SHORT = 96,       /* and up to so many rows pass by one panel of B at a time */
     PTST__PARTS_M = 1024,   /* rows of A that are split into parts at once, for so much of K; */
-    PTST__PARTS_K = 768,    /* then each thread splits B, 192 columns in 3 parts: floats for it */
-    PTST__PARTS_OWN = 192 * PTST__PARTS_K * 3 / 2,
-    PTST__PARTS_NEAR = 256, /* rows of A that leave room for half of that in the second cache */
+    PTST__PARTS_K = 768,    /* then each thread splits B, 192 columns in 3 parts: floats for it, */
+    PTST__PARTS_B = 192 * PTST__PARTS_K * 3 / 2,
+    PTST__PARTS_NEAR = 256, /* half of it if there are so few rows of A; these it splits itself */
+    PTST__PARTS_A = PTST__PARTS_NEAR * PTST__PARTS_K * 3 / 2,
+    PTST__PARTS_OWN = PTST__PARTS_B + PTST__PARTS_A + 16,
     PTST__ALONE = 64 * 1024 /* multiplications that are done before another thread wakes up */
 };
 
@@ -20838,6 +20841,7 @@ typedef struct ptst__product {
     float *packed_a, *room, *own;
     size_t m0, mc, k0, kc, k_step;
     size_t a_tasks;                         /* panels of A to pack, for each k_step of K */
+    size_t id;                              /* of the block of A, see ptst__parts_rows */
     size_t task_rows, task_cols, col_tasks; /* what one task computes of Y; tasks in a row of Y */
 } ptst__product;
 
@@ -21229,8 +21233,15 @@ static void ptst__gemm_dots_turned(ptst_ctx *c, ptst__product *p) {
 }
 
 /* ---- products in parts ----
-   A is split into strips first. Then each task splits the strips of its columns of B into its own
-   buffer, for all rows of A to be multiplied by: both stay in the second cache. */
+   Each task splits the strips of its columns of B into its own buffer, for its rows of A to be
+   multiplied by: both stay in the second cache. Many rows of A are split by all threads before.
+   Few rows each thread splits for itself, as long as its tasks have the same: to wait for each
+   other and for what another core wrote takes longer. */
+
+/* Whose strips of A are in the buffer of a thread: rows [first, end) of which operation. */
+typedef struct ptst__parts_rows {
+    size_t id, first, end;
+} ptst__parts_rows;
 
 /* Parts that hold an element of B exactly. */
 static size_t ptst__parts_of(ptst_dtype dtype) {
@@ -21268,13 +21279,55 @@ static void ptst__split_strip(const struct ptst__kernels *kernels, uint16_t *dst
     }
 }
 
+/* Splits the strip of row m and those after it of the block of A. */
+static void ptst__parts_split_row(const ptst__product *p, uint16_t *dst, size_t m) {
+    ptst__split_strip(p->kernels, dst, 3, p->A, true, p->m0 + m, ptst__min(16, p->mc - m), p->k0,
+                      p->kc);
+}
+
 /* Task: one strip of A. */
 static void ptst__parts_a_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
-    size_t strip = ptst__ceil_div(p->kc, 32) * 3 * 512, at = 16 * task;
+    size_t strip = ptst__ceil_div(p->kc, 32) * 3 * 512;
     (void)thread;
-    ptst__split_strip(p->kernels, (uint16_t *)(void *)p->room + task * strip, 3, p->A, true,
-                      p->m0 + at, ptst__min(16, p->mc - at), p->k0, p->kc);
+    ptst__parts_split_row(p, (uint16_t *)(void *)p->room + task * strip, 16 * task);
+}
+
+/* Whether threads split A for themselves. */
+static bool ptst__parts_own_a(const ptst__product *p) {
+    size_t steps = ptst__ceil_div(p->kc, 32);
+    return ptst__ceil_div(p->mc, 32) * 2 * steps * 3 * 256 <= PTST__PARTS_A;
+}
+
+/* No thread has split anything. */
+static void ptst__parts_open(ptst_ctx *c) {
+    float *own = (float *)c->scratch + ptst__shared_floats(c->kernels);
+    size_t t;
+    for (t = 0; t < (size_t)c->threads && c->kernels->split != NULL; t++) {
+        memset(own + t * PTST__PARTS_OWN + PTST__PARTS_B, 0, sizeof(ptst__parts_rows));
+    }
+}
+
+/* The strips of rows [first, end) of A. own: room of this thread for parts of A. */
+static const uint16_t *ptst__parts_rows_of(const ptst__product *p, float *own, size_t first,
+                                           size_t end) {
+    size_t strip = ptst__ceil_div(p->kc, 32) * 3 * 512, m;
+    uint16_t *a = (uint16_t *)(void *)(own + 16);
+    ptst__parts_rows rows;
+    if (!ptst__parts_own_a(p)) {
+        return (const uint16_t *)(const void *)p->room + first / 16 * strip;
+    }
+    memcpy(&rows, own, sizeof rows);
+    if (rows.id != p->id || rows.first != first || rows.end != end) {
+        for (m = first; m < end; m += 16) {
+            ptst__parts_split_row(p, a + (m - first) / 16 * strip, m);
+        }
+        rows.id = p->id;
+        rows.first = first;
+        rows.end = end;
+        memcpy(own, &rows, sizeof rows);
+    }
+    return a;
 }
 
 /* Task: task_rows x task_cols of the block of Y. */
@@ -21286,8 +21339,9 @@ static void ptst__parts_task(void *arg, size_t task, int thread) {
     size_t n_end = ptst__min(n_first + p->task_cols, p->N);
     size_t m_first = task / p->col_tasks * p->task_rows;
     size_t m_end = ptst__min(m_first + p->task_rows, p->mc);
-    const uint16_t *a = (const uint16_t *)(void *)p->room;
-    uint16_t *own = (uint16_t *)(void *)(p->own + (size_t)thread * PTST__PARTS_OWN);
+    float *buffer = p->own + (size_t)thread * PTST__PARTS_OWN;
+    const uint16_t *a = ptst__parts_rows_of(p, buffer + PTST__PARTS_B, m_first, m_end);
+    uint16_t *own = (uint16_t *)(void *)buffer;
     ptst__tile t;
     memset(&t, 0, sizeof t);
     for (n = n_first; n < n_end; n += 16) {
@@ -21304,7 +21358,7 @@ static void ptst__parts_task(void *arg, size_t task, int thread) {
             t.rows = ptst__min(32, m_end - m);
             t.cols = ptst__min(32, n_end - n);
             t.y = p->Y + (p->m0 + m) * p->ldy + n;
-            kernels->tile_parts(steps, parts, a + m / 16 * steps * 3 * 512,
+            kernels->tile_parts(steps, parts, a + (m - m_first) / 16 * steps * 3 * 512,
                                 own + (n - n_first) / 16 * steps * parts * 512, &t);
         }
     }
@@ -21316,11 +21370,11 @@ static void ptst__parts_task(void *arg, size_t task, int thread) {
 
 /* Cuts the block of Y into tasks: of all sizes for which a thread's buffer has room (half of it,
    if that lets all of A stay near, too) the one by which the busiest thread has least to do. For
-   32 x 32 of Y, bringing the rows of A near costs about as much as one and a half multiplications,
-   splitting the columns of B as two and a half. Returns their number. */
+   32 x 32 of Y, splitting the rows of A or bringing them near costs about as much as one and a half
+   multiplications, splitting the columns of B as two and a half. Returns their number. */
 static size_t ptst__parts_cut(ptst__product *p) {
     size_t steps = ptst__ceil_div(p->kc, 32), parts = ptst__parts_of(p->B.dtype);
-    size_t room = (size_t)PTST__PARTS_OWN * (p->mc <= PTST__PARTS_NEAR ? 1 : 2) /
+    size_t room = (size_t)PTST__PARTS_B * (p->mc <= PTST__PARTS_NEAR ? 1 : 2) /
                   (2 * steps * parts * 512);
     size_t panels = ptst__ceil_div(p->N, 32), blocks = ptst__ceil_div(p->mc, 32);
     size_t cut, width, best = SIZE_MAX, tasks = 0;
@@ -21342,7 +21396,12 @@ static size_t ptst__parts_cut(ptst__product *p) {
     return tasks;
 }
 
+/* Splits A, or gives the operation a number by which threads know what they have split. */
 static void ptst__parts_split_a(ptst_ctx *c, ptst__product *p) {
+    p->id = ++c->products;
+    if (ptst__parts_own_a(p)) {
+        return;
+    }
     ptst__product_for(c, ptst__ceil_div(p->mc, 16), ptst__parts_a_task, p);
 }
 
@@ -21466,6 +21525,9 @@ static bool ptst__group_cut(ptst_ctx *c, ptst__group *g) {
         ptst__pack_a(c, &g->p[0]);
     } else if (way == PTST__BY_PARTS) {
         ptst__parts_split_a(c, &g->p[0]);
+        for (i = 1; i < g->count; i++) {
+            g->p[i].id = g->p[0].id;
+        }
     }
     return true;
 }
@@ -24610,6 +24672,7 @@ PTST_API ptst_code ptst_open(const ptst_desc *desc, ptst_ctx **out) {
         ptst_close(c);
         return PTST_ERR_MEMORY;
     }
+    ptst__parts_open(c);
     *out = c;
     return PTST_OK;
 }
@@ -31558,6 +31621,8 @@ typedef struct ptst__speaker {
     size_t fed;   /* ids that the session has seen, head included */
     size_t told;  /* bytes of the answer's text that the caller has got */
     ptst_rng rng;
+    bool finite;    /* the logits just computed */
+    int32_t choice; /* the next token */
 } ptst__speaker;
 
 typedef struct ptst__generator {
@@ -31891,35 +31956,66 @@ static ptst_code ptst__generate_refill(ptst_ctx *c, ptst__generator *g, size_t *
     return PTST_OK;
 }
 
+typedef struct ptst__choice_job {
+    const struct ptst__kernels *kernels;
+    ptst__generator *g;
+} ptst__choice_job;
+
+/* Task: looks through row `row` of the logits, which is what chunk `row` gave. Slot 0 is the
+   common head, if there is one. */
+static void ptst__choice_task(void *arg, size_t row, int thread) {
+    const ptst__choice_job *j = (const ptst__choice_job *)arg;
+    ptst__generator *g = j->g;
+    ptst__speaker *s = &g->speakers[g->chunks[row].slot - (g->head != 0)];
+    const float *logits = ptst_logits(g->session, row);
+    size_t i = 0, bad = 0;
+    float max;
+    (void)thread;
+    for (i = 0; i < g->vocab; i++) { /* infinities and NaN have this exponent */
+        bad += (ptst__bits_of(logits[i]) & 0x7F800000u) == 0x7F800000u;
+    }
+    s->finite = bad == 0;
+    if (s->finite && !ptst__generate_scores(g)) { /* the first of the largest, as ptst_sample */
+        max = j->kernels->row_max(g->vocab, logits);
+        for (i = 0; logits[i] < max; i++) {
+        }
+        s->choice = (int32_t)i;
+    }
+}
+
 /* One token for each busy slot. */
 static ptst_code ptst__generate_round(ptst_ctx *c, ptst__generator *g) {
-    size_t i, k, row = 0, busy = 0;
+    size_t i, row = 0, busy = 0;
+    ptst__choice_job j;
     ptst_code code = ptst__generate_refill(c, g, &busy);
     if (code == PTST_OK) {
         code = ptst_eval(c, g->session, g->chunks, busy);
     }
+    if (code == PTST_OK) {
+        j.kernels = c->kernels;
+        j.g = g;
+        ptst__parallel_for(c, busy, ptst__choice_task, &j);
+    }
     for (i = 0; i < g->batch && code == PTST_OK; i++) {
         ptst__speaker *s = &g->speakers[i];
         float *logits;
-        double sum = 0;
         if (!s->busy) {
             continue;
         }
         s->fed = s->count;
         logits = ptst_logits(g->session, row++);
-        for (k = 0; k < g->vocab; k++) {
-            sum += logits[k];
-        }
-        if (!ptst__finite(sum)) {
+        if (!s->finite) {
             return ptst__fail(c, PTST_ERR_NUMERIC,
                               "prompt %llu: after %llu tokens of the answer "
                               "the logits are not finite",
                               (unsigned long long)s->index + 1,
                               (unsigned long long)g->answers[s->index].ids.count);
         }
-        code = ptst__generate_accept(
-            c, g, s,
-            ptst_sample(&g->sample, logits, g->vocab, s->ids, s->count, &s->rng, g->scratch));
+        if (ptst__generate_scores(g)) {
+            s->choice =
+                ptst_sample(&g->sample, logits, g->vocab, s->ids, s->count, &s->rng, g->scratch);
+        }
+        code = ptst__generate_accept(c, g, s, s->choice);
     }
     return code;
 }
