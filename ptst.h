@@ -19608,11 +19608,12 @@ enum {
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
     PTST__SHORT = 96,       /* and up to so many rows pass by one panel of B at a time */
     PTST__PARTS_M = 1024,   /* rows of A that are split into parts at once, for so much of K; */
-    PTST__PARTS_K = 768,    /* then each thread splits B, 192 columns in 3 parts: floats for it, */
-    PTST__PARTS_B = 192 * PTST__PARTS_K * 3 / 2,
-    PTST__PARTS_NEAR = 256, /* half of it if there are so few rows of A; these it splits itself */
-    PTST__PARTS_A = PTST__PARTS_NEAR * PTST__PARTS_K * 3 / 2,
-    PTST__PARTS_OWN = PTST__PARTS_B + PTST__PARTS_A + 16,
+    PTST__PARTS_K = 768,    /* floats of a thread for 192 columns in 3 parts that it splits, ... */
+    PTST__PARTS_PASS = 192 * PTST__PARTS_K * 3 / 2,
+    PTST__PARTS_NEAR = 288, /* (half of it beside so few rows), and for so many that it keeps */
+    PTST__PARTS_KEEP = PTST__PARTS_NEAR * PTST__PARTS_K * 3 / 2,
+    PTST__PARTS_OWN = PTST__PARTS_PASS + PTST__PARTS_KEEP + 16,
+    PTST__PARTS_WIDE = 1024, /* up to so many columns of Y it does not pay to share A */
     PTST__ALONE = 64 * 1024 /* multiplications that are done before another thread wakes up */
 };
 
@@ -20841,7 +20842,8 @@ typedef struct ptst__product {
     float *packed_a, *room, *own;
     size_t m0, mc, k0, kc, k_step;
     size_t a_tasks;                         /* panels of A to pack, for each k_step of K */
-    size_t id;                              /* of the block of A, see ptst__parts_rows */
+    size_t id;                              /* of the block, see ptst__kept, */
+    int keep;                               /* and what of it threads keep */
     size_t task_rows, task_cols, col_tasks; /* what one task computes of Y; tasks in a row of Y */
 } ptst__product;
 
@@ -21233,15 +21235,18 @@ static void ptst__gemm_dots_turned(ptst_ctx *c, ptst__product *p) {
 }
 
 /* ---- products in parts ----
-   Each task splits the strips of its columns of B into its own buffer, for its rows of A to be
-   multiplied by: both stay in the second cache. Many rows of A are split by all threads before.
-   Few rows each thread splits for itself, as long as its tasks have the same: to wait for each
-   other and for what another core wrote takes longer. */
+   Each task splits the strips of its columns of B into a buffer of its thread, for its rows of A to
+   be multiplied by: both stay in the second cache. If A has few rows each thread splits them for
+   itself and keeps them for its next task: to wait for each other, and for what another core
+   wrote, takes longer. If B has few columns they are kept, and rows of A pass by. Otherwise all
+   threads split A before. */
 
-/* Whose strips of A are in the buffer of a thread: rows [first, end) of which operation. */
-typedef struct ptst__parts_rows {
+enum { PTST__KEEP_NONE, PTST__KEEP_A, PTST__KEEP_B };
+
+/* What the buffer for it keeps: rows [first, end) of A, or columns of B, of which operation. */
+typedef struct ptst__kept {
     size_t id, first, end;
-} ptst__parts_rows;
+} ptst__kept;
 
 /* Parts that hold an element of B exactly. */
 static size_t ptst__parts_of(ptst_dtype dtype) {
@@ -21279,140 +21284,166 @@ static void ptst__split_strip(const struct ptst__kernels *kernels, uint16_t *dst
     }
 }
 
-/* Splits the strip of row m and those after it of the block of A. */
-static void ptst__parts_split_row(const ptst__product *p, uint16_t *dst, size_t m) {
-    ptst__split_strip(p->kernels, dst, 3, p->A, true, p->m0 + m, ptst__min(16, p->mc - m), p->k0,
-                      p->kc);
+/* Numbers of 16 bits in a strip of A, or of B. */
+static size_t ptst__strip_size(const ptst__product *p, bool as_rows) {
+    return ptst__ceil_div(p->kc, 32) * 512 * (as_rows ? 3 : ptst__parts_of(p->B.dtype));
 }
 
-/* Task: one strip of A. */
+/* Splits rows [first, end) of the block of A, or columns of B. */
+static void ptst__split_strips(const ptst__product *p, uint16_t *dst, bool as_rows, size_t first,
+                               size_t end) {
+    size_t parts = as_rows ? 3 : ptst__parts_of(p->B.dtype), at;
+    for (at = first; at < end; at += 16, dst += ptst__strip_size(p, as_rows)) {
+        ptst__split_strip(p->kernels, dst, parts, as_rows ? p->A : p->B, as_rows,
+                          at + (as_rows ? p->m0 : 0), ptst__min(16, end - at), p->k0, p->kc);
+    }
+}
+
+/* Task: one strip of A, for all threads. */
 static void ptst__parts_a_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
-    size_t strip = ptst__ceil_div(p->kc, 32) * 3 * 512;
+    uint16_t *dst = (uint16_t *)(void *)p->room + task * ptst__strip_size(p, true);
     (void)thread;
-    ptst__parts_split_row(p, (uint16_t *)(void *)p->room + task * strip, 16 * task);
+    ptst__split_strips(p, dst, true, 16 * task, ptst__min(16 * task + 16, p->mc));
 }
 
-/* Whether threads split A for themselves. */
-static bool ptst__parts_own_a(const ptst__product *p) {
-    size_t steps = ptst__ceil_div(p->kc, 32);
-    return ptst__ceil_div(p->mc, 32) * 2 * steps * 3 * 256 <= PTST__PARTS_A;
+/* What threads keep of a product, see above. */
+static int ptst__parts_keep(const ptst__product *p) {
+    size_t most = (size_t)PTST__PARTS_KEEP * 2; /* numbers of 16 bits */
+    size_t a = 2 * ptst__ceil_div(p->mc, 32) * ptst__strip_size(p, true);
+    size_t b = 2 * ptst__ceil_div(p->N, 32) * ptst__strip_size(p, false);
+    return a <= most ? PTST__KEEP_A : b <= most ? PTST__KEEP_B : PTST__KEEP_NONE;
 }
 
-/* No thread has split anything. */
+/* No thread keeps anything. */
 static void ptst__parts_open(ptst_ctx *c) {
     float *own = (float *)c->scratch + ptst__shared_floats(c->kernels);
     size_t t;
     for (t = 0; t < (size_t)c->threads && c->kernels->split != NULL; t++) {
-        memset(own + t * PTST__PARTS_OWN + PTST__PARTS_B, 0, sizeof(ptst__parts_rows));
+        memset(own + t * PTST__PARTS_OWN + PTST__PARTS_PASS, 0, sizeof(ptst__kept));
     }
 }
 
-/* The strips of rows [first, end) of A. own: room of this thread for parts of A. */
-static const uint16_t *ptst__parts_rows_of(const ptst__product *p, float *own, size_t first,
-                                           size_t end) {
-    size_t strip = ptst__ceil_div(p->kc, 32) * 3 * 512, m;
-    uint16_t *a = (uint16_t *)(void *)(own + 16);
-    ptst__parts_rows rows;
-    if (!ptst__parts_own_a(p)) {
-        return (const uint16_t *)(const void *)p->room + first / 16 * strip;
+/* Rows [first, end) of A, or columns of B, from the buffer for what is kept. */
+static const uint16_t *ptst__kept_strips(const ptst__product *p, float *buffer, bool as_rows,
+                                         size_t first, size_t end) {
+    uint16_t *strips = (uint16_t *)(void *)(buffer + 16);
+    ptst__kept kept;
+    memcpy(&kept, buffer, sizeof kept);
+    if (kept.id != p->id || kept.first != first || kept.end != end) {
+        ptst__split_strips(p, strips, as_rows, first, end);
+        kept.id = p->id;
+        kept.first = first;
+        kept.end = end;
+        memcpy(buffer, &kept, sizeof kept);
     }
-    memcpy(&rows, own, sizeof rows);
-    if (rows.id != p->id || rows.first != first || rows.end != end) {
-        for (m = first; m < end; m += 16) {
-            ptst__parts_split_row(p, a + (m - first) / 16 * strip, m);
-        }
-        rows.id = p->id;
-        rows.first = first;
-        rows.end = end;
-        memcpy(own, &rows, sizeof rows);
-    }
-    return a;
+    return strips;
 }
 
 /* Task: task_rows x task_cols of the block of Y. */
 static void ptst__parts_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
-    const struct ptst__kernels *kernels = p->kernels;
-    size_t parts = ptst__parts_of(p->B.dtype), steps = ptst__ceil_div(p->kc, 32), m, n;
+    size_t strip_a = ptst__strip_size(p, true), strip_b = ptst__strip_size(p, false), m, n;
     size_t n_first = task % p->col_tasks * p->task_cols;
     size_t n_end = ptst__min(n_first + p->task_cols, p->N);
     size_t m_first = task / p->col_tasks * p->task_rows;
     size_t m_end = ptst__min(m_first + p->task_rows, p->mc);
-    float *buffer = p->own + (size_t)thread * PTST__PARTS_OWN;
-    const uint16_t *a = ptst__parts_rows_of(p, buffer + PTST__PARTS_B, m_first, m_end);
-    uint16_t *own = (uint16_t *)(void *)buffer;
+    float *own = p->own + (size_t)thread * PTST__PARTS_OWN, *keep = own + PTST__PARTS_PASS;
+    uint16_t *pass = (uint16_t *)(void *)own;
+    const uint16_t *a = pass, *b = pass;
     ptst__tile t;
-    memset(&t, 0, sizeof t);
-    for (n = n_first; n < n_end; n += 16) {
-        ptst__split_strip(kernels, own + (n - n_first) / 16 * steps * parts * 512, parts, p->B,
-                          false, n, ptst__min(16, n_end - n), p->k0, p->kc);
+    if (p->keep == PTST__KEEP_B) {
+        b = ptst__kept_strips(p, keep, false, n_first, n_end);
+        ptst__split_strips(p, pass, true, m_first, m_end);
+    } else {
+        a = p->keep == PTST__KEEP_A
+                ? ptst__kept_strips(p, keep, true, m_first, m_end)
+                : (const uint16_t *)(const void *)p->room + m_first / 16 * strip_a;
+        ptst__split_strips(p, pass, false, n_first, n_end);
     }
+    memset(&t, 0, sizeof t);
     t.alpha = p->alpha;
     t.beta = p->k0 == 0 ? p->beta : 1;
     t.stream = t.beta == 0 && p->kc == p->K && p->M * p->N >= PTST__STREAM;
     t.ldy = p->ldy;
-    kernels->parts_mode(true);
+    p->kernels->parts_mode(true);
     for (m = m_first; m < m_end; m += 32) {
         for (n = n_first; n < n_end; n += 32) {
             t.rows = ptst__min(32, m_end - m);
             t.cols = ptst__min(32, n_end - n);
             t.y = p->Y + (p->m0 + m) * p->ldy + n;
-            kernels->tile_parts(steps, parts, a + (m - m_first) / 16 * steps * 3 * 512,
-                                own + (n - n_first) / 16 * steps * parts * 512, &t);
+            p->kernels->tile_parts(ptst__ceil_div(p->kc, 32), ptst__parts_of(p->B.dtype),
+                                   a + (m - m_first) / 16 * strip_a,
+                                   b + (n - n_first) / 16 * strip_b, &t);
         }
     }
-    kernels->parts_mode(false);
+    p->kernels->parts_mode(false);
     if (t.stream) {
         ptst__streamed();
     }
 }
 
-/* Cuts the block of Y into tasks: of all sizes for which a thread's buffer has room (half of it,
-   if that lets all of A stay near, too) the one by which the busiest thread has least to do. For
-   32 x 32 of Y, splitting the rows of A or bringing them near costs about as much as one and a half
-   multiplications, splitting the columns of B as two and a half. Returns their number. */
+/* Cuts the block of Y into tasks: of all sizes for which there is room in the buffer of a thread
+   (half of it, if that lets all of A stay near, too) the one by which the busiest thread has least
+   to do. For 32 x 32 of Y, splitting rows that are kept (or bringing A near) costs about as much
+   as one and a half multiplications, splitting what passes by as two and a half. Returns their
+   number. */
 static size_t ptst__parts_cut(ptst__product *p) {
-    size_t steps = ptst__ceil_div(p->kc, 32), parts = ptst__parts_of(p->B.dtype);
-    size_t room = (size_t)PTST__PARTS_B * (p->mc <= PTST__PARTS_NEAR ? 1 : 2) /
-                  (2 * steps * parts * 512);
-    size_t panels = ptst__ceil_div(p->N, 32), blocks = ptst__ceil_div(p->mc, 32);
+    bool pass_a = p->keep == PTST__KEEP_B;
+    size_t room = (size_t)PTST__PARTS_PASS * (p->keep != PTST__KEEP_NONE ? 1 : 2) /
+                  (2 * ptst__strip_size(p, pass_a));
+    size_t panels = ptst__ceil_div(pass_a ? p->mc : p->N, 32);
+    size_t blocks = ptst__ceil_div(pass_a ? p->N : p->mc, 32);
     size_t cut, width, best = SIZE_MAX, tasks = 0;
-    for (cut = 1; cut <= blocks && (cut == 1 || p->threads > 1); cut *= 2) {
-        size_t rows = ptst__ceil_div(blocks, cut);
+    for (cut = 1; cut <= blocks && (cut == 1 || (p->threads > 1 && !pass_a)); cut *= 2) {
+        size_t high = ptst__ceil_div(blocks, cut);
         for (width = ptst__min(room, panels); width > 0; width--) {
-            size_t count = ptst__ceil_div(panels, width) * ptst__ceil_div(blocks, rows);
-            size_t one = 2 * width * rows + 3 * rows + 5 * width;
+            size_t count = ptst__ceil_div(panels, width) * ptst__ceil_div(blocks, high);
+            size_t one = 2 * width * high + 3 * high + 5 * width;
             size_t cost = ptst__ceil_div(count, p->threads) * one;
             if (cost < best) {
                 best = cost;
                 tasks = count;
-                p->task_rows = 32 * rows;
-                p->task_cols = 32 * width;
-                p->col_tasks = ptst__ceil_div(panels, width);
+                p->task_rows = 32 * (pass_a ? width : high);
+                p->task_cols = 32 * (pass_a ? high : width);
+                p->col_tasks = ptst__ceil_div(p->N, p->task_cols);
             }
         }
     }
     return tasks;
 }
 
-/* Splits A, or gives the operation a number by which threads know what they have split. */
-static void ptst__parts_split_a(ptst_ctx *c, ptst__product *p) {
+/* Splits A, or gives the operation a number by which threads know what they keep. */
+static void ptst__parts_begin(ptst_ctx *c, ptst__product *p) {
     p->id = ++c->products;
-    if (ptst__parts_own_a(p)) {
-        return;
+    if (p->keep == PTST__KEEP_NONE) {
+        ptst__product_for(c, ptst__ceil_div(p->mc, 16), ptst__parts_a_task, p);
     }
-    ptst__product_for(c, ptst__ceil_div(p->mc, 16), ptst__parts_a_task, p);
+}
+
+/* Rows of A at once, for kc of K: as many as there is room for, or as many as threads can keep, if
+   they would have to share them for few columns. */
+static size_t ptst__parts_rows(ptst__product *p, size_t kc) {
+    size_t fit;
+    p->kc = kc;
+    p->mc = ptst__min(PTST__PARTS_M, p->M);
+    if (p->threads == 1 || p->N > PTST__PARTS_WIDE || ptst__parts_keep(p) != PTST__KEEP_NONE) {
+        return p->mc;
+    }
+    fit = (size_t)PTST__PARTS_KEEP / ptst__strip_size(p, true) * 32; /* 2 strips for 32 rows */
+    return ptst__ceil_div(ptst__ceil_div(p->M, ptst__ceil_div(p->M, fit)), 32) * 32;
 }
 
 static void ptst__gemm_parts(ptst_ctx *c, ptst__product *p) {
     size_t blocks = ptst__ceil_div(p->K, PTST__PARTS_K);
     size_t most = ptst__ceil_div(ptst__ceil_div(p->K, blocks), 32) * 32;
+    size_t rows = ptst__parts_rows(p, most);
     for (p->m0 = 0; p->m0 < p->M; p->m0 += p->mc) {
-        p->mc = ptst__min(PTST__PARTS_M, p->M - p->m0);
+        p->mc = ptst__min(rows, p->M - p->m0);
         for (p->k0 = 0; p->k0 < p->K; p->k0 += p->kc) {
             p->kc = ptst__min(most, p->K - p->k0);
-            ptst__parts_split_a(c, p);
+            p->keep = ptst__parts_keep(p);
+            ptst__parts_begin(c, p);
             ptst__product_for(c, ptst__parts_cut(p), ptst__parts_task, p);
         }
     }
@@ -21508,7 +21539,9 @@ static bool ptst__group_cut(ptst_ctx *c, ptst__group *g) {
             return false;
         } else if (way == PTST__BY_DOTS) {
             tasks += ptst__dots_cut(p);
-        } else if (way == PTST__BY_PARTS && p->M <= PTST__PARTS_M && p->K <= PTST__PARTS_K) {
+        } else if (way == PTST__BY_PARTS && p->K <= PTST__PARTS_K &&
+                   p->M <= ptst__parts_rows(p, p->K)) {
+            p->keep = ptst__parts_keep(p) == PTST__KEEP_A ? PTST__KEEP_A : PTST__KEEP_NONE;
             tasks += ptst__parts_cut(p);
         } else if (way == PTST__BY_PACKED && p->a_tasks == g->p[0].a_tasks &&
                    p->M <= PTST__BLOCK_M && p->K <= ptst__packed_room(p)) {
@@ -21524,7 +21557,7 @@ static bool ptst__group_cut(ptst_ctx *c, ptst__group *g) {
     if (way == PTST__BY_PACKED) {
         ptst__pack_a(c, &g->p[0]);
     } else if (way == PTST__BY_PARTS) {
-        ptst__parts_split_a(c, &g->p[0]);
+        ptst__parts_begin(c, &g->p[0]);
         for (i = 1; i < g->count; i++) {
             g->p[i].id = g->p[0].id;
         }

@@ -56,6 +56,9 @@ TABLE_HEAD = "\n\n| | ptst | peer | ratio |\n|---|---|---|---|"
 SHAPE = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
          "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
          "max_position_embeddings": 8192, "rope_theta": 100000.0, "tie_word_embeddings": True}
+SHAPE_15M = {"vocab_size": 32000, "hidden_size": 288, "intermediate_size": 768,
+             "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 6,
+             "max_position_embeddings": 1024, "tie_word_embeddings": True}
 END_TOKEN = 2
 ATTENTION_TARGETS = ["q_proj", "v_proj"]
 LINEAR_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -68,6 +71,7 @@ PRODUCT_RUNS = 10
 
 GSM8K_ROWS, GSM8K_BATCHES = 8, 7
 FULL_BATCH, FULL_SEQ, FULL_STEPS = 32, 64, 20
+SMALL_BATCH, SMALL_SEQ, SMALL_STEPS = 8, 256, 3
 PEER_ANSWERS = 16  # prompts at once of transformers' generate
 START_RUNS = 10
 
@@ -111,14 +115,14 @@ def seconds_of_step(model, optimizer, **batch):
     return time.perf_counter() - start
 
 
-def peer_make(folder, dtype, silent):
+def peer_make(folder, dtype, silent, shape):
     """A random model. The rows of `silent` ids are zero: their logits are 0, never the largest of
     tens of thousands of random ones, so that answers neither end early nor have ids without
     text."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model = LlamaForCausalLM(LlamaConfig(**shape))
     with torch.no_grad():
         model.get_input_embeddings().weight[silent] = 0
     model.to(getattr(torch, dtype)).save_pretrained(folder)
@@ -346,11 +350,11 @@ def less(what, ours, theirs, note=""):
 
 # ---- models, data ----
 
-def model_folder(o, name="smollm2-135m-shape", dtype="float32", silent=()):
+def model_folder(o, name="smollm2-135m-shape", dtype="float32", silent=(), shape=None):
     """A model that is made once; see peer_make."""
     folder = os.path.join(o.work, name)
     if not os.path.exists(os.path.join(folder, "model.safetensors")):
-        peer("make", folder=folder, dtype=dtype, silent=list(silent))
+        peer("make", folder=folder, dtype=dtype, silent=list(silent), shape=shape or SHAPE)
     return folder
 
 
@@ -425,6 +429,11 @@ def part_full(o):
     a, b = train_turns(o, TINY_CHAT, FULL_BATCH, FULL_SEQ, FULL_STEPS, 0, [])
     what = "full fine-tuning of the tiny chat model, %d x %d tokens" % (FULL_BATCH, FULL_SEQ)
     yield more(what + ", tokens/s", a["tokens_per_second"], b["tokens_per_second"])
+    model = model_folder(o, "15m-shape", shape=SHAPE_15M)
+    a, b = train_turns(o, model, SMALL_BATCH, SMALL_SEQ, SMALL_STEPS, 0, [])
+    what = "full fine-tuning of 15 million weights, %d x %d tokens" % (SMALL_BATCH, SMALL_SEQ)
+    yield more(what + ", tokens/s", a["tokens_per_second"], b["tokens_per_second"])
+    yield less("its peak memory, MB", a["peak_rss_mb"], b["peak_rss_mb"])
 
 
 def part_long(o):
