@@ -20461,9 +20461,10 @@ PTST__TILES PTST__INLINE void ptst__split_rows__amx(uint16_t *dst, size_t parts,
     for (i = 0; i < 16; i++, dst += 32) {
         size_t row = i * step, first = row * ld, second = along ? first + 16 : first + ld;
         __m512 x = _mm512_setzero_ps(), y = x;
-        if (!along) { /* rows are far apart, and the next strip lies right beside this one */
-            _mm_prefetch((const char *)ptst__element(src, dtype, first + 16), _MM_HINT_T0);
-            _mm_prefetch((const char *)ptst__element(src, dtype, second + 16), _MM_HINT_T0);
+        if (!along) { /* rows are far apart; those of the next step */
+            uintptr_t later = (uintptr_t)src + ptst__dtype_bytes(dtype, first + 32 * ld);
+            _mm_prefetch((const char *)later, _MM_HINT_T0);
+            _mm_prefetch((const char *)(later + ptst__dtype_bytes(dtype, ld)), _MM_HINT_T0);
         }
         if (row < rows) {
             x = ptst__load16__avx512(src, dtype, first, m0);
@@ -21289,13 +21290,18 @@ static size_t ptst__strip_size(const ptst__product *p, bool as_rows) {
     return ptst__ceil_div(p->kc, 32) * 512 * (as_rows ? 3 : ptst__parts_of(p->B.dtype));
 }
 
-/* Splits rows [first, end) of the block of A, or columns of B. */
+/* Splits rows [first, end) of the block of A, or columns of B. Where k goes from row to row, a step
+   of all strips after the other, so that each row is read once and not once for each strip. */
 static void ptst__split_strips(const ptst__product *p, uint16_t *dst, bool as_rows, size_t first,
                                size_t end) {
-    size_t parts = as_rows ? 3 : ptst__parts_of(p->B.dtype), at;
-    for (at = first; at < end; at += 16, dst += ptst__strip_size(p, as_rows)) {
-        ptst__split_strip(p->kernels, dst, parts, as_rows ? p->A : p->B, as_rows,
-                          at + (as_rows ? p->m0 : 0), ptst__min(16, end - at), p->k0, p->kc);
+    ptst__matrix X = as_rows ? p->A : p->B;
+    size_t parts = as_rows ? 3 : ptst__parts_of(X.dtype), at, k, kn = X.transposed ? p->kc : 32;
+    for (k = 0; k < p->kc; k += kn, dst += parts * 512) {
+        for (at = first; at < end; at += 16) {
+            ptst__split_strip(p->kernels, dst + (at - first) / 16 * ptst__strip_size(p, as_rows),
+                              parts, X, as_rows, at + (as_rows ? p->m0 : 0),
+                              ptst__min(16, end - at), p->k0 + k, ptst__min(kn, p->kc - k));
+        }
     }
 }
 
