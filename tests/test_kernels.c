@@ -567,6 +567,51 @@ static void matmul_threads(void) {
     }
 }
 
+/* Products in parts of each kind of sharing: right, and the same bits on one thread and on two. */
+static void matmul_parts(void) {
+    static const struct {
+        size_t M, N, K;
+        int keep;
+    } shapes[] = {{250, 70, 1600, PTST__KEEP_A},
+                  {330, 40, 760, PTST__KEEP_B},
+                  {300, 330, 760, PTST__KEEP_NONE},   /* rows in blocks that can be kept */
+                  {300, 1030, 760, PTST__KEEP_NONE}}; /* or shared */
+    static const size_t variants[] = {0, 9, 14};
+    ptst_ctx *one = kernels_open("amx", 1), *two = kernels_open("amx", 2);
+    size_t i, v;
+    for (i = 0; i < sizeof shapes / sizeof *shapes && one != NULL && two != NULL; i++) {
+        for (v = 0; v < 3; v += getenv("TEST_QUICK") != NULL ? 3 : 1) {
+            kernels_case k;
+            kernels_data d;
+            ptst__product p;
+            float *first;
+            k.M = shapes[i].M;
+            k.N = shapes[i].N;
+            k.K = shapes[i].K;
+            kernels_variant(&k, variants[v]);
+            memset(&p, 0, sizeof p);
+            p.mc = k.M;
+            p.N = k.N;
+            p.kc = ptst__ceil_div(k.K, ptst__ceil_div(k.K, PTST__PARTS_K));
+            p.B.dtype = k.dtype;
+            CHECK(ptst__parts_keep(&p) == shapes[i].keep || k.dtype != PTST_F32);
+            CHECK(kernels_check(two, &k, i));
+            kernels_fill(&k, &d, i);
+            first = (float *)malloc(d.size * sizeof *first);
+            kernels_multiply(one, &k, &d);
+            memcpy(first, d.Y, d.size * sizeof *first);
+            kernels_release(&d);
+            kernels_fill(&k, &d, i);
+            kernels_multiply(two, &k, &d);
+            CHECK(memcmp(first, d.Y, d.size * sizeof *first) == 0);
+            free(first);
+            kernels_release(&d);
+        }
+    }
+    ptst_close(one);
+    ptst_close(two);
+}
+
 /* A row of a product with few rows does not depend on how many rows there are (decoding several
    prompts at once gives what each gives alone). */
 static void matmul_few_rows_alone(void) {
@@ -672,6 +717,7 @@ static void suite_kernels(void) {
     RUN(matmul_error);
     RUN(matmul_empty);
     RUN(matmul_threads);
+    RUN(matmul_parts);
     RUN(matmul_few_rows_alone);
     RUN(matmul_gradients);
     RUN(peak_is_positive);
