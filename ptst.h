@@ -19589,7 +19589,7 @@ PTST__UNUSED static void ptst__convert_from_f32(const ptst_ctx *c, void *dst, co
    threads.
 
    Three kinds of product:
-       packed   as above; few F32 rows of B that lie as the micro-kernel wants them stay there
+       packed   as above; for few rows of A, a B of F32 that lies row by row is not even packed
        parts    with AMX: as sums of products of 16-bit parts
        dots     very few rows (decoding) or columns (adapters of low rank): `dots` makes 4 x 4
                 scalar products of rows as they lie in memory. */
