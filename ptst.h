@@ -19608,10 +19608,9 @@ enum {
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
     PTST__SHORT = 96,       /* and up to so many rows pass by one panel of B at a time */
     PTST__PARTS_M = 1024,   /* rows of A that are split into parts at once, for so much of K; */
-    PTST__PARTS_K = 768,    /* floats of a thread for 192 columns in 3 parts that it splits, ... */
-    PTST__PARTS_PASS = 192 * PTST__PARTS_K * 3 / 2,
-    PTST__PARTS_NEAR = 288, /* (half of it beside so few rows), and for so many that it keeps */
-    PTST__PARTS_KEEP = PTST__PARTS_NEAR * PTST__PARTS_K * 3 / 2,
+    PTST__PARTS_K = 768,    /* of each thread, in floats: room for 192 columns (rows) in 3 parts */
+    PTST__PARTS_PASS = 192 * PTST__PARTS_K * 3 / 2, /* that pass by, half of it used beside */
+    PTST__PARTS_KEEP = 288 * PTST__PARTS_K * 3 / 2, /* room for 288 rows (or columns) it keeps */
     PTST__PARTS_OWN = PTST__PARTS_PASS + PTST__PARTS_KEEP + 16,
     PTST__PARTS_WIDE = 1024, /* up to so many columns of Y it does not pay to share A */
     PTST__ALONE = 64 * 1024 /* multiplications that are done before another thread wakes up */
@@ -20854,13 +20853,14 @@ static size_t ptst__shared_floats(const struct ptst__kernels *kernels) {
     return PTST__ROOM + panels * kernels->a_width * PTST__BLOCK_K;
 }
 
-/* The same with the buffers of each thread. */
+/* Floats of the buffer of each thread. What is packed lies where parts pass by, so that it never
+   meets what is kept. */
+static size_t ptst__own_floats(const struct ptst__kernels *kernels) {
+    return kernels->split != NULL ? (size_t)PTST__PARTS_OWN : (size_t)PTST__OWN * PTST__BLOCK_K;
+}
+
 static size_t ptst__scratch_floats(const struct ptst__kernels *kernels, int threads) {
-    size_t own = (size_t)PTST__OWN * PTST__BLOCK_K;
-    if (kernels->split != NULL && own < PTST__PARTS_OWN) {
-        own = PTST__PARTS_OWN;
-    }
-    return ptst__shared_floats(kernels) + (size_t)threads * own;
+    return ptst__shared_floats(kernels) + (size_t)threads * ptst__own_floats(kernels);
 }
 
 /* The same of I8 and I4, which become F32 in between. */
@@ -21035,7 +21035,8 @@ static void ptst__packed_tiles(const ptst__product *p, const ptst__packed_part *
             ptst__tile_a(p, t, m, part->k, kc);
             if (part->direct) {
                 t->ahead_step = t->b_step * sizeof *t->b;
-                t->ahead = (const char *)t->b + (last ? 0 : 8 * t->ahead_step);
+                t->ahead = (const char *)t->b;
+                t->ahead += p->k0 + part->k + kc + 8 <= p->K ? 8 * t->ahead_step : 0;
             } else {
                 ptst__tile_ahead(p, part, t, count, next, p->k0 + (last ? 0 : part->k + kc));
             }
@@ -21047,7 +21048,7 @@ static void ptst__packed_tiles(const ptst__product *p, const ptst__packed_part *
 /* Task: task_rows x task_cols of the block of Y, block of K after block of K. */
 static void ptst__packed_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
-    float *own = p->own + (size_t)thread * PTST__OWN * PTST__BLOCK_K;
+    float *own = p->own + (size_t)thread * ptst__own_floats(p->kernels);
     ptst__packed_part part;
     ptst__tile t;
     memset(&t, 0, sizeof t);
@@ -21326,7 +21327,7 @@ static void ptst__parts_open(ptst_ctx *c) {
     float *own = (float *)c->scratch + ptst__shared_floats(c->kernels);
     size_t t;
     for (t = 0; t < (size_t)c->threads && c->kernels->split != NULL; t++) {
-        memset(own + t * PTST__PARTS_OWN + PTST__PARTS_PASS, 0, sizeof(ptst__kept));
+        memset(own + t * ptst__own_floats(c->kernels) + PTST__PARTS_PASS, 0, sizeof(ptst__kept));
     }
 }
 
@@ -21354,7 +21355,8 @@ static void ptst__parts_task(void *arg, size_t task, int thread) {
     size_t n_end = ptst__min(n_first + p->task_cols, p->N);
     size_t m_first = task / p->col_tasks * p->task_rows;
     size_t m_end = ptst__min(m_first + p->task_rows, p->mc);
-    float *own = p->own + (size_t)thread * PTST__PARTS_OWN, *keep = own + PTST__PARTS_PASS;
+    float *own = p->own + (size_t)thread * ptst__own_floats(p->kernels);
+    float *keep = own + PTST__PARTS_PASS;
     uint16_t *pass = (uint16_t *)(void *)own;
     const uint16_t *a = pass, *b = pass;
     ptst__tile t;
@@ -32008,7 +32010,7 @@ static void ptst__choice_task(void *arg, size_t row, int thread) {
     ptst__generator *g = j->g;
     ptst__speaker *s = &g->speakers[g->chunks[row].slot - (g->head != 0)];
     const float *logits = ptst_logits(g->session, row);
-    size_t i = 0, bad = 0;
+    size_t i, bad = 0;
     float max;
     (void)thread;
     for (i = 0; i < g->vocab; i++) { /* infinities and NaN have this exponent */

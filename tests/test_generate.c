@@ -581,8 +581,6 @@ static void generate_probe_memory(void) {
     gen_close(&w);
 }
 
-/* A plan against what is then taken and made. Answers and their growing texts are the caller's, the
-   arena has a chunk of 64 KB. */
 /* Bytes for all prompts, `batch` at a time. */
 static size_t gen_plan_bytes(ptst_ctx *c, const gen_world *w, size_t fresh, size_t batch) {
     ptst_generate_desc d;
@@ -615,6 +613,8 @@ static void generate_batch(void) {
     tiny_end();
 }
 
+/* A plan against what is then taken and made. Answers and their growing texts are the caller's, the
+   arena has a chunk of 64 KB. */
 static void generate_plans(void) {
     gen_world w;
     test_memory m;
