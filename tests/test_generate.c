@@ -593,6 +593,45 @@ static size_t gen_plan_bytes(ptst_ctx *c, const gen_world *w, size_t fresh, size
     return plan.bytes;
 }
 
+/* Sets the first weight of row `row` of the head. */
+static void gen_head(const gen_world *w, size_t row, float x) {
+    float *head = (float *)(uintptr_t)w->model->head->data;
+    head[row * (size_t)ptst_model_config(w->model)->hidden_size] = x;
+}
+
+/* One logit that is not finite is an error, greedy or not; of equal ones the first is taken. */
+static void generate_not_finite(void) {
+    static const float bad[] = {NAN, INFINITY, -INFINITY};
+    ptst_generate_desc d;
+    ptst_answer a[GEN_PROMPTS];
+    gen_world w;
+    size_t i, k, n;
+    gen_open(&w, 2);
+    memset(a, 0, sizeof a);
+    memset(&d, 0, sizeof d);
+    d.max_new_tokens = 3;
+    d.ignore_eos = true;
+    for (k = 0; k < 6; k++) {
+        d.sample.temperature = k < 3 ? 0 : 1;
+        gen_head(&w, 259, bad[k % 3]); /* the last row */
+        CHECK(ptst_generate(w.c, w.model, NULL, w.tokenizer, w.prompts, GEN_PROMPTS, &d, a) ==
+              PTST_ERR_NUMERIC);
+        CHECK(strstr(ptst_error_text(w.c), "prompt 1: after 0 tokens") != NULL);
+    }
+    n = (size_t)ptst_model_config(w.model)->hidden_size * sizeof(float);
+    for (i = 1; i < 260; i++) { /* all rows the same */
+        memcpy((float *)(uintptr_t)w.model->head->data + i * n / sizeof(float),
+               w.model->head->data, n);
+    }
+    d.sample.temperature = 0;
+    CHECK(ptst_generate(w.c, w.model, NULL, w.tokenizer, w.prompts, GEN_PROMPTS, &d, a) == PTST_OK);
+    for (i = 0; i < GEN_PROMPTS; i++) {
+        CHECK(a[i].ids.count == 3 && a[i].ids.data[0] == 0 && a[i].ids.data[2] == 0);
+    }
+    ptst_answers_free(w.c, a, GEN_PROMPTS);
+    gen_close(&w);
+}
+
 /* If nobody says how many answers at a time: all while they are short, fewer than all but as many
    as 512 MB hold when they are long, one when even that is larger. */
 static void generate_batch(void) {
@@ -738,6 +777,7 @@ static void suite_generate(void) {
     RUN(generate_stopped);
     RUN(generate_probe);
     RUN(generate_probe_memory);
+    RUN(generate_not_finite);
     RUN(generate_batch);
     RUN(generate_plans);
     RUN(generate_memory);
