@@ -601,7 +601,7 @@ static void gen_head(const gen_world *w, size_t row, float x) {
 
 /* One logit that is not finite is an error, greedy or not; of equal ones the first is taken. */
 static void generate_not_finite(void) {
-    static const float bad[] = {NAN, INFINITY, -INFINITY};
+    const float bad[3] = {NAN, INFINITY, -INFINITY};
     ptst_generate_desc d;
     ptst_answer a[GEN_PROMPTS];
     gen_world w;
