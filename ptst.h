@@ -19934,9 +19934,12 @@ PTST__AVX2 PTST__INLINE void ptst__dots_1__avx2(float *sums, size_t K, const flo
 #undef PTST__X
     for (k = 0; K - k >= 8; k += 8) {
         __m256 a0 = _mm256_loadu_ps(a + k);
+        size_t at = ptst__dtype_bytes(dtype, k);
 #define PTST__X(i)                                                                                 \
     p##i = _mm256_fmadd_ps(a0, ptst__load8__avx2(w[i], dtype, k), p##i);                           \
-    _mm_prefetch((const char *)ptst__element(w[i], dtype, k) + ahead, _MM_HINT_T0);
+    if (at % 64 == 0) {                                                                            \
+        _mm_prefetch((const char *)w[i] + at + ahead, _MM_HINT_T1);                                \
+    }
         PTST__ROWS_4(PTST__X)
 #undef PTST__X
     }
@@ -19977,7 +19980,7 @@ PTST__AVX2 PTST__INLINE void ptst__dots_1_blocks__avx2(float *sums, size_t K, co
 #define PTST__X(i)                                                                                 \
     const char *block##i = (const char *)w[i] + at;                                                \
     __m256 d##i = ptst__block_scale__avx2(block##i);                                               \
-    _mm_prefetch(block##i + ahead, _MM_HINT_T0);
+    _mm_prefetch(block##i + ahead, _MM_HINT_T1);
         PTST__ROWS_4(PTST__X)
 #undef PTST__X
         for (q = 0; q < 4; q++) {
@@ -20217,10 +20220,11 @@ PTST__AVX512 PTST__INLINE void ptst__put16__avx512(float *y, __m512 sum, __mmask
     }
 }
 
-/* As __scalar, up to 14 x 32 sums in 28 registers, columns beyond the edge masked; `count` is a
-   constant, and so is `packed`. Of rows of A that lie in memory every third has a pointer. */
+/* As __scalar, up to 14 x 32 sums in 28 registers (14 x 16 unless `wide`), columns beyond the edge
+   masked; `count`, `packed` and `wide` are constants. Of rows of A that lie in memory every third
+   has a pointer. */
 PTST__AVX512 PTST__INLINE void ptst__tile_rows__avx512(size_t K, const ptst__tile *t, size_t count,
-                                                       bool packed) {
+                                                       bool packed, bool wide) {
     __mmask16 m0 = ptst__mask16__avx512(t->cols);
     __mmask16 m1 = t->cols > 16 ? ptst__mask16__avx512(t->cols - 16) : (__mmask16)0;
     const float *a = t->a, *b = t->b;
@@ -20233,18 +20237,20 @@ PTST__AVX512 PTST__INLINE void ptst__tile_rows__avx512(size_t K, const ptst__til
     __m512 p##i = _mm512_setzero_ps(), q##i = _mm512_setzero_ps();                                 \
     if (i < count && i < rows && !t->stream) {                                                     \
         _mm_prefetch((const char *)(y + i * ldy), _MM_HINT_T0);                                    \
-        _mm_prefetch((const char *)(y + i * ldy + 16), _MM_HINT_T0);                               \
+        if (wide) {                                                                                \
+            _mm_prefetch((const char *)(y + i * ldy + 16), _MM_HINT_T0);                           \
+        }                                                                                          \
     }
     PTST__ROWS_14(PTST__X)
 #undef PTST__X
     for (; K > 0; K--, a += step, b += b_step, ahead += ahead_step) {
-        __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16), ai;
+        __m512 b0 = _mm512_loadu_ps(b), b1 = wide ? _mm512_loadu_ps(b + 16) : b0, ai;
 #define PTST__X(i)                                                                                 \
     if (i < count) {                                                                               \
         const float *row = i < 3 ? a : i < 6 ? a3 : i < 9 ? a6 : i < 12 ? a9 : a12;                \
         ai = _mm512_set1_ps(packed ? a[i] : row[i % 3 * ld]);                                      \
         p##i = _mm512_fmadd_ps(ai, b0, p##i);                                                      \
-        q##i = _mm512_fmadd_ps(ai, b1, q##i);                                                      \
+        q##i = wide ? _mm512_fmadd_ps(ai, b1, q##i) : q##i;                                        \
     }
         PTST__ROWS_14(PTST__X)
 #undef PTST__X
@@ -20254,21 +20260,26 @@ PTST__AVX512 PTST__INLINE void ptst__tile_rows__avx512(size_t K, const ptst__til
 #define PTST__X(i)                                                                                 \
     if (i < count && i < rows) {                                                                   \
         ptst__put16__avx512(y + i * ldy, p##i, m0, t);                                             \
-        ptst__put16__avx512(y + i * ldy + 16, q##i, m1, t);                                        \
+        if (wide) {                                                                                \
+            ptst__put16__avx512(y + i * ldy + 16, q##i, m1, t);                                    \
+        }                                                                                          \
     }
     PTST__ROWS_14(PTST__X)
 #undef PTST__X
 }
 
 PTST__AVX512 static void ptst__tile__avx512(size_t K, const ptst__tile *t) {
-    if (t->a_ld != 0) {
-        ptst__tile_rows__avx512(K, t, 14, false);
+    if (t->cols <= 16) {
+        t->a_ld != 0 ? ptst__tile_rows__avx512(K, t, 14, false, false)
+                     : ptst__tile_rows__avx512(K, t, 14, true, false);
+    } else if (t->a_ld != 0) {
+        ptst__tile_rows__avx512(K, t, 14, false, true);
     } else if (t->rows > 8) {
-        ptst__tile_rows__avx512(K, t, 14, true);
+        ptst__tile_rows__avx512(K, t, 14, true, true);
     } else if (t->rows > 4) {
-        ptst__tile_rows__avx512(K, t, 8, true);
+        ptst__tile_rows__avx512(K, t, 8, true, true);
     } else {
-        ptst__tile_rows__avx512(K, t, 4, true);
+        ptst__tile_rows__avx512(K, t, 4, true, true);
     }
 }
 
@@ -20281,78 +20292,87 @@ PTST__AVX512 PTST__INLINE __m128 ptst__sum4__avx512(__m512 s0, __m512 s1, __m512
     return ptst__sum4__avx2(h0, h1, h2, h3);
 }
 
-/* As __scalar for `rows` rows of A (1 or 4, a constant) and four w, 16 lanes per sum; the end of K
-   is masked. */
+/* Elements k .. k + 31 of w, of which the first 16 are chosen by m0 and the others by m1, in a's
+   order (see ptst__dots_a__avx512); of blocks the whole numbers, which the scale that is returned
+   multiplies. */
+PTST__AVX512 PTST__INLINE __m512 ptst__dots_w__avx512(const void *w, ptst_dtype dtype, size_t k,
+                                                      __mmask16 m0, __mmask16 m1, __m512 *x,
+                                                      __m512 *y) {
+    const char *block = (const char *)w + ptst__dtype_bytes(dtype, k);
+    int32_t scale;
+    if (ptst__is_block(dtype)) {
+        *x = ptst__block16__avx512(block, dtype, 0);
+        *y = ptst__block16__avx512(block, dtype, 1);
+        memcpy(&scale, block, sizeof scale); /* BF16 and two bytes that come after it */
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi32(scale), 16));
+    }
+    if (dtype == PTST_BF16) {
+        __mmask32 both = (__mmask32)m0 | (__mmask32)m1 << 16;
+        __m512i pairs = _mm512_maskz_loadu_epi16(both, block);
+        *x = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+        *y = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000)));
+    } else {
+        *x = ptst__load16__avx512(w, dtype, k, m0);
+        *y = ptst__load16__avx512(w, dtype, k + 16, m1);
+    }
+    return _mm512_setzero_ps();
+}
+
+/* The same elements of a row of A: one half after the other, or for BF16, of which two lie in 32
+   bits, those of even places and those of odd ones. */
+PTST__AVX512 PTST__INLINE void ptst__dots_a__avx512(const float *a, ptst_dtype dtype, __mmask16 m0,
+                                                    __mmask16 m1, __m512 *x, __m512 *y) {
+    const __m512i even =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    __m512 a0 = _mm512_maskz_loadu_ps(m0, a), a1 = _mm512_maskz_loadu_ps(m1, a + 16);
+    *x = a0;
+    *y = a1;
+    if (dtype == PTST_BF16) {
+        *x = _mm512_permutex2var_ps(a0, even, a1);
+        *y = _mm512_permutex2var_ps(a0, _mm512_add_epi32(even, _mm512_set1_epi32(1)), a1);
+    }
+}
+
+/* As __scalar for `rows` rows of A (1 or 4) and four w, 16 lanes per sum; the end of K is masked,
+   the sum of a block is scaled. rows and dtype are constants. */
 PTST__AVX512 PTST__INLINE void ptst__dots_rows__avx512(float *sums, size_t K,
                                                        const float *const a[4], size_t rows,
                                                        const void *const w[4], ptst_dtype dtype,
                                                        size_t ahead) {
+    __mmask16 m0 = 0xFFFF, m1 = 0xFFFF;
     size_t k;
 #define PTST__X(i)                                                                                 \
     __m512 p##i = _mm512_setzero_ps(), q##i = _mm512_setzero_ps();                                 \
     __m512 r##i = _mm512_setzero_ps(), s##i = _mm512_setzero_ps();
     PTST__ROWS_4(PTST__X)
 #undef PTST__X
-    for (k = 0; k < K; k += 16) {
-        __mmask16 mask = K - k < 16 ? ptst__mask16__avx512(K - k) : (__mmask16)0xFFFF;
+    for (k = 0; k < K; k += 32) {
+        if (K - k < 32) {
+            m0 = ptst__mask16__avx512(K - k);
+            m1 = K - k < 16 ? (__mmask16)0 : ptst__mask16__avx512(K - k - 16);
+        }
 #define PTST__X(j)                                                                                 \
-    __m512 w##j = ptst__load16__avx512(w[j], dtype, k, mask);                                      \
-    _mm_prefetch((const char *)ptst__element(w[j], dtype, k) + ahead, _MM_HINT_T0);
+    const char *next##j = (const char *)w[j] + ptst__dtype_bytes(dtype, k) + ahead;                \
+    __m512 x##j, y##j, d##j = ptst__dots_w__avx512(w[j], dtype, k, m0, m1, &x##j, &y##j);          \
+    _mm_prefetch(next##j, _MM_HINT_T1);                                                            \
+    if (dtype == PTST_F32) {                                                                       \
+        _mm_prefetch(next##j + 64, _MM_HINT_T1);                                                   \
+    }
         PTST__ROWS_4(PTST__X)
 #undef PTST__X
+#define PTST__SUM(sum, j)                                                                          \
+    sum = ptst__is_block(dtype)                                                                    \
+              ? _mm512_fmadd_ps(d##j, _mm512_fmadd_ps(a1, y##j, _mm512_mul_ps(a0, x##j)), sum)     \
+              : _mm512_fmadd_ps(a1, y##j, _mm512_fmadd_ps(a0, x##j, sum));
 #define PTST__X(i)                                                                                 \
     if (i < rows) {                                                                                \
-        __m512 ai = _mm512_maskz_loadu_ps(mask, a[i] + k);                                         \
-        p##i = _mm512_fmadd_ps(ai, w0, p##i);                                                      \
-        q##i = _mm512_fmadd_ps(ai, w1, q##i);                                                      \
-        r##i = _mm512_fmadd_ps(ai, w2, r##i);                                                      \
-        s##i = _mm512_fmadd_ps(ai, w3, s##i);                                                      \
+        __m512 a0, a1;                                                                             \
+        ptst__dots_a__avx512(a[i] + k, dtype, m0, m1, &a0, &a1);                                   \
+        PTST__SUM(p##i, 0) PTST__SUM(q##i, 1) PTST__SUM(r##i, 2) PTST__SUM(s##i, 3)                \
     }
         PTST__ROWS_4(PTST__X)
 #undef PTST__X
-    }
-#define PTST__X(i)                                                                                 \
-    if (i < rows) {                                                                                \
-        _mm_storeu_ps(sums + 4 * i, ptst__sum4__avx512(p##i, q##i, r##i, s##i));                   \
-    }
-    PTST__ROWS_4(PTST__X)
-#undef PTST__X
-}
-
-/* The same for w of blocks, in which what is behind the end of K is 0. */
-PTST__AVX512 PTST__INLINE void ptst__dots_blocks__avx512(float *sums, size_t K,
-                                                         const float *const a[4], size_t rows,
-                                                         const void *const w[4], ptst_dtype dtype,
-                                                         size_t ahead) {
-    size_t k;
-#define PTST__X(i)                                                                                 \
-    __m512 p##i = _mm512_setzero_ps(), q##i = _mm512_setzero_ps();                                 \
-    __m512 r##i = _mm512_setzero_ps(), s##i = _mm512_setzero_ps();
-    PTST__ROWS_4(PTST__X)
-#undef PTST__X
-    for (k = 0; k < K; k += PTST__BLOCK) {
-        __mmask16 mask0 = ptst__mask16__avx512(K - k);
-        __mmask16 mask1 = K - k < 16 ? (__mmask16)0 : ptst__mask16__avx512(K - k - 16);
-        size_t at = ptst__dtype_bytes(dtype, k);
-#define PTST__X(j)                                                                                 \
-    const char *block##j = (const char *)w[j] + at;                                                \
-    __m512 d##j = _mm512_set1_ps(ptst__block_scale(block##j));                                     \
-    __m512 x##j = _mm512_mul_ps(d##j, ptst__block16__avx512(block##j, dtype, 0));                  \
-    __m512 y##j = _mm512_mul_ps(d##j, ptst__block16__avx512(block##j, dtype, 1));                  \
-    _mm_prefetch(block##j + ahead, _MM_HINT_T0);
-        PTST__ROWS_4(PTST__X)
-#undef PTST__X
-#define PTST__X(i)                                                                                 \
-    if (i < rows) {                                                                                \
-        __m512 a0 = _mm512_maskz_loadu_ps(mask0, a[i] + k);                                        \
-        __m512 a1 = _mm512_maskz_loadu_ps(mask1, a[i] + k + 16);                                   \
-        p##i = _mm512_fmadd_ps(a1, y0, _mm512_fmadd_ps(a0, x0, p##i));                             \
-        q##i = _mm512_fmadd_ps(a1, y1, _mm512_fmadd_ps(a0, x1, q##i));                             \
-        r##i = _mm512_fmadd_ps(a1, y2, _mm512_fmadd_ps(a0, x2, r##i));                             \
-        s##i = _mm512_fmadd_ps(a1, y3, _mm512_fmadd_ps(a0, x3, s##i));                             \
-    }
-        PTST__ROWS_4(PTST__X)
-#undef PTST__X
+#undef PTST__SUM
     }
 #define PTST__X(i)                                                                                 \
     if (i < rows) {                                                                                \
@@ -20368,11 +20388,11 @@ PTST__AVX512 static void ptst__dots__avx512(float *sums, size_t K, const float *
                                             size_t ahead) {
     bool one = rows == 1;
     if (dtype == PTST_I8) {
-        one ? ptst__dots_blocks__avx512(sums, K, a, 1, w, PTST_I8, ahead)
-            : ptst__dots_blocks__avx512(sums, K, a, 4, w, PTST_I8, ahead);
+        one ? ptst__dots_rows__avx512(sums, K, a, 1, w, PTST_I8, ahead)
+            : ptst__dots_rows__avx512(sums, K, a, 4, w, PTST_I8, ahead);
     } else if (dtype == PTST_I4) {
-        one ? ptst__dots_blocks__avx512(sums, K, a, 1, w, PTST_I4, ahead)
-            : ptst__dots_blocks__avx512(sums, K, a, 4, w, PTST_I4, ahead);
+        one ? ptst__dots_rows__avx512(sums, K, a, 1, w, PTST_I4, ahead)
+            : ptst__dots_rows__avx512(sums, K, a, 4, w, PTST_I4, ahead);
     } else if (dtype == PTST_F32) {
         one ? ptst__dots_rows__avx512(sums, K, a, 1, w, PTST_F32, ahead)
             : ptst__dots_rows__avx512(sums, K, a, 4, w, PTST_F32, ahead);
@@ -21176,15 +21196,18 @@ static void ptst__dots_task(void *arg, size_t task, int thread) {
     const float *a_data = turned ? p->room : (const float *)p->A.data, *a[4];
     ptst__matrix W = turned ? p->A : p->B;
     const void *w[4];
-    size_t step = ptst__dtype_bytes(W.dtype, 4 * W.ld);
-    size_t ahead = ptst__ceil_div(PTST__AHEAD, step + (step == 0)) * step; /* of w: memory is far */
+    size_t step = ptst__dtype_bytes(W.dtype, 4 * W.ld), rows = 4; /* of w, that are asked for; */
+    size_t jump = (p->threads - 1) * p->task_cols;                /* from task to task */
     float sums[16], block[16];
     ptst__tile t;
     (void)thread;
     t.ldy = p->ldy;
     t.alpha = p->alpha;
     t.beta = p->beta;
+    rows *= step == 0 ? 1 : ptst__ceil_div(PTST__AHEAD, step); /* so far ahead: memory is far */
     for (j = task * p->task_cols; j < end; j += 4) {
+        size_t later = j + rows < end ? j + rows : j + rows + jump;
+        size_t ahead = later + 4 > many ? 0 : step / 4 * (later - j);
         for (r = 0; r < 4; r++) { /* beyond the end: the last one again, dropped below */
             w[r] = ptst__element(W.data, W.dtype, ptst__min(j + r, many - 1) * W.ld);
         }
@@ -21192,8 +21215,13 @@ static void ptst__dots_task(void *arg, size_t task, int thread) {
             for (r = 0; r < 4; r++) {
                 a[r] = a_data + ptst__min(i + r, few - 1) * a_ld;
             }
-            p->kernels->dots(sums, p->K, a, few - i == 1 ? 1 : 4, w, W.dtype,
-                             i == 0 && j + 8 <= many ? ahead : 0);
+            p->kernels->dots(sums, p->K, a, few - i == 1 ? 1 : 4, w, W.dtype, i == 0 ? ahead : 0);
+            if (p->M == 1 && end - j >= 4 && p->beta == 0) {
+                for (r = 0; r < 4; r++) {
+                    p->Y[j + r] = p->alpha * sums[r];
+                }
+                continue;
+            }
             for (r = 0; r < 16; r++) {
                 block[r] = turned ? sums[r % 4 * 4 + r / 4] : sums[r];
             }
@@ -21209,13 +21237,21 @@ static void ptst__dots_task(void *arg, size_t task, int thread) {
 static void ptst__dots_copy_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
     const ptst__matrix *B = &p->B;
-    size_t k, n, end = ptst__min(p->K, (task + 1) * 64);
+    const float *f32 = B->dtype == PTST_F32 ? (const float *)B->data : NULL;
+    size_t k = task * 64, n, end = ptst__min(p->K, k + 64);
     (void)thread;
-    for (n = 0; n < p->N; n++) {
-        float *row = p->room + n * p->K;
-        for (k = task * 64; k < end; k += B->transposed ? end : 1) {
-            size_t at = B->transposed ? n * B->ld + k : k * B->ld + n;
-            ptst__read_f32(p->kernels, row + k, B->data, B->dtype, at, B->transposed ? end - k : 1);
+    for (n = 0; n < p->N && B->transposed; n++) {
+        ptst__read_f32(p->kernels, p->room + n * p->K + k, B->data, B->dtype, n * B->ld + k,
+                       end - k);
+    }
+    for (; k < end && !B->transposed; k++) {
+        for (n = 0; n < p->N; n++) {
+            float *to = p->room + n * p->K + k;
+            if (f32 != NULL) {
+                *to = f32[k * B->ld + n];
+            } else {
+                ptst__read_f32(p->kernels, to, B->data, B->dtype, k * B->ld + n, 1);
+            }
         }
     }
 }
@@ -21257,7 +21293,7 @@ static size_t ptst__parts_of(ptst_dtype dtype) {
 
 /* Whether a product is large enough, in each direction, for splitting to pay. */
 static bool ptst__parts_fit(const ptst__product *p) {
-    return p->kernels->split != NULL && p->M > PTST__DOTS && p->N > 16 && p->K > 48;
+    return p->kernels->split != NULL && p->M > PTST__DOTS && p->N > 32 && p->K > 48;
 }
 
 /* Splits columns at.. of a matrix; F16 and blocks of I8 and I4 become F32 before. */
@@ -21483,7 +21519,7 @@ static int ptst__gemm_way(const ptst__product *p) {
     if (p->A.transposed && p->M <= PTST__DOTS && p->B.transposed) {
         return PTST__BY_DOTS;
     }
-    if (p->A.transposed && p->M > PTST__DOTS && p->N <= 2 * PTST__DOTS && p->K <= most / p->N) {
+    if (p->A.transposed && p->N <= PTST__DOTS && p->K <= most / p->N) {
         return PTST__BY_DOTS_TURNED;
     }
     if (ptst__parts_fit(p)) {

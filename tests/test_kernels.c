@@ -372,8 +372,9 @@ static void matmul_blocks(void) {
                                        {PTST__SHORT, 17, 14 * PTST__BLOCK_K + 3},
                                        {PTST__DOTS, 3, PTST__BLOCK_K * 3 + 5}, /* dots */
                                        {3, 2049, 34},
-                                       {2 * PTST__BLOCK_M + 9, 2 * PTST__DOTS, 40}, /* or turned */
+                                       {2 * PTST__BLOCK_M + 9, PTST__DOTS, 40}, /* or turned */
                                        {300, 7, PTST__BLOCK_K + 30},
+                                       {PTST__SHORT + 20, 16, PTST__BLOCK_K + 3}, /* a narrow tile */
                                        {PTST__SHORT + 1, 2053, 19}, /* packed, many rows */
                                        {PTST__BLOCK_M + 3, 21, 23},
                                        {171, 70, PTST__BLOCK_K + 18},
