@@ -22835,7 +22835,8 @@ typedef struct ptst__attention_job {
     float *out, *lse, *dq;
     const struct ptst__attention_plan *plan;
     size_t tiles; /* of queries in the longest span */
-    size_t parts; /* of the keys of spans of few queries */
+    size_t parts; /* of the keys of spans of few queries; a task takes so many heads */
+    size_t few_heads;
     float *few;   /* what the parts found; or max [H] and sum [H] of each row of `shared` */
     /* Block 0 of spans shared_first, ... shared_end - 1, which is the same, and their rows, which
        follow each other, as one span; no rows: there are none. */
@@ -23653,8 +23654,9 @@ static void ptst__shared_task(void *arg, size_t task, int thread) {
 /* ---- attention of few queries ----
    Decoding has one query a span, so a tile of queries would be almost empty, and what counts is to
    read keys and values once, in the order in which they lie. A task takes one row with all its
-   heads and a part of its keys; lanes are floats of a head, then keys. What the parts found is put
-   together afterwards. How a row is cut depends on the spans alone, not on the threads.
+   heads (those that share a key head, if tasks are few) and a part of its keys; lanes are floats of
+   a head, then keys. What the parts found is put together afterwards. How the keys of a row are cut
+   depends on the spans alone, not on the threads.
 
    If many rows see the same block 0 (answers to prompts with one head), they are tiles of queries
    for these keys, and each row goes on from there with its own (as in Juravsky et al. 2024,
@@ -23730,18 +23732,19 @@ static void ptst__few_heads(const ptst__attention_job *job, ptst__room *room, co
     job->kernels->multiply(&t);
 }
 
-/* Row i of a span, its part of the keys: out [H, D] not yet divided by sum [H], max [H]. begun:
-   they hold what block 0 gave. */
+/* Row i of a span, heads from `head` on, its part of the keys: of out [H, D] not yet divided by sum
+   [H], and of max [H]. begun: they hold what block 0 gave. */
 static void ptst__few_row(const ptst__attention_job *job, ptst__room *room, const ptst_span *s,
-                          size_t i, size_t part, float *out, float *max, float *sum, bool begun) {
+                          size_t i, size_t head, size_t part, float *out, float *max, float *sum,
+                          bool begun) {
     const ptst_attention *a = job->a;
-    size_t group = a->H / a->K, total = s->keys[0] + s->keys[1], begin[2], end[2], j, h, J;
+    size_t group = a->H / a->K, last = head + job->few_heads, total = s->keys[0] + s->keys[1], begin[2], end[2], j, h, J;
     size_t size =
         ptst__ceil_div(ptst__ceil_div(total, job->parts), PTST__FEW_KEYS) * PTST__FEW_KEYS;
     const float *q = job->q + (s->query + i) * a->q_ld;
     bool first = !begun;
     int b;
-    for (h = 0; h < a->H && !begun; h++) {
+    for (h = head; h < last && !begun; h++) {
         max[h] = -INFINITY;
         sum[h] = 0;
     }
@@ -23755,7 +23758,7 @@ static void ptst__few_row(const ptst__attention_job *job, ptst__room *room, cons
         for (j = low; j < high; j += J) {
             const float *k = s->k[b] + j * a->kv_ld, *v = s->v[b] + j * a->kv_ld;
             J = ptst__min(PTST__FEW_KEYS, high - j);
-            for (h = 0; h < a->H; h += ptst__min(4, group - h % group)) {
+            for (h = head; h < last; h += ptst__min(4, group - h % group)) {
                 size_t at = h / group * a->D, n = ptst__min(4, group - h % group);
                 ptst__few_heads(job, room, q + h * a->D, n, k + at, v + at, high - j, max + h,
                                 sum + h, out + h * a->D, first);
@@ -23770,8 +23773,8 @@ static float *ptst__few_part(const ptst__attention_job *job, size_t n, size_t i,
     return job->few + ((n * PTST__FEW + i) * job->parts + part) * job->a->H * (job->a->D + 2);
 }
 
-/* Task: a part of the rows of a span of few queries. */
-static void ptst__few_task(const ptst__attention_job *job, ptst__room *room, size_t n,
+/* Task: a part of the keys for the rows of a span of few queries, heads from `head` on. */
+static void ptst__few_task(const ptst__attention_job *job, ptst__room *room, size_t n, size_t head,
                            size_t part) {
     const ptst_attention *a = job->a;
     const ptst_span *s = &a->spans[n];
@@ -23783,12 +23786,12 @@ static void ptst__few_task(const ptst__attention_job *job, ptst__room *room, siz
         out = job->out + row * size;
         if (job->parts != 1) {
             p = ptst__few_part(job, n, i, part);
-            ptst__few_row(job, room, s, i, part, p, p + size, p + size + a->H, false);
+            ptst__few_row(job, room, s, i, head, part, p, p + size, p + size + a->H, false);
             continue;
         }
         max = begun ? ptst__shared_state(job, row) : max;
-        ptst__few_row(job, room, s, i, 0, out, max, max + a->H, begun);
-        for (h = 0; h < a->H; h++) {
+        ptst__few_row(job, room, s, i, head, 0, out, max, max + a->H, begun);
+        for (h = head; h < head + job->few_heads; h++) {
             ptst__row_finish(job, max[h], max[a->H + h], out + h * a->D,
                              job->lse == NULL ? NULL : job->lse + row * a->H + h);
         }
@@ -23824,7 +23827,7 @@ static void ptst__few_join_task(void *arg, size_t task, int thread) {
 
 /* Task: a tile of queries of a span and head; the last ones, which see most, come first. If tiles
    go in groups, the first of a group takes them all. Spans of few queries count parts of keys
-   instead of tiles, for all heads at once. */
+   instead of tiles, for some heads at once. */
 static void ptst__attention_task(void *arg, size_t task, int thread) {
     const ptst__attention_job *job = (const ptst__attention_job *)arg;
     const ptst_attention *a = job->a;
@@ -23833,8 +23836,8 @@ static void ptst__attention_task(void *arg, size_t task, int thread) {
     const ptst_span *s = &a->spans[n];
     size_t tiles = ptst__ceil_div(s->count, PTST__QUERIES);
     if (s->count <= PTST__FEW && a->H <= PTST__FEW_HEADS) {
-        if (h == 0 && tile < job->parts) {
-            ptst__few_task(job, job->rooms + thread, n, tile);
+        if (h % job->few_heads == 0 && tile < job->parts) {
+            ptst__few_task(job, job->rooms + thread, n, h, tile);
         }
     } else if (tile < tiles && tile % group == 0) {
         ptst__attention_group(job, job->rooms + thread, s, h, tile * PTST__QUERIES,
@@ -24206,6 +24209,7 @@ static void ptst__attention_job_open(ptst_ctx *c, ptst__attention_job *j, const 
     j->tiles = ptst__ceil_div(longest, PTST__QUERIES);
     ptst__shared_find(j);
     j->parts = j->shared.count != 0 ? 1 : ptst__few_parts(a, rows, keys);
+    j->few_heads = rows * j->parts < 4 * (size_t)c->threads ? a->H / a->K : a->H;
 }
 
 PTST_API void ptst_attention_forward(ptst_ctx *c, const ptst_attention *a, const float *q,
