@@ -23738,7 +23738,8 @@ static void ptst__few_row(const ptst__attention_job *job, ptst__room *room, cons
                           size_t i, size_t head, size_t part, float *out, float *max, float *sum,
                           bool begun) {
     const ptst_attention *a = job->a;
-    size_t group = a->H / a->K, last = head + job->few_heads, total = s->keys[0] + s->keys[1], begin[2], end[2], j, h, J;
+    size_t group = a->H / a->K, last = head + job->few_heads, begin[2], end[2], j, h, J;
+    size_t total = s->keys[0] + s->keys[1];
     size_t size =
         ptst__ceil_div(ptst__ceil_div(total, job->parts), PTST__FEW_KEYS) * PTST__FEW_KEYS;
     const float *q = job->q + (s->query + i) * a->q_ld;
@@ -30306,12 +30307,17 @@ static ptst_code ptst__train_gradients(ptst_ctx *c, ptst_trainer *t, ptst__curso
 
 /* Tokens that are computed at once: those of which 192 MB hold what the forward pass leaves behind,
    2048 at most; but enough that packing weights is a small part of multiplying by them, and more if
-   each time adds to the gradients of all weights. The results depend on it (on the order of sums),
-   so it is the same for any machine. */
+   each time adds to the gradients of all weights (unless they are so few that they and some hundred
+   tokens stay in the caches). The results depend on it (on the order of sums), so it is the same
+   for any machine. */
 static size_t ptst__train_micro(const ptst_config *g, bool full) {
     double most = 2048, least = full ? most : 256, tokens;
     double heads = (double)g->num_attention_heads + g->num_key_value_heads;
     double floats = 2.0 * g->hidden_size + 2 * heads * g->head_dim + 2.0 * g->intermediate_size;
+    double layer = g->hidden_size * (2 * heads * g->head_dim + 3.0 * g->intermediate_size);
+    if (full && g->num_hidden_layers * layer + (double)g->vocab_size * g->hidden_size < 1e6) {
+        return 512;
+    }
     tokens = 192e6 / (4 * floats * g->num_hidden_layers);
     return (size_t)(tokens < least ? least : tokens > most ? most : tokens);
 }
