@@ -19277,20 +19277,31 @@ PTST__AVX2 PTST__INLINE __m256 ptst__load8__avx2(const void *src, ptst_dtype dty
 
 /* The scale of a block in all lanes. */
 PTST__AVX2 PTST__INLINE __m256 ptst__block_scale__avx2(const void *block) {
-    return _mm256_set1_ps(ptst__block_scale(block));
+    int32_t scale; /* BF16 and two bytes that come after it */
+    memcpy(&scale, block, sizeof scale);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi32(scale), 16));
 }
 
-/* Elements 8 k .. 8 k + 7 of a block with scale d. In I4 d q - 8 d has no rounding either. */
-PTST__AVX2 PTST__INLINE __m256 ptst__block8__avx2(const void *block, ptst_dtype dtype, int k,
-                                                  __m256 d) {
-    const char *q = (const char *)block + 2 + 8 * (dtype == PTST_I4 ? k % 2 : k);
-    __m128i bytes = _mm_loadl_epi64((const __m128i *)(const void *)q);
+/* Eight whole numbers of 8 bits, from the lower or the upper half. */
+PTST__AVX2 PTST__INLINE __m256 ptst__whole8__avx2(__m128i bytes, bool upper) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(upper ? _mm_srli_si128(bytes, 8) : bytes));
+}
+
+/* The whole numbers of a block that its scale multiplies: x[k] are elements 8 k .. 8 k + 7. */
+PTST__AVX2 PTST__INLINE void ptst__block32__avx2(const void *block, ptst_dtype dtype,
+                                                 __m256 x[4]) {
+    const __m128i *q = (const __m128i *)(const void *)((const char *)block + 2);
+    __m128i low = _mm_loadu_si128(q), high, mask = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
     if (dtype == PTST_I8) {
-        return _mm256_mul_ps(d, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+        high = _mm_loadu_si128(q + 1);
+    } else {
+        high = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(low, 4), mask), eight);
+        low = _mm_sub_epi8(_mm_and_si128(low, mask), eight);
     }
-    bytes = _mm_and_si128(k < 2 ? bytes : _mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
-    return _mm256_fmadd_ps(d, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
-                           _mm256_mul_ps(d, _mm256_set1_ps(-8)));
+    x[0] = ptst__whole8__avx2(low, false);
+    x[1] = ptst__whole8__avx2(low, true);
+    x[2] = ptst__whole8__avx2(high, false);
+    x[3] = ptst__whole8__avx2(high, true);
 }
 
 PTST__AVX2 static void ptst__blocks_to_f32__avx2(float *dst, const void *src, ptst_dtype dtype,
@@ -19299,11 +19310,13 @@ PTST__AVX2 static void ptst__blocks_to_f32__avx2(float *dst, const void *src, pt
     int k;
     for (; n - i >= PTST__BLOCK; i += PTST__BLOCK) {
         const void *block = ptst__element(src, dtype, i);
-        __m256 d = ptst__block_scale__avx2(block);
-        for (k = 0; k < 4; k++) {
-            __m256 x = dtype == PTST_I8 ? ptst__block8__avx2(block, PTST_I8, k, d)
-                                        : ptst__block8__avx2(block, PTST_I4, k, d);
-            _mm256_storeu_ps(dst + i + 8 * k, x);
+        __m256 d = ptst__block_scale__avx2(block), x[4];
+        dtype == PTST_I8 ? ptst__block32__avx2(block, PTST_I8, x)
+                         : ptst__block32__avx2(block, PTST_I4, x);
+        for (k = 0; k < 4; k++) { /* in I4 + 0, as d q - 8 d is never -0 */
+            x[k] = _mm256_mul_ps(d, x[k]);
+            x[k] = dtype == PTST_I4 ? _mm256_add_ps(x[k], _mm256_setzero_ps()) : x[k];
+            _mm256_storeu_ps(dst + i + 8 * k, x[k]);
         }
     }
     ptst__blocks_to_f32__scalar(dst + i, ptst__element(src, dtype, i), dtype, n - i);
@@ -19964,72 +19977,60 @@ static const float *ptst__row_end(float end[PTST__BLOCK], const float *row, size
     return end;
 }
 
+/* sum + d (a b): 32 elements of A and the whole numbers of a block. */
+PTST__AVX2 PTST__INLINE __m256 ptst__dot32__avx2(__m256 sum, __m256 d, const float *a,
+                                                 const __m256 b[4]) {
+    __m256 part = _mm256_mul_ps(_mm256_loadu_ps(a), b[0]);
+    part = _mm256_fmadd_ps(_mm256_loadu_ps(a + 8), b[1], part);
+    part = _mm256_fmadd_ps(_mm256_loadu_ps(a + 16), b[2], part);
+    part = _mm256_fmadd_ps(_mm256_loadu_ps(a + 24), b[3], part);
+    return _mm256_fmadd_ps(d, part, sum);
+}
+
 /* One row of A and four w of blocks, in which what is behind the end of K is 0. */
 PTST__AVX2 PTST__INLINE void ptst__dots_1_blocks__avx2(float *sums, size_t K, const float *a,
                                                        const void *const w[4], ptst_dtype dtype,
                                                        size_t ahead) {
     float end[PTST__BLOCK];
     size_t k;
-    int q;
 #define PTST__X(i) __m256 p##i = _mm256_setzero_ps();
     PTST__ROWS_4(PTST__X)
 #undef PTST__X
     for (k = 0; k < K; k += PTST__BLOCK) {
-        size_t at = ptst__dtype_bytes(dtype, k);
         const float *from = ptst__row_end(end, a, k, K);
+        size_t at = ptst__dtype_bytes(dtype, k);
+        __m256 x[4];
 #define PTST__X(i)                                                                                 \
-    const char *block##i = (const char *)w[i] + at;                                                \
-    __m256 d##i = ptst__block_scale__avx2(block##i);                                               \
-    _mm_prefetch(block##i + ahead, _MM_HINT_T1);
+    ptst__block32__avx2((const char *)w[i] + at, dtype, x);                                        \
+    p##i = ptst__dot32__avx2(p##i, ptst__block_scale__avx2((const char *)w[i] + at), from, x);     \
+    _mm_prefetch((const char *)w[i] + at + ahead, _MM_HINT_T1);
         PTST__ROWS_4(PTST__X)
 #undef PTST__X
-        for (q = 0; q < 4; q++) {
-            __m256 aq = _mm256_loadu_ps(from + 8 * q);
-#define PTST__X(i) p##i = _mm256_fmadd_ps(aq, ptst__block8__avx2(block##i, dtype, q, d##i), p##i);
-            PTST__ROWS_4(PTST__X)
-#undef PTST__X
-        }
     }
     _mm_storeu_ps(sums, ptst__sum4__avx2(p0, p1, p2, p3));
 }
 
-/* Four rows of A and two w, with the same sums. */
-PTST__AVX2 PTST__INLINE void ptst__dots_2_blocks__avx2(float *sums, size_t K,
-                                                       const float *const a[4],
-                                                       const void *const w[2], ptst_dtype dtype,
-                                                       size_t ahead) {
-    float end[4][PTST__BLOCK], part[8];
-    const float *from[4];
+/* Four rows of A and one w, with the same sums; they are sums[0], sums[4], ... */
+PTST__AVX2 PTST__INLINE void ptst__dots_4_blocks__avx2(float *sums, size_t K,
+                                                       const float *const a[4], const void *w,
+                                                       ptst_dtype dtype, size_t ahead) {
+    float end[PTST__BLOCK], part[4];
     size_t i, k;
-    int q;
-#define PTST__X(i) __m256 p##i = _mm256_setzero_ps(), q##i = _mm256_setzero_ps();
+#define PTST__X(i) __m256 p##i = _mm256_setzero_ps();
     PTST__ROWS_4(PTST__X)
 #undef PTST__X
     for (k = 0; k < K; k += PTST__BLOCK) {
-        const char *b0 = (const char *)w[0] + ptst__dtype_bytes(dtype, k);
-        const char *b1 = (const char *)w[1] + ptst__dtype_bytes(dtype, k);
-        __m256 d0 = ptst__block_scale__avx2(b0), d1 = ptst__block_scale__avx2(b1);
-        for (i = 0; i < 4; i++) {
-            from[i] = ptst__row_end(end[i], a[i], k, K);
-        }
-        _mm_prefetch(b0 + ahead, _MM_HINT_T0);
-        _mm_prefetch(b1 + ahead, _MM_HINT_T0);
-        for (q = 0; q < 4; q++) {
-            __m256 w0 = ptst__block8__avx2(b0, dtype, q, d0), ai;
-            __m256 w1 = ptst__block8__avx2(b1, dtype, q, d1);
-#define PTST__X(i)                                                                                 \
-    ai = _mm256_loadu_ps(from[i] + 8 * q);                                                         \
-    p##i = _mm256_fmadd_ps(ai, w0, p##i);                                                          \
-    q##i = _mm256_fmadd_ps(ai, w1, q##i);
-            PTST__ROWS_4(PTST__X)
+        const char *block = (const char *)w + ptst__dtype_bytes(dtype, k);
+        __m256 d = ptst__block_scale__avx2(block), x[4];
+        ptst__block32__avx2(block, dtype, x);
+        _mm_prefetch(block + ahead, _MM_HINT_T1);
+#define PTST__X(i) p##i = ptst__dot32__avx2(p##i, d, ptst__row_end(end, a[i], k, K), x);
+        PTST__ROWS_4(PTST__X)
 #undef PTST__X
-        }
     }
     _mm_storeu_ps(part, ptst__sum4__avx2(p0, p1, p2, p3));
-    _mm_storeu_ps(part + 4, ptst__sum4__avx2(q0, q1, q2, q3));
     for (i = 0; i < 4; i++) {
         sums[4 * i] = part[i];
-        sums[4 * i + 1] = part[4 + i];
     }
 }
 
@@ -20038,11 +20039,11 @@ PTST__AVX2 static void ptst__dots__avx2(float *sums, size_t K, const float *cons
                                         const void *const w[4], ptst_dtype dtype, size_t ahead) {
     size_t j;
     if (ptst__is_block(dtype)) {
-        for (j = 0; j < 4 && rows != 1; j += 2) {
+        for (j = 0; j < 4 && rows != 1; j++) {
             if (dtype == PTST_I8) {
-                ptst__dots_2_blocks__avx2(sums + j, K, a, w + j, PTST_I8, ahead);
+                ptst__dots_4_blocks__avx2(sums + j, K, a, w[j], PTST_I8, ahead);
             } else {
-                ptst__dots_2_blocks__avx2(sums + j, K, a, w + j, PTST_I4, ahead);
+                ptst__dots_4_blocks__avx2(sums + j, K, a, w[j], PTST_I4, ahead);
             }
         }
         if (rows == 1 && dtype == PTST_I8) {
