@@ -21292,9 +21292,11 @@ static size_t ptst__parts_of(ptst_dtype dtype) {
     return dtype == PTST_BF16 ? 1 : dtype == PTST_F16 || dtype == PTST_I4 ? 2 : 3;
 }
 
-/* Whether a product is large enough, in each direction, for splitting to pay. */
+/* Whether a product is large enough, in each direction, for splitting to pay. The few rows of the
+   gradient of a low-rank A take rows of B, which are near, as they lie. */
 static bool ptst__parts_fit(const ptst__product *p) {
-    return p->kernels->split != NULL && p->M > PTST__DOTS && p->N > 32 && p->K > 48;
+    size_t few = p->A.transposed ? (size_t)PTST__DOTS : 32;
+    return p->kernels->split != NULL && p->M > few && p->N > 32 && p->K > 48;
 }
 
 /* Splits columns at.. of a matrix; F16 and blocks of I8 and I4 become F32 before. */
