@@ -21197,15 +21197,15 @@ static void ptst__dots_task(void *arg, size_t task, int thread) {
     const float *a_data = turned ? p->room : (const float *)p->A.data, *a[4];
     ptst__matrix W = turned ? p->A : p->B;
     const void *w[4];
-    size_t step = ptst__dtype_bytes(W.dtype, 4 * W.ld), rows = 4; /* of w, that are asked for; */
-    size_t jump = (p->threads - 1) * p->task_cols;                /* from task to task */
+    size_t step = ptst__dtype_bytes(W.dtype, 4 * W.ld); /* memory is far: so many rows of w ahead */
+    size_t rows = step == 0 ? 4 : 4 * ptst__ceil_div(PTST__AHEAD, step);
+    size_t jump = (p->threads - 1) * p->task_cols; /* to the task that probably comes next here */
     float sums[16], block[16];
     ptst__tile t;
     (void)thread;
     t.ldy = p->ldy;
     t.alpha = p->alpha;
     t.beta = p->beta;
-    rows *= step == 0 ? 1 : ptst__ceil_div(PTST__AHEAD, step); /* so far ahead: memory is far */
     for (j = task * p->task_cols; j < end; j += 4) {
         size_t later = j + rows < end ? j + rows : j + rows + jump;
         size_t ahead = later + 4 > many ? 0 : step / 4 * (later - j);
@@ -21217,7 +21217,7 @@ static void ptst__dots_task(void *arg, size_t task, int thread) {
                 a[r] = a_data + ptst__min(i + r, few - 1) * a_ld;
             }
             p->kernels->dots(sums, p->K, a, few - i == 1 ? 1 : 4, w, W.dtype, i == 0 ? ahead : 0);
-            if (p->M == 1 && end - j >= 4 && p->beta == 0) {
+            if (p->M == 1 && end - j >= 4 && p->beta == 0) { /* decoding: what the rest does, too */
                 for (r = 0; r < 4; r++) {
                     p->Y[j + r] = p->alpha * sums[r];
                 }
@@ -22838,9 +22838,9 @@ typedef struct ptst__attention_job {
     float *out, *lse, *dq;
     const struct ptst__attention_plan *plan;
     size_t tiles; /* of queries in the longest span */
-    size_t parts; /* of the keys of spans of few queries; a task takes so many heads */
-    size_t few_heads;
-    float *few;   /* what the parts found; or max [H] and sum [H] of each row of `shared` */
+    size_t parts; /* of the keys of spans of few queries */
+    size_t few_heads; /* that a task takes of them */
+    float *few;       /* what the parts found; or max [H] and sum [H] of each row of `shared` */
     /* Block 0 of spans shared_first, ... shared_end - 1, which is the same, and their rows, which
        follow each other, as one span; no rows: there are none. */
     ptst_span shared;

@@ -925,6 +925,28 @@ static void train_finished(void) {
     tr_close(&w);
 }
 
+/* How many tokens at once if nobody says: few for all weights of a model that fits into caches, many
+   for one that does not; for adapters as many as memory is meant for, within bounds. */
+static void train_micro_default(void) {
+    ptst_config g;
+    memset(&g, 0, sizeof g);
+    g.vocab_size = 1152;
+    g.hidden_size = 96;
+    g.intermediate_size = 256;
+    g.num_hidden_layers = 3;
+    g.num_attention_heads = g.num_key_value_heads = 4;
+    g.head_dim = 24;
+    CHECK(ptst__train_micro(&g, true) == 512);
+    CHECK(ptst__train_micro(&g, false) == 2048);
+    g.vocab_size = 12000; /* 1.5 million weights */
+    CHECK(ptst__train_micro(&g, true) == 2048);
+    g.hidden_size = 4096;
+    g.intermediate_size = 11008;
+    g.num_hidden_layers = 32;
+    CHECK(ptst__train_micro(&g, true) == 2048);
+    CHECK(ptst__train_micro(&g, false) == 256);
+}
+
 /* The same row twice in a batch: the same gradient as once, unless dropout differs, as it must where
    rows are computed one after the other as well. */
 static void train_micro_dropout(void) {
@@ -1561,6 +1583,7 @@ static void suite_train(void) {
     RUN(train_bad_state);
     RUN(train_kill_and_resume);
     RUN(train_finished);
+    RUN(train_micro_default);
     RUN(train_micro_dropout);
     RUN(train_other_options);
     RUN(train_mix);
