@@ -1608,7 +1608,8 @@ PTST_API ptst_code ptst_report_write(ptst_ctx *c, const char *folder);
 
 /* Relaxed and acquire/release operations for the thread pool. TinyCC has no builtins; there the
    pool takes its lock instead (see >>threads). */
-#if (defined(__GNUC__) || defined(__clang__)) && !defined(__TINYC__)
+#if defined(__GCC_ATOMIC_LLONG_LOCK_FREE) && __GCC_ATOMIC_LLONG_LOCK_FREE == 2 &&                  \
+    !defined(__TINYC__)
 #define PTST__ATOMICS 1
 #else
 #define PTST__ATOMICS 0
@@ -2799,8 +2800,23 @@ typedef struct ptst__worker {
     int index;
 } ptst__worker;
 
-/* A thread takes a task by counting `remaining` down; until it is done, the operation cannot end,
-   so run, arg and tasks are read only after that. Who has taken none is not waited for.
+/* Counts the tasks of a thread's share that are taken: the number of the last operation in which
+   that happened, and how many. */
+typedef struct ptst__share {
+    uint64_t taken;
+    char gap[120]; /* cache lines of its own */
+} ptst__share;
+
+/* An operation is a number, one more each time, and a count of tasks, in one word. Its tasks are
+   dealt out in advance, a run of neighbours to each thread: what a thread computed in one operation
+   is often what it reads in the next, weights that follow each other in memory are read by one
+   thread, and threads do not change the same count. Who is through with its share goes on with
+   those of others.
+
+   A thread takes a task by counting its share up; until it is done, the operation cannot end, so
+   run, arg, tasks and each are read only after that. A thread that comes late, with an operation
+   that has ended, finds all shares counted to their end, or by a later one. Who has taken no task
+   is not waited for.
 
    Nobody needs the lock but to sleep and to wake sleepers: a thread that will sleep first says so
    in `sleepers` (the caller in `waiting`) and then looks once more; who changes what it looks at
@@ -2809,21 +2825,26 @@ struct ptst__pool {
     pthread_mutex_t lock;
     pthread_cond_t wake, done;
     ptst__worker *workers;
-    int count;      /* workers besides the caller */
-    ptst__task run; /* the current operation */
+    ptst__share *shares; /* one for each thread */
+    int count;           /* workers besides the caller */
+    ptst__task run;      /* the current operation */
     void *arg;
-    size_t tasks;
+    size_t tasks, each;  /* so many are taken at once; more than one if there are millions */
     bool busy;
     char gap0[64]; /* what threads change while others look gets cache lines of its own */
-    size_t remaining; /* tasks that nobody has taken */
-    char gap1[64];
-    size_t finished; /* tasks */
+    size_t finished; /* tasks (runs of `each`) */
     int waiting;
+    char gap1[64];
+    uint64_t operation; /* the current one; without tasks: quit */
+    int sleepers;
     char gap2[64];
-    unsigned generation; /* of the current operation */
-    int sleepers, quit;
-    char gap3[64];
 };
+
+enum { PTST__TASK_BITS = 24 }; /* of an operation's word; the others are its number */
+
+static size_t ptst__operation_tasks(uint64_t operation) {
+    return (size_t)(operation & (((uint64_t)1 << PTST__TASK_BITS) - 1));
+}
 
 /* How often a waiting thread looks before it goes to sleep, a millisecond or less: threads that
    wait for the last task of an operation are awake for the next one. Without atomic operations
@@ -2855,51 +2876,61 @@ static void ptst__relax(void) {
 #endif
 }
 
-/* Takes the next task; false if there is none. */
-static bool ptst__pool_take(ptst__pool *p, size_t *task) {
-    size_t left;
+/* Takes the next task of a share; false if none is left. */
+static bool ptst__pool_take(ptst__pool *p, uint64_t operation, size_t share, size_t *task) {
+    size_t tasks = ptst__operation_tasks(operation), threads = (size_t)p->count + 1;
+    size_t first = share * tasks / threads, count = (share + 1) * tasks / threads - first;
+    uint64_t start = operation - tasks, seen, next = start; /* none taken */
     bool taken = false;
-    PTST__LOCK(p);
-    left = PTST__LOAD(p->remaining);
-    while (left != 0 && !taken) {
-        taken = PTST__SWAP(p->remaining, left, left - 1);
-    }
-    PTST__UNLOCK(p);
-    *task = taken ? p->tasks - left : 0;
-    return taken;
-}
-
-/* Works as long as there are tasks. Returns whether the last one ended here. */
-static bool ptst__pool_work(ptst__pool *p, int thread) {
-    size_t task, tasks = 0, count = 0;
-    bool last;
-    for (; ptst__pool_take(p, &task); count++) {
-        tasks = p->tasks;
-        p->run(p->arg, task, thread);
-    }
     if (count == 0) {
         return false;
     }
     PTST__LOCK(p);
-    last = PTST__ADD(p->finished, count) == tasks;
+    seen = PTST__LOAD(p->shares[share].taken);
+    while (!taken && seen < start + count) {
+        next = seen < start ? start : seen;
+        taken = PTST__SWAP(p->shares[share].taken, seen, next + 1);
+    }
     PTST__UNLOCK(p);
+    *task = first + (size_t)(next - start);
+    return taken;
+}
+
+/* Works as long as there are tasks. Returns whether the last one ended here. */
+static bool ptst__pool_work(ptst__pool *p, uint64_t operation, int thread) {
+    size_t threads = (size_t)p->count + 1, i, n, task, end, count;
+    bool last = false;
+    for (i = 0; i < threads && !last; i++) {
+        size_t share = ((size_t)thread + i) % threads;
+        for (count = 0; ptst__pool_take(p, operation, share, &task); count++) {
+            end = (task + 1) * p->each < p->tasks ? (task + 1) * p->each : p->tasks;
+            for (n = task * p->each; n < end; n++) {
+                p->run(p->arg, n, thread);
+            }
+        }
+        if (count != 0) {
+            PTST__LOCK(p);
+            last = PTST__ADD(p->finished, count) == ptst__operation_tasks(operation);
+            PTST__UNLOCK(p);
+        }
+    }
     return last;
 }
 
-/* Waits until the operation number changes; looks for a while, then sleeps. */
-static unsigned ptst__pool_wait(ptst__pool *p, unsigned seen) {
-    unsigned now = seen;
+/* Waits until there is another operation; looks for a while, then sleeps. */
+static uint64_t ptst__pool_wait(ptst__pool *p, uint64_t seen) {
+    uint64_t now = seen;
     int spin;
     for (spin = 0; spin < PTST__SPINS && now == seen; spin++) {
         ptst__relax();
-        now = PTST__LOAD(p->generation);
+        now = PTST__LOAD(p->operation);
     }
     if (now != seen) {
         return now;
     }
     pthread_mutex_lock(&p->lock);
     (void)PTST__ADD(p->sleepers, 1);
-    while ((now = PTST__LOAD(p->generation)) == seen) {
+    while ((now = PTST__LOAD(p->operation)) == seen) {
         pthread_cond_wait(&p->wake, &p->lock);
     }
     (void)PTST__ADD(p->sleepers, -1);
@@ -2910,33 +2941,31 @@ static unsigned ptst__pool_wait(ptst__pool *p, unsigned seen) {
 static void *ptst__worker_main(void *arg) {
     ptst__worker *w = (ptst__worker *)arg;
     ptst__pool *p = w->pool;
-    unsigned seen = 0;
-    bool last, waiting, quit = false;
-    while (!quit) {
-        seen = ptst__pool_wait(p, seen);
-        last = ptst__pool_work(p, w->index);
+    uint64_t operation = ptst__pool_wait(p, 0);
+    bool last, waiting;
+    while (ptst__operation_tasks(operation) != 0) {
+        last = ptst__pool_work(p, operation, w->index);
         PTST__LOCK(p);
         waiting = PTST__LOAD(p->waiting) != 0;
-        quit = PTST__LOAD(p->quit) != 0;
         PTST__UNLOCK(p);
         if (last && waiting) {
             pthread_mutex_lock(&p->lock);
             pthread_cond_signal(&p->done);
             pthread_mutex_unlock(&p->lock);
         }
+        operation = ptst__pool_wait(p, operation);
     }
     return NULL;
 }
 
-/* Publishes an operation, or with no tasks the wish to quit, to all workers. */
-static void ptst__pool_publish(ptst__pool *p, size_t tasks) {
+/* Publishes an operation, or with no tasks the wish to quit, to all workers. Returns its word. */
+static uint64_t ptst__pool_publish(ptst__pool *p, size_t tasks) {
+    uint64_t number = (p->operation >> PTST__TASK_BITS) + 1;
+    uint64_t operation = number << PTST__TASK_BITS | tasks;
     bool asleep;
     PTST__LOCK(p);
-    p->tasks = tasks;
     PTST__STORE(p->finished, 0);
-    PTST__STORE(p->quit, tasks == 0);
-    PTST__STORE(p->remaining, tasks);
-    (void)PTST__ADD(p->generation, 1);
+    PTST__STORE(p->operation, operation);
     asleep = PTST__LOAD(p->sleepers) != 0;
     PTST__UNLOCK(p);
     if (asleep) {
@@ -2944,20 +2973,21 @@ static void ptst__pool_publish(ptst__pool *p, size_t tasks) {
         pthread_cond_broadcast(&p->wake);
         pthread_mutex_unlock(&p->lock);
     }
+    return operation;
 }
 
 /* Waits until all tasks are done. */
-static void ptst__pool_finish(ptst__pool *p) {
+static void ptst__pool_finish(ptst__pool *p, size_t tasks) {
     int spin;
     for (spin = 0; spin < PTST__SPINS; spin++) {
-        if (PTST__LOAD(p->finished) == p->tasks) {
+        if (PTST__LOAD(p->finished) == tasks) {
             return;
         }
         ptst__relax();
     }
     pthread_mutex_lock(&p->lock);
     (void)PTST__ADD(p->waiting, 1);
-    while (PTST__LOAD(p->finished) != p->tasks) {
+    while (PTST__LOAD(p->finished) != tasks) {
         pthread_cond_wait(&p->done, &p->lock);
     }
     (void)PTST__ADD(p->waiting, -1);
@@ -2970,7 +3000,7 @@ static void ptst__pool_close(ptst_ctx *c) {
     if (p == NULL) {
         return;
     }
-    ptst__pool_publish(p, 0);
+    (void)ptst__pool_publish(p, 0);
     for (i = 0; i < p->count; i++) {
         pthread_join(p->workers[i].thread, NULL);
     }
@@ -2978,6 +3008,7 @@ static void ptst__pool_close(ptst_ctx *c) {
     pthread_cond_destroy(&p->done);
     pthread_mutex_destroy(&p->lock);
     ptst__free(c, p->workers);
+    ptst__free(c, p->shares);
     ptst__free(c, p);
     c->pool = NULL;
 }
@@ -2994,7 +3025,10 @@ static ptst_code ptst__pool_open(ptst_ctx *c) {
         return PTST_ERR_MEMORY;
     }
     p->workers = (ptst__worker *)ptst__calloc(c, (size_t)wanted, sizeof *p->workers);
-    if (p->workers == NULL) {
+    p->shares = (ptst__share *)ptst__calloc(c, (size_t)wanted + 1, sizeof *p->shares);
+    if (p->workers == NULL || p->shares == NULL) {
+        ptst__free(c, p->workers);
+        ptst__free(c, p->shares);
         ptst__free(c, p);
         return PTST_ERR_MEMORY;
     }
@@ -3017,7 +3051,8 @@ static ptst_code ptst__pool_open(ptst_ctx *c) {
 /* Runs run(arg, 0..tasks-1, thread) on all threads and returns when all are done. */
 PTST__UNUSED static void ptst__parallel_for(ptst_ctx *c, size_t tasks, ptst__task run, void *arg) {
     ptst__pool *p = c->pool;
-    size_t i;
+    size_t most = ((size_t)1 << PTST__TASK_BITS) - 1, i;
+    uint64_t operation;
     if (p == NULL || p->busy || tasks < 2) {
         for (i = 0; i < tasks; i++) {
             run(arg, i, 0);
@@ -3027,9 +3062,12 @@ PTST__UNUSED static void ptst__parallel_for(ptst_ctx *c, size_t tasks, ptst__tas
     p->busy = true;
     p->run = run;
     p->arg = arg;
-    ptst__pool_publish(p, tasks);
-    if (!ptst__pool_work(p, 0)) {
-        ptst__pool_finish(p);
+    p->tasks = tasks;
+    p->each = tasks / most + (tasks % most != 0);
+    tasks = tasks / p->each + (tasks % p->each != 0);
+    operation = ptst__pool_publish(p, tasks);
+    if (!ptst__pool_work(p, operation, 0)) {
+        ptst__pool_finish(p, tasks);
     }
     p->busy = false;
 }
@@ -21046,7 +21084,7 @@ static void ptst__packed_tiles(const ptst__product *p, const ptst__packed_part *
     size_t cols = p->kernels->tile_cols, rows = p->kernels->tile_rows, m, n, count = 0;
     size_t kc = part->kc;
     bool last = part->k + kc == p->kc;
-    size_t next = part->n_first + (last ? p->threads * p->task_cols : 0);
+    size_t next = last ? part->n_end : part->n_first;
     for (m = part->m_first; m < part->m_end; m += rows) {
         for (n = part->n_first; n < part->n_end; n += cols, count++) {
             t->rows = ptst__min(rows, part->m_end - m);
@@ -21199,7 +21237,6 @@ static void ptst__dots_task(void *arg, size_t task, int thread) {
     const void *w[4];
     size_t step = ptst__dtype_bytes(W.dtype, 4 * W.ld); /* memory is far: so many rows of w ahead */
     size_t rows = step == 0 ? 4 : 4 * ptst__ceil_div(PTST__AHEAD, step);
-    size_t jump = (p->threads - 1) * p->task_cols; /* to the task that probably comes next here */
     float sums[16], block[16];
     ptst__tile t;
     (void)thread;
@@ -21207,8 +21244,7 @@ static void ptst__dots_task(void *arg, size_t task, int thread) {
     t.alpha = p->alpha;
     t.beta = p->beta;
     for (j = task * p->task_cols; j < end; j += 4) {
-        size_t later = j + rows < end ? j + rows : j + rows + jump;
-        size_t ahead = later + 4 > many ? 0 : step / 4 * (later - j);
+        size_t ahead = j + rows + 4 > many ? 0 : step / 4 * rows;
         for (r = 0; r < 4; r++) { /* beyond the end: the last one again, dropped below */
             w[r] = ptst__element(W.data, W.dtype, ptst__min(j + r, many - 1) * W.ld);
         }
@@ -21447,7 +21483,7 @@ static size_t ptst__parts_cut(ptst__product *p) {
         for (width = ptst__min(room, panels); width > 0; width--) {
             size_t count = ptst__ceil_div(panels, width) * ptst__ceil_div(blocks, high);
             size_t one = 2 * width * high + 3 * high + 5 * width;
-            size_t late = p->threads > 1 ? one / 2 : 0; /* who waits for a slower core */
+            size_t late = p->threads > 1 ? one : 0; /* who waits for a slower core */
             size_t cost = ptst__ceil_div(count, p->threads) * one + late;
             if (cost < best) {
                 best = cost;
@@ -23866,17 +23902,24 @@ typedef struct ptst__key_range {
 typedef struct ptst__attention_plan {
     ptst__key_range *ranges;
     size_t count, keys; /* of ranges, of all keys in them */
+    size_t pieces;      /* of HEAD_KEYS keys, in the longest range */
     float *slots[4];    /* [row, H, D]; 0 (dq itself) and 1: own keys, 2 and 3: block 0; or NULL */
     float *dk, *dv;     /* [H, keys, D] if heads share key heads */
     size_t bytes;
 } ptst__attention_plan;
 
-/* From so many keys on a block is cut in two, so that there are tasks enough. */
-enum { PTST__CUT = 1024 };
+/* From so many keys on a block is cut in two, so that there are tasks enough; from fewer on, if
+   spans and heads are few. */
+enum { PTST__RANGE = 1024, PTST__RANGE_FEW = 192, PTST__RANGE_TASKS = 16, PTST__HEAD_KEYS = 64 };
+
+static bool ptst__range_long(size_t spans, size_t H, size_t keys) {
+    return keys >= (spans * H < PTST__RANGE_TASKS ? PTST__RANGE_FEW : PTST__RANGE);
+}
 
 /* Keys of the first of two ranges: both are seen by about as many pairs of a causal block. */
-static size_t ptst__range_cut(size_t keys) {
-    return keys < PTST__CUT ? keys : keys * 3 / 10 / PTST__KEYS * PTST__KEYS;
+static size_t ptst__range_cut(const ptst_attention *a, size_t keys) {
+    size_t cut = keys * 3 / 10 / PTST__KEYS * PTST__KEYS;
+    return ptst__range_long(a->spans_count, a->H, keys) ? cut : keys;
 }
 
 static bool ptst__same_keys(const ptst_span *s, size_t b, const ptst_span *t, size_t d) {
@@ -23906,18 +23949,18 @@ static float *ptst__plan_take(ptst__attention_plan *p, char *base, size_t n) {
 /* Lists the ranges and lays out the scratch; base NULL: only counts the bytes. */
 static ptst__attention_plan ptst__plan_make(const ptst_attention *a, char *base) {
     ptst__attention_plan p;
-    size_t rows = 0, n, b, i, cut;
+    size_t rows = 0, longest = 0, n, b, i, cut;
     bool need[4] = {false, false, false, false};
     memset(&p, 0, sizeof p);
     p.ranges = (ptst__key_range *)(void *)base;
     for (n = 0; n < a->spans_count; n++) {
         const ptst_span *s = &a->spans[n];
         rows = s->query + s->count > rows ? s->query + s->count : rows;
-        need[1] = need[1] || s->keys[1] >= PTST__CUT;
+        need[1] = need[1] || ptst__range_long(a->spans_count, a->H, s->keys[1]);
         need[2] = need[2] || s->keys[0] != 0;
-        need[3] = need[3] || s->keys[0] >= PTST__CUT;
+        need[3] = need[3] || ptst__range_long(a->spans_count, a->H, s->keys[0]);
         for (b = 0; b < 2; b++) {
-            cut = ptst__range_cut(s->keys[b]);
+            cut = ptst__range_cut(a, s->keys[b]);
             for (i = 0; i < 2 && ptst__first_use(a, n, b); i++) {
                 ptst__key_range r;
                 r.span = n;
@@ -23928,6 +23971,7 @@ static ptst__attention_plan ptst__plan_make(const ptst_attention *a, char *base)
                 r.partial = p.keys;
                 if (r.keys != 0) {
                     p.keys += r.keys;
+                    longest = r.keys > longest ? r.keys : longest;
                     if (base != NULL) {
                         p.ranges[p.count] = r;
                     }
@@ -23941,6 +23985,7 @@ static ptst__attention_plan ptst__plan_make(const ptst_attention *a, char *base)
         p.slots[i] = need[i] ? ptst__plan_take(&p, base, rows * a->H * a->D) : NULL;
     }
     if (a->H != a->K) {
+        p.pieces = ptst__ceil_div(longest, PTST__HEAD_KEYS);
         p.dk = ptst__plan_take(&p, base, p.keys * a->H * a->D);
         p.dv = ptst__plan_take(&p, base, p.keys * a->H * a->D);
     }
@@ -24107,16 +24152,18 @@ static void ptst__attention_backward_task(void *arg, size_t task, int thread) {
     }
 }
 
-/* Task: adds up dk and dv of the heads that share key head task % K, in a range. */
+/* Task: adds up dk and dv of the heads that share a key head, for some keys of a range. */
 static void ptst__attention_heads_task(void *arg, size_t task, int thread) {
     const ptst__attention_job *job = (const ptst__attention_job *)arg;
     const ptst_attention *a = job->a;
     const ptst__attention_plan *plan = job->plan;
-    const ptst__key_range *range = &plan->ranges[task / a->K];
+    const ptst__key_range *range = &plan->ranges[task / plan->pieces / a->K];
     const ptst_span *owner = &a->spans[range->span];
-    size_t head = task % a->K, group = a->H / a->K, j, g;
+    size_t head = task / plan->pieces % a->K, group = a->H / a->K, g;
+    size_t j = task % plan->pieces * PTST__HEAD_KEYS;
+    size_t end = ptst__min(j + PTST__HEAD_KEYS, range->keys);
     (void)thread;
-    for (j = 0; j < range->keys; j++) {
+    for (; j < end; j++) {
         size_t to = (range->first + j) * a->kv_ld + head * a->D;
         for (g = 0; g < group; g++) {
             size_t from = ((head * group + g) * plan->keys + range->partial + j) * a->D;
@@ -24135,9 +24182,9 @@ static void ptst__attention_slots_task(void *arg, size_t task, int thread) {
     bool has[4];
     (void)thread;
     has[0] = s->keys[1] != 0;
-    has[1] = s->keys[1] >= PTST__CUT;
+    has[1] = ptst__range_long(a->spans_count, a->H, s->keys[1]);
     has[2] = s->keys[0] != 0;
-    has[3] = s->keys[0] >= PTST__CUT;
+    has[3] = ptst__range_long(a->spans_count, a->H, s->keys[0]);
     for (r = r0; r < ptst__min(r0 + PTST__QUERIES, s->count); r++) {
         float *dq = job->dq + (s->query + r) * a->q_ld;
         if (!has[0]) {
@@ -24243,7 +24290,7 @@ PTST_API void ptst_attention_forward(ptst_ctx *c, const ptst_attention *a, const
    `keys` different rows of keys in all. */
 PTST__UNUSED static size_t ptst__attention_scratch(size_t H, size_t D, size_t rows, size_t keys,
                                                    size_t spans) {
-    size_t slots = keys < PTST__CUT ? 1 : 3;
+    size_t slots = ptst__range_long(1, H, keys) ? 3 : 1;
     return (slots * rows + 2 * keys) * H * D * sizeof(float) + 4 * spans * sizeof(ptst__key_range) +
            8 * PTST__ALIGN;
 }
@@ -24272,7 +24319,7 @@ PTST_API void ptst_attention_backward(ptst_ctx *c, const ptst_attention *a, cons
     j.plan = &plan;
     ptst__parallel_for(c, plan.count * a->H, ptst__attention_backward_task, &j);
     if (plan.dk != NULL) {
-        ptst__parallel_for(c, plan.count * a->K, ptst__attention_heads_task, &j);
+        ptst__parallel_for(c, plan.count * a->K * plan.pieces, ptst__attention_heads_task, &j);
     }
     ptst__parallel_for(c, j.tiles * a->spans_count, ptst__attention_slots_task, &j);
 }

@@ -196,6 +196,68 @@ static void threads_in_order(void) {
     ptst_close(c);
 }
 
+/* More tasks than an operation has room to count one by one. */
+static void threads_many_tasks(void) {
+    size_t count = ((size_t)1 << 24) + 7, i, wrong = 0;
+    unsigned char *marks = getenv("TEST_QUICK") == NULL ? (unsigned char *)calloc(count, 1) : NULL;
+    ptst_ctx *c = test_open(3, NULL);
+    if (marks != NULL) {
+        ptst__parallel_for(c, count, core_mark, marks);
+        for (i = 0; i < count; i++) {
+            wrong += marks[i] != 1;
+        }
+    }
+    CHECK(wrong == 0);
+    free(marks);
+    ptst_close(c);
+}
+
+#ifndef PTST_NO_THREADS
+typedef struct core_wait {
+    pthread_mutex_t lock;
+    int done;
+} core_wait;
+
+static int core_done(core_wait *w, int more) {
+    int done;
+    pthread_mutex_lock(&w->lock);
+    done = w->done += more;
+    pthread_mutex_unlock(&w->lock);
+    return done;
+}
+
+/* The first task ends after all others, for which its thread has no time then. */
+static void core_wait_for_others(void *arg, size_t task, int thread) {
+    core_wait *w = (core_wait *)arg;
+    int i;
+    (void)thread;
+    if (task != 0) {
+        (void)core_done(w, 1);
+    }
+    for (i = 0; i < 20000 && task == 0 && core_done(w, 0) < 63; i++) {
+        ptst__nap(1);
+    }
+}
+
+/* A thread that is through with its own tasks does those of one that is not. */
+static void threads_help(void) {
+    ptst_ctx *c = test_open(2, NULL);
+    core_wait w;
+    int round;
+    pthread_mutex_init(&w.lock, NULL);
+    for (round = 0; round < 20 && ptst_thread_count(c) == 2; round++) {
+        w.done = 0;
+        ptst__parallel_for(c, 64, core_wait_for_others, &w);
+        CHECK(w.done == 63);
+        w.done = 62;
+        ptst__parallel_for(c, 2, core_wait_for_others, &w);
+        CHECK(w.done == 63);
+    }
+    pthread_mutex_destroy(&w.lock);
+    ptst_close(c);
+}
+#endif
+
 /* ---- random ---- */
 
 /* Known answers of philox4x32-10 from the Random123 distribution (kat_vectors). */
@@ -314,6 +376,10 @@ static void suite_core(void) {
     RUN(core_append_and_finite);
     RUN(threads_each_task_once);
     RUN(threads_in_order);
+    RUN(threads_many_tasks);
+#ifndef PTST_NO_THREADS
+    RUN(threads_help);
+#endif
     RUN(random_known_answers);
     RUN(random_moments);
 }
