@@ -21483,7 +21483,7 @@ static size_t ptst__parts_cut(ptst__product *p) {
         for (width = ptst__min(room, panels); width > 0; width--) {
             size_t count = ptst__ceil_div(panels, width) * ptst__ceil_div(blocks, high);
             size_t one = 2 * width * high + 3 * high + 5 * width;
-            size_t late = p->threads > 1 ? one : 0; /* who waits for a slower core */
+            size_t late = p->threads > 1 ? 2 * one : 0; /* who waits for a slower core */
             size_t cost = ptst__ceil_div(count, p->threads) * one + late;
             if (cost < best) {
                 best = cost;
