@@ -2780,25 +2780,13 @@ PTST_API const char *ptst_code_name(ptst_code code) {
    tasks; which thread runs a task is open, what a task computes is not, so results are the same
    bits for any number of threads. Relies on >>core. Tested by tests/test_core.c.
 
-   With PTST_USE_OPENMP (and -fopenmp) the same function runs on OpenMP's threads; with
-   PTST_NO_THREADS, or inside another parallel operation, the tasks run one after another. */
+   With PTST_USE_OPENMP (and -fopenmp) OpenMP's threads take the tasks in the same way; with
+   PTST_NO_THREADS, or inside another parallel operation, they run one after another. */
 
 /* task: 0..count-1; thread: 0..ptst_thread_count-1, for private scratch. */
 typedef void (*ptst__task)(void *arg, size_t task, int thread);
 
-#if !defined(PTST_NO_THREADS) && !(defined(PTST_USE_OPENMP) && defined(_OPENMP))
-#define PTST__PTHREADS 1
-#else
-#define PTST__PTHREADS 0
-#endif
-
-#if PTST__PTHREADS
-
-typedef struct ptst__worker {
-    ptst__pool *pool;
-    pthread_t thread;
-    int index;
-} ptst__worker;
+#ifndef PTST_NO_THREADS
 
 /* Counts the tasks of a thread's share that are taken: the number of the last operation in which
    that happened, and how many. */
@@ -2824,12 +2812,12 @@ typedef struct ptst__share {
 struct ptst__pool {
     pthread_mutex_t lock;
     pthread_cond_t wake, done;
-    ptst__worker *workers;
-    ptst__share *shares; /* one for each thread */
-    int count;           /* workers besides the caller */
-    ptst__task run;      /* the current operation */
+    struct ptst__worker *workers; /* not with OpenMP */
+    ptst__share *shares;          /* one for each thread */
+    int count;                    /* threads besides the caller */
+    ptst__task run;               /* the current operation */
     void *arg;
-    size_t tasks, each;  /* so many are taken at once; more than one if there are millions */
+    size_t tasks, each; /* so many are taken at once; more than one if there are millions */
     bool busy;
     char gap0[64]; /* what threads change while others look gets cache lines of its own */
     size_t finished; /* tasks (runs of `each`) */
@@ -2867,14 +2855,6 @@ enum { PTST__SPINS = 0 };
 #define PTST__LOCK(p) pthread_mutex_lock(&(p)->lock)
 #define PTST__UNLOCK(p) pthread_mutex_unlock(&(p)->lock)
 #endif
-
-static void ptst__relax(void) {
-#if PTST__X86
-    _mm_pause();
-#elif PTST__NEON
-    __asm__ __volatile__("yield");
-#endif
-}
 
 /* Takes the next task of a share; false if none is left. */
 static bool ptst__pool_take(ptst__pool *p, uint64_t operation, size_t share, size_t *task) {
@@ -2915,6 +2895,86 @@ static bool ptst__pool_work(ptst__pool *p, uint64_t operation, int thread) {
         }
     }
     return last;
+}
+
+/* Makes an operation of tasks, at least one, of which nobody knows yet. Returns its word. */
+static uint64_t ptst__pool_prepare(ptst__pool *p, size_t tasks, ptst__task run, void *arg) {
+    size_t most = ((size_t)1 << PTST__TASK_BITS) - 1;
+    p->run = run;
+    p->arg = arg;
+    p->tasks = tasks;
+    p->each = tasks / most + (tasks % most != 0);
+    tasks = tasks / p->each + (tasks % p->each != 0);
+    return ((p->operation >> PTST__TASK_BITS) + 1) << PTST__TASK_BITS | tasks;
+}
+
+static void ptst__pool_free(ptst_ctx *c, ptst__pool *p) {
+    pthread_cond_destroy(&p->wake);
+    pthread_cond_destroy(&p->done);
+    pthread_mutex_destroy(&p->lock);
+    ptst__free(c, p->workers);
+    ptst__free(c, p->shares);
+    ptst__free(c, p);
+}
+
+/* A pool for c->threads, none of which is started; NULL: no memory. */
+static ptst__pool *ptst__pool_new(ptst_ctx *c) {
+    ptst__pool *p = (ptst__pool *)ptst__calloc(c, 1, sizeof *p);
+    if (p == NULL) {
+        return NULL;
+    }
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    pthread_cond_init(&p->done, NULL);
+    p->shares = (ptst__share *)ptst__calloc(c, (size_t)c->threads, sizeof *p->shares);
+    if (p->shares == NULL) {
+        ptst__pool_free(c, p);
+        return NULL;
+    }
+    return p;
+}
+
+#if defined(PTST_USE_OPENMP) && defined(_OPENMP)
+
+static ptst_code ptst__pool_open(ptst_ctx *c) {
+    c->pool = c->threads == 1 ? NULL : ptst__pool_new(c);
+    if (c->threads != 1 && c->pool == NULL) {
+        return PTST_ERR_MEMORY;
+    }
+    if (c->pool != NULL) {
+        c->pool->count = c->threads - 1;
+    }
+    return PTST_OK;
+}
+
+static void ptst__pool_close(ptst_ctx *c) {
+    if (c->pool != NULL) {
+        ptst__pool_free(c, c->pool);
+        c->pool = NULL;
+    }
+}
+
+static void ptst__pool_run(ptst__pool *p, uint64_t operation) {
+    p->finished = 0;
+    p->operation = operation;
+#pragma omp parallel num_threads(p->count + 1)
+    (void)ptst__pool_work(p, operation, omp_get_thread_num());
+}
+
+#else
+
+typedef struct ptst__worker {
+    ptst__pool *pool;
+    pthread_t thread;
+    int index;
+} ptst__worker;
+
+static void ptst__relax(void) {
+#if PTST__X86
+    _mm_pause();
+#elif PTST__NEON
+    __asm__ __volatile__("yield");
+#endif
 }
 
 /* Waits until there is another operation; looks for a while, then sleeps. */
@@ -2958,10 +3018,8 @@ static void *ptst__worker_main(void *arg) {
     return NULL;
 }
 
-/* Publishes an operation, or with no tasks the wish to quit, to all workers. Returns its word. */
-static uint64_t ptst__pool_publish(ptst__pool *p, size_t tasks) {
-    uint64_t number = (p->operation >> PTST__TASK_BITS) + 1;
-    uint64_t operation = number << PTST__TASK_BITS | tasks;
+/* Makes an operation known to all workers. */
+static void ptst__pool_publish(ptst__pool *p, uint64_t operation) {
     bool asleep;
     PTST__LOCK(p);
     PTST__STORE(p->finished, 0);
@@ -2973,7 +3031,6 @@ static uint64_t ptst__pool_publish(ptst__pool *p, size_t tasks) {
         pthread_cond_broadcast(&p->wake);
         pthread_mutex_unlock(&p->lock);
     }
-    return operation;
 }
 
 /* Waits until all tasks are done. */
@@ -2994,22 +3051,25 @@ static void ptst__pool_finish(ptst__pool *p, size_t tasks) {
     pthread_mutex_unlock(&p->lock);
 }
 
+static void ptst__pool_run(ptst__pool *p, uint64_t operation) {
+    ptst__pool_publish(p, operation);
+    if (!ptst__pool_work(p, operation, 0)) {
+        ptst__pool_finish(p, ptst__operation_tasks(operation));
+    }
+}
+
 static void ptst__pool_close(ptst_ctx *c) {
     ptst__pool *p = c->pool;
     int i;
     if (p == NULL) {
         return;
     }
-    (void)ptst__pool_publish(p, 0);
+    ptst__pool_publish(p, p->operation + ((uint64_t)1 << PTST__TASK_BITS) -
+                              ptst__operation_tasks(p->operation));
     for (i = 0; i < p->count; i++) {
         pthread_join(p->workers[i].thread, NULL);
     }
-    pthread_cond_destroy(&p->wake);
-    pthread_cond_destroy(&p->done);
-    pthread_mutex_destroy(&p->lock);
-    ptst__free(c, p->workers);
-    ptst__free(c, p->shares);
-    ptst__free(c, p);
+    ptst__pool_free(c, p);
     c->pool = NULL;
 }
 
@@ -3020,21 +3080,15 @@ static ptst_code ptst__pool_open(ptst_ctx *c) {
     if (wanted == 0) {
         return PTST_OK;
     }
-    p = (ptst__pool *)ptst__calloc(c, 1, sizeof *p);
+    p = ptst__pool_new(c);
     if (p == NULL) {
         return PTST_ERR_MEMORY;
     }
     p->workers = (ptst__worker *)ptst__calloc(c, (size_t)wanted, sizeof *p->workers);
-    p->shares = (ptst__share *)ptst__calloc(c, (size_t)wanted + 1, sizeof *p->shares);
-    if (p->workers == NULL || p->shares == NULL) {
-        ptst__free(c, p->workers);
-        ptst__free(c, p->shares);
-        ptst__free(c, p);
+    if (p->workers == NULL) {
+        ptst__pool_free(c, p);
         return PTST_ERR_MEMORY;
     }
-    pthread_mutex_init(&p->lock, NULL);
-    pthread_cond_init(&p->wake, NULL);
-    pthread_cond_init(&p->done, NULL);
     c->pool = p;
     for (i = 0; i < wanted; i++) {
         p->workers[i].pool = p;
@@ -3048,11 +3102,12 @@ static ptst_code ptst__pool_open(ptst_ctx *c) {
     return PTST_OK;
 }
 
+#endif
+
 /* Runs run(arg, 0..tasks-1, thread) on all threads and returns when all are done. */
 PTST__UNUSED static void ptst__parallel_for(ptst_ctx *c, size_t tasks, ptst__task run, void *arg) {
     ptst__pool *p = c->pool;
-    size_t most = ((size_t)1 << PTST__TASK_BITS) - 1, i;
-    uint64_t operation;
+    size_t i;
     if (p == NULL || p->busy || tasks < 2) {
         for (i = 0; i < tasks; i++) {
             run(arg, i, 0);
@@ -3060,44 +3115,25 @@ PTST__UNUSED static void ptst__parallel_for(ptst_ctx *c, size_t tasks, ptst__tas
         return;
     }
     p->busy = true;
-    p->run = run;
-    p->arg = arg;
-    p->tasks = tasks;
-    p->each = tasks / most + (tasks % most != 0);
-    tasks = tasks / p->each + (tasks % p->each != 0);
-    operation = ptst__pool_publish(p, tasks);
-    if (!ptst__pool_work(p, operation, 0)) {
-        ptst__pool_finish(p, tasks);
-    }
+    ptst__pool_run(p, ptst__pool_prepare(p, tasks, run, arg));
     p->busy = false;
 }
 
-#else /* OpenMP or no threads */
+#else /* no threads */
 
 static ptst_code ptst__pool_open(ptst_ctx *c) {
-#ifdef PTST_NO_THREADS
     c->threads = 1;
-#endif
-    (void)c;
     return PTST_OK;
 }
 
 static void ptst__pool_close(ptst_ctx *c) { (void)c; }
 
 PTST__UNUSED static void ptst__parallel_for(ptst_ctx *c, size_t tasks, ptst__task run, void *arg) {
-#if defined(PTST_USE_OPENMP) && defined(_OPENMP)
-    ptrdiff_t i, n = (ptrdiff_t)tasks;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(c->threads) if (!omp_in_parallel())
-    for (i = 0; i < n; i++) {
-        run(arg, (size_t)i, omp_get_thread_num());
-    }
-#else
     size_t i;
     (void)c;
     for (i = 0; i < tasks; i++) {
         run(arg, i, 0);
     }
-#endif
 }
 
 #endif
@@ -21469,8 +21505,9 @@ static void ptst__parts_task(void *arg, size_t task, int thread) {
 /* Cuts the block of Y into tasks: of all sizes for which there is room in the buffer of a thread
    (half of it, if that lets all of A stay near, too) the one by which the busiest thread has least
    to do. For 32 x 32 of Y, splitting rows that are kept (or bringing A near) costs about as much
-   as one and a half multiplications, splitting what passes by as two and a half. Returns their
-   number. */
+   as one and a half multiplications, splitting what passes by as two and a half. In the end all
+   wait for the core that began its last task late, or has half the speed (a neighbour uses the
+   unit, too): two tasks more. Returns their number. */
 static size_t ptst__parts_cut(ptst__product *p) {
     bool pass_a = p->keep == PTST__KEEP_B;
     size_t room = (size_t)PTST__PARTS_PASS * (p->keep != PTST__KEEP_NONE ? 1 : 2) /
@@ -21483,8 +21520,8 @@ static size_t ptst__parts_cut(ptst__product *p) {
         for (width = ptst__min(room, panels); width > 0; width--) {
             size_t count = ptst__ceil_div(panels, width) * ptst__ceil_div(blocks, high);
             size_t one = 2 * width * high + 3 * high + 5 * width;
-            size_t late = p->threads > 1 ? 2 * one : 0; /* who waits for a slower core */
-            size_t cost = ptst__ceil_div(count, p->threads) * one + late;
+            size_t turns = ptst__ceil_div(count, p->threads) + (p->threads > 1 ? 2 : 0);
+            size_t cost = turns * one;
             if (cost < best) {
                 best = cost;
                 tasks = count;

@@ -1290,7 +1290,7 @@ static void train_locked(void) {
     tr_world w;
     tr_run run;
     ptst_finetune_desc d;
-    int lock;
+    int lock = -1;
     char out[600];
     tr_open(&w, 1);
     snprintf(out, sizeof out, "%s", tiny_path("out"));
