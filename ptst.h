@@ -1606,8 +1606,8 @@ PTST_API ptst_code ptst_report_write(ptst_ctx *c, const char *folder);
 #define PTST__INLINE static inline
 #endif
 
-/* Relaxed and acquire/release operations for the thread pool. TinyCC has no builtins; there the
-   pool takes its lock instead (see >>threads). */
+/* Atomic operations on up to 64 bits for the thread pool. Where there are none (TinyCC, small
+   processors) it takes its lock instead (see >>threads). */
 #if defined(__GCC_ATOMIC_LLONG_LOCK_FREE) && __GCC_ATOMIC_LLONG_LOCK_FREE == 2 &&                  \
     !defined(__TINYC__)
 #define PTST__ATOMICS 1
@@ -2834,6 +2834,11 @@ static size_t ptst__operation_tasks(uint64_t operation) {
     return (size_t)(operation & (((uint64_t)1 << PTST__TASK_BITS) - 1));
 }
 
+/* The word of the operation after this one. */
+static uint64_t ptst__operation_next(uint64_t operation, size_t tasks) {
+    return ((operation >> PTST__TASK_BITS) + 1) << PTST__TASK_BITS | tasks;
+}
+
 /* How often a waiting thread looks before it goes to sleep, a millisecond or less: threads that
    wait for the last task of an operation are awake for the next one. Without atomic operations
    threads read and change everything under the lock. */
@@ -2905,7 +2910,7 @@ static uint64_t ptst__pool_prepare(ptst__pool *p, size_t tasks, ptst__task run, 
     p->tasks = tasks;
     p->each = tasks / most + (tasks % most != 0);
     tasks = tasks / p->each + (tasks % p->each != 0);
-    return ((p->operation >> PTST__TASK_BITS) + 1) << PTST__TASK_BITS | tasks;
+    return ptst__operation_next(p->operation, tasks);
 }
 
 static void ptst__pool_free(ptst_ctx *c, ptst__pool *p) {
@@ -3064,8 +3069,7 @@ static void ptst__pool_close(ptst_ctx *c) {
     if (p == NULL) {
         return;
     }
-    ptst__pool_publish(p, p->operation + ((uint64_t)1 << PTST__TASK_BITS) -
-                              ptst__operation_tasks(p->operation));
+    ptst__pool_publish(p, ptst__operation_next(p->operation, 0));
     for (i = 0; i < p->count; i++) {
         pthread_join(p->workers[i].thread, NULL);
     }
@@ -23945,9 +23949,12 @@ typedef struct ptst__attention_plan {
     size_t bytes;
 } ptst__attention_plan;
 
-/* From so many keys on a block is cut in two, so that there are tasks enough; from fewer on, if
-   spans and heads are few. */
-enum { PTST__RANGE = 1024, PTST__RANGE_FEW = 192, PTST__RANGE_TASKS = 16, PTST__HEAD_KEYS = 64 };
+enum {
+    PTST__RANGE = 1024,     /* from so many keys on a block is cut in two, */
+    PTST__RANGE_FEW = 192,  /* and from so many on if spans times heads are */
+    PTST__RANGE_TASKS = 16, /* fewer than this, so that there are tasks enough */
+    PTST__HEAD_KEYS = 64    /* keys of one task that adds up heads */
+};
 
 static bool ptst__range_long(size_t spans, size_t H, size_t keys) {
     return keys >= (spans * H < PTST__RANGE_TASKS ? PTST__RANGE_FEW : PTST__RANGE);

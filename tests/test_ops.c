@@ -525,6 +525,7 @@ static void ops_attention_backward(ops_attention *t) {
     size_t size;
     t->a.spans = t->spans;
     size = ptst_attention_backward_scratch(&t->a);
+    CHECK(size <= ptst__attention_scratch(t->a.H, t->a.D, t->rows, t->keys, t->a.spans_count));
     free(t->scratch);
     t->scratch = malloc(size + 8);
     memset(t->scratch, 0x7F, size + 8); /* what lies there must not matter, nor the end be passed */
