@@ -19097,6 +19097,8 @@ struct ptst__kernels {
     void (*parts_mode)(bool on); /* on the calling thread, around calls of tile_parts */
     void (*tile_parts)(size_t steps, size_t parts, const uint16_t *a, const uint16_t *b,
                        const ptst__tile *t);
+    void (*few_parts)(size_t steps, const uint16_t *a, const struct ptst__matrix *B, size_t at,
+                      size_t k0, const ptst__tile *t);
     /* Fused multiply-adds on registers only, `rounds` times; returns the number of floating point
        operations. sink keeps the result alive. */
     double (*peak)(size_t rounds, float scale, float *sink);
@@ -19681,7 +19683,8 @@ PTST__UNUSED static void ptst__convert_from_f32(const ptst_ctx *c, void *dst, co
 
    Three kinds of product:
        packed   as above; for few rows of A, a B of F32 that lies row by row is not even packed
-       parts    with AMX: as sums of products of 16-bit parts
+       parts    with AMX: as sums of products of 16-bit parts; for few rows B is split while it is
+                multiplied
        dots     very few rows (decoding) or columns (adapters of low rank): `dots` makes 4 x 4
                 scalar products of rows as they lie in memory. */
 
@@ -19698,6 +19701,7 @@ enum {
     PTST__UNPACKED = 1536,  /* up to so many columns of Y are made without packing A */
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
     PTST__SHORT = 96,       /* and up to so many rows pass by one panel of B at a time */
+    PTST__PARTS_FEW = 64,   /* up to so many rows a tile of B is used only once */
     PTST__PARTS_M = 1024,   /* rows of A that are split into parts at once, for so much of K; */
     PTST__PARTS_K = 768,    /* of each thread, in floats: room for 192 columns (rows) in 3 parts */
     PTST__PARTS_PASS = 192 * PTST__PARTS_K * 3 / 2, /* that pass by, half of it used beside */
@@ -20512,9 +20516,9 @@ PTST__AVX512 static double ptst__peak__avx512(size_t rounds, float scale, float 
        a b = a0 b0 + (a0 b1 + a1 b0) + (a0 b2 + a1 b1 + a2 b0) + rest,   |rest| < 2^-23 |a b|
 
    so six products of parts make a product as exact as that of F32 (each is exact in F32, only the
-   sums are rounded). If b is BF16 it has one part and three products do, without a rest; F16 and
-   int4 (11 and 15 bits) have two, int8 has three. Parts below 2^-126 count as 0, and infinities
-   become NaN: neither are numbers to train with.
+   sums are rounded). If b is BF16 it has one part and three products do, without a rest; F16, int8
+   and int4 (11, 15 and 12 bits) have two. Parts below 2^-126 count as 0, and infinities become NaN:
+   neither are numbers to train with.
 
    A strip is 16 rows of A, or 16 columns of B, for all k of a block: for each 32 k (a step), part
    by part, a tile of 1 KB as the instruction wants it. Two neighbours in k are a pair of 32 bits:
@@ -20615,26 +20619,70 @@ PTST__TILES PTST__INLINE void ptst__split_bf16__amx(uint16_t *dst, const void *s
     }
 }
 
+/* Elements i..i + 15 of an array of F16, I8 or I4 where mask is set, elsewhere 0; of I8 and I4 i is
+   a multiple of 16. */
+PTST__TILES PTST__INLINE __m512 ptst__to_f32__amx(const void *data, ptst_dtype dtype, size_t i,
+                                                  __mmask16 mask) {
+    const void *block;
+    int half = i / 16 % 2 == 0 ? 0 : 1;
+    __m512 d;
+    if (dtype == PTST_F16) {
+        return ptst__load16__avx512(data, PTST_F16, i, mask);
+    }
+    block = ptst__element(data, dtype, i / PTST__BLOCK * PTST__BLOCK);
+    d = _mm512_set1_ps(ptst__block_scale(block));
+    return _mm512_maskz_mul_ps(mask, d, dtype == PTST_I8
+                                            ? ptst__block16__avx512(block, PTST_I8, half)
+                                            : ptst__block16__avx512(block, PTST_I4, half));
+}
+
+/* F16, I8 or I4 as F32 before it is split: element first + row ld + i, i < width <= 32, becomes
+   dst[32 row + i]. The rows after these are asked for. */
+PTST__TILES static void ptst__rows_to_f32__amx(float *dst, const ptst__matrix *X, size_t first,
+                                               size_t rows, size_t width) {
+    __mmask16 m0 = ptst__mask16__avx512(width);
+    __mmask16 m1 = ptst__mask16__avx512(width < 16 ? 0 : width - 16);
+    size_t i;
+    for (i = 0; i < rows; i++, first += X->ld, dst += 32) {
+        uintptr_t later = (uintptr_t)X->data + ptst__dtype_bytes(X->dtype, first + rows * X->ld);
+        _mm_prefetch((const char *)later, _MM_HINT_T1);
+        _mm512_store_ps(dst, ptst__to_f32__amx(X->data, X->dtype, first, m0));
+        if (m1 != 0) {
+            _mm512_store_ps(dst + 16, ptst__to_f32__amx(X->data, X->dtype, first + 16, m1));
+        }
+    }
+}
+
 /* A strip of X [K, columns]: columns at..at + cols - 1 (cols <= 16; zeros follow), rows k0..k0 +
-   kc - 1 (to a multiple of 32 with zeros), as rows (of A) or columns (of B). X is BF16, which has
-   one part, or F32 with two or three. */
+   kc - 1 (to a multiple of 32 with zeros), as rows (of A) or columns (of B). F32 has three parts
+   (or two), BF16 one, the other types have two. */
 PTST__TILES static void ptst__split__amx(uint16_t *dst, size_t parts, const ptst__matrix *X,
                                          bool as_rows, size_t at, size_t cols, size_t k0,
                                          size_t kc) {
+    float f32[32 * 32] __attribute__((aligned(64)));
     bool along = X->transposed;
     size_t k, kn, first = along ? at * X->ld + k0 : k0 * X->ld + at;
     for (k = 0; k < kc; k += 32, first += along ? 32 : 32 * X->ld, dst += parts * 512) {
-        const void *src = ptst__element(X->data, X->dtype, first);
+        const float *src = f32;
+        size_t ld = 32;
         kn = kc - k < 32 ? kc - k : 32;
         if (X->dtype == PTST_BF16) {
-            ptst__split_bf16__amx(dst, src, X->ld, along, as_rows, cols, kn);
-        } else if (along == as_rows) {
-            parts == 2 ? ptst__split_tile__amx(dst, 2, src, PTST_F32, X->ld, along, cols, kn)
-                       : ptst__split_tile__amx(dst, 3, src, PTST_F32, X->ld, along, cols, kn);
+            ptst__split_bf16__amx(dst, ptst__element(X->data, X->dtype, first), X->ld, along,
+                                  as_rows, cols, kn);
+            continue;
+        }
+        if (X->dtype == PTST_F32) {
+            src = (const float *)X->data + first;
+            ld = X->ld;
         } else {
-            const float *f32 = (const float *)src;
-            parts == 2 ? ptst__split_turned__amx(dst, 2, f32, X->ld, along, cols, kn)
-                       : ptst__split_turned__amx(dst, 3, f32, X->ld, along, cols, kn);
+            ptst__rows_to_f32__amx(f32, X, first, along ? cols : kn, along ? kn : cols);
+        }
+        if (along == as_rows) {
+            parts == 2 ? ptst__split_tile__amx(dst, 2, src, PTST_F32, ld, along, cols, kn)
+                       : ptst__split_tile__amx(dst, 3, src, PTST_F32, ld, along, cols, kn);
+        } else {
+            parts == 2 ? ptst__split_turned__amx(dst, 2, src, ld, along, cols, kn)
+                       : ptst__split_turned__amx(dst, 3, src, ld, along, cols, kn);
         }
     }
 }
@@ -20729,6 +20777,216 @@ PTST__TILES static void ptst__tile_parts__amx(size_t steps, size_t parts, const 
         if (m1 != 0) {
             ptst__put16__avx512(y + 16, _mm512_load_ps(sums + 32 * i + 16), m1, t);
         }
+    }
+}
+
+/* ---- matmul in parts with few rows, AMX ----
+   With at most 64 rows of A, splitting a tile of B takes as long as multiplying it. Here both are
+   done at once: between two multiplications, which keep the unit for tiles busy for 16 cycles and
+   everything else idle, there is a piece of the work on the tile of B that comes next.
+
+       registers: the sums of 4 x 16 rows and 16 columns 0..3, rows of A 4, 5, 7, columns of B 6
+       pieces:    16 rows are converted to F32 (F16, I8, I4), 8 times 4 k of 16 rows are turned,
+                  16 rows of pairs are split; of BF16, 4 times 4 pairs are turned
+
+   A tile of B is read only once, soon after it has been made, and never leaves the first cache. */
+
+enum { PTST__PIECE_CONVERT, PTST__PIECE_TURN, PTST__PIECE_SPLIT, PTST__PIECE_NONE };
+
+typedef struct ptst__next_tile {
+    const ptst__matrix *B;
+    size_t first;  /* its element in B */
+    uint16_t *dst; /* its parts */
+    float rows[512] __attribute__((aligned(64))), turned[512] __attribute__((aligned(64)));
+} ptst__next_tile;
+
+/* Columns k..k + 3 of 16 rows, ld floats apart, become 4 rows of dst. */
+PTST__TILES PTST__INLINE void ptst__turn4__amx(float *dst, const float *src, size_t ld) {
+#define PTST__X(i)                                                                                 \
+    __m512 x##i = _mm512_castps128_ps512(_mm_loadu_ps(src + i * ld));                              \
+    x##i = _mm512_insertf32x4(x##i, _mm_loadu_ps(src + (i + 4) * ld), 1);                          \
+    x##i = _mm512_insertf32x4(x##i, _mm_loadu_ps(src + (i + 8) * ld), 2);                          \
+    x##i = _mm512_insertf32x4(x##i, _mm_loadu_ps(src + (i + 12) * ld), 3);
+    PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    __m512 y0 = _mm512_unpacklo_ps(x0, x2), y1 = _mm512_unpackhi_ps(x0, x2);
+    __m512 y2 = _mm512_unpacklo_ps(x1, x3), y3 = _mm512_unpackhi_ps(x1, x3);
+    _mm512_store_ps(dst, _mm512_unpacklo_ps(y0, y2));
+    _mm512_store_ps(dst + 16, _mm512_unpackhi_ps(y0, y2));
+    _mm512_store_ps(dst + 32, _mm512_unpacklo_ps(y1, y3));
+    _mm512_store_ps(dst + 48, _mm512_unpackhi_ps(y1, y3));
+}
+
+/* Asks for row i of the strip after the next one. */
+PTST__TILES PTST__INLINE void ptst__ask__amx(const ptst__next_tile *next, ptst_dtype dtype,
+                                             size_t i) {
+    uintptr_t later = (uintptr_t)next->B->data +
+                      ptst__dtype_bytes(dtype, next->first + (i + 32) * next->B->ld);
+    _mm_prefetch((const char *)later, _MM_HINT_T1);
+    if (dtype == PTST_F32) {
+        _mm_prefetch((const char *)(later + 64), _MM_HINT_T1);
+    }
+}
+
+/* Piece i of a kind. dtype and kind are constants; types of two parts are all called F16. */
+PTST__TILES PTST__INLINE void ptst__piece__amx(ptst__next_tile *next, ptst_dtype dtype, int kind,
+                                               size_t i) {
+    const float *pairs = next->turned + 32 * i;
+    const ptst__matrix *B = next->B;
+    size_t j, row = next->first + i * B->ld;
+    if (kind == PTST__PIECE_CONVERT) {
+        ptst__ask__amx(next, B->dtype, i);
+        _mm512_store_ps(next->rows + 32 * i, ptst__to_f32__amx(B->data, B->dtype, row, 0xFFFF));
+        _mm512_store_ps(next->rows + 32 * i + 16,
+                        ptst__to_f32__amx(B->data, B->dtype, row + 16, 0xFFFF));
+    } else if (kind == PTST__PIECE_TURN && dtype == PTST_BF16) {
+        for (j = 4 * i; j < 4 * i + 4; j++) {
+            ptst__ask__amx(next, PTST_BF16, j);
+        }
+        ptst__turn4__amx((float *)(void *)next->dst + 64 * i,
+                         (const float *)B->data + next->first / 2 + 4 * i, B->ld / 2);
+    } else if (kind == PTST__PIECE_TURN && dtype == PTST_F32) {
+        ptst__turn4__amx(next->turned + 64 * i, (const float *)B->data + next->first + 4 * i,
+                         B->ld);
+    } else if (kind == PTST__PIECE_TURN) {
+        ptst__turn4__amx(next->turned + 64 * i, next->rows + 4 * i, 32);
+    } else if (kind == PTST__PIECE_SPLIT) {
+        if (dtype == PTST_F32) {
+            ptst__ask__amx(next, PTST_F32, i);
+        }
+        ptst__split32__amx(next->dst + 32 * i, dtype == PTST_F32 ? 3 : 2, _mm512_load_ps(pairs),
+                           _mm512_load_ps(pairs + 16), false);
+    }
+}
+
+/* One part of up to 4 strips of A times the part of B in register 6, and `each` pieces after each
+   multiplication. */
+PTST__TILES PTST__INLINE void ptst__few_times__amx(const uint16_t *a, size_t a_strip,
+                                                   size_t strips, ptst__next_tile *next,
+                                                   ptst_dtype dtype, int kind, size_t first,
+                                                   size_t each) {
+    size_t i;
+#define PTST__PIECES(turn)                                                                         \
+    for (i = first + turn * each; i < first + (turn + 1) * each; i++) {                            \
+        ptst__piece__amx(next, dtype, kind, i);                                                    \
+    }
+    _tile_loadd(4, a, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    PTST__PIECES(0)
+    if (strips > 1) {
+        _tile_loadd(5, a + a_strip, 64);
+        _tile_dpbf16ps(1, 5, 6);
+    }
+    PTST__PIECES(1)
+    if (strips > 2) {
+        _tile_loadd(7, a + 2 * a_strip, 64);
+        _tile_dpbf16ps(2, 7, 6);
+    }
+    PTST__PIECES(2)
+    if (strips > 3) {
+        _tile_loadd(4, a + 3 * a_strip, 64);
+        _tile_dpbf16ps(3, 4, 6);
+    }
+    PTST__PIECES(3)
+#undef PTST__PIECES
+}
+
+/* Adds the products of one step, in the order of ptst__step__amx. dtype is a constant. */
+PTST__TILES PTST__INLINE void ptst__few_step__amx(const uint16_t *a, size_t a_strip, size_t strips,
+                                                  const uint16_t *b, ptst__next_tile *next,
+                                                  ptst_dtype dtype) {
+#define PTST__TIMES(part, kind, first, each)                                                       \
+    ptst__few_times__amx(a + 512 * part, a_strip, strips, next, dtype, PTST__PIECE_##kind, first,  \
+                         each);
+    __asm__ volatile("" ::: "memory"); /* what the loads of tiles read has been written */
+    if (dtype == PTST_BF16) {
+        _tile_loadd(6, b, 64);
+        PTST__TIMES(2, TURN, 0, 1)
+        PTST__TIMES(1, NONE, 0, 0)
+        PTST__TIMES(0, NONE, 0, 0)
+    } else if (dtype == PTST_F32) {
+        _tile_loadd(6, b + 1024, 64);
+        PTST__TIMES(0, TURN, 0, 1)
+        _tile_loadd(6, b + 512, 64);
+        PTST__TIMES(0, TURN, 4, 1)
+        PTST__TIMES(1, SPLIT, 0, 1)
+        _tile_loadd(6, b, 64);
+        PTST__TIMES(1, SPLIT, 4, 1)
+        PTST__TIMES(2, SPLIT, 8, 1)
+        PTST__TIMES(0, SPLIT, 12, 1)
+    } else {
+        _tile_loadd(6, b + 512, 64);
+        PTST__TIMES(1, CONVERT, 0, 2)
+        PTST__TIMES(0, CONVERT, 8, 2)
+        _tile_loadd(6, b, 64);
+        PTST__TIMES(0, TURN, 0, 2)
+        PTST__TIMES(2, SPLIT, 0, 2)
+        PTST__TIMES(1, SPLIT, 8, 2)
+    }
+#undef PTST__TIMES
+}
+
+/* All pieces of a tile, for the first one. dtype is a constant. */
+PTST__TILES PTST__INLINE void ptst__pieces__amx(ptst__next_tile *next, ptst_dtype dtype) {
+    size_t i;
+    for (i = 0; i < 16 && dtype == PTST_F16; i++) {
+        ptst__piece__amx(next, dtype, PTST__PIECE_CONVERT, i);
+    }
+    for (i = 0; i < (dtype == PTST_BF16 ? 4u : 8u); i++) {
+        ptst__piece__amx(next, dtype, PTST__PIECE_TURN, i);
+    }
+    for (i = 0; i < 16 && dtype != PTST_BF16; i++) {
+        ptst__piece__amx(next, dtype, PTST__PIECE_SPLIT, i);
+    }
+}
+
+/* All of t: t->rows <= 64 rows, columns at.. of B, which is transposed, from k0 on; t->cols is a
+   multiple of 16. dtype is a constant. */
+PTST__TILES PTST__INLINE void ptst__few__amx(size_t steps, const uint16_t *a, const ptst__matrix *B,
+                                             size_t at, size_t k0, const ptst__tile *t,
+                                             ptst_dtype dtype) {
+    size_t strips = (t->rows + 15) / 16, n, step, i;
+    uint16_t tiles[2][3 * 512] __attribute__((aligned(64)));
+    float sums[1024] __attribute__((aligned(64)));
+    ptst__next_tile next;
+    int now = 0;
+    next.B = B;
+    next.first = at * B->ld + k0;
+    next.dst = tiles[0];
+    ptst__pieces__amx(&next, dtype);
+    for (n = 0; n < t->cols; n += 16) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (step = 0; step < steps; step++, now = 1 - now) {
+            size_t after = n + 16 < t->cols ? n + 16 : n; /* the last tile is followed by any */
+            next.first = step + 1 < steps ? (at + n) * B->ld + k0 + 32 * (step + 1)
+                                          : (at + after) * B->ld + k0;
+            next.dst = tiles[1 - now];
+            ptst__few_step__amx(a + step * 3 * 512, steps * 3 * 512, strips, tiles[now], &next,
+                                dtype);
+        }
+        _tile_stored(0, sums, 64);
+        _tile_stored(1, sums + 256, 64);
+        _tile_stored(2, sums + 512, 64);
+        _tile_stored(3, sums + 768, 64);
+        __asm__ volatile("" ::: "memory");
+        for (i = 0; i < t->rows; i++) {
+            ptst__put16__avx512(t->y + i * t->ldy + n, _mm512_load_ps(sums + 16 * i), 0xFFFF, t);
+        }
+    }
+}
+
+/* The dtype is made a constant. */
+PTST__TILES static void ptst__few_parts__amx(size_t steps, const uint16_t *a, const ptst__matrix *B,
+                                             size_t at, size_t k0, const ptst__tile *t) {
+    if (B->dtype == PTST_F32) {
+        ptst__few__amx(steps, a, B, at, k0, t, PTST_F32);
+    } else if (B->dtype == PTST_BF16) {
+        ptst__few__amx(steps, a, B, at, k0, t, PTST_BF16);
+    } else {
+        ptst__few__amx(steps, a, B, at, k0, t, PTST_F16);
     }
 }
 
@@ -21365,7 +21623,7 @@ typedef struct ptst__kept {
 
 /* Parts that hold an element of B exactly. */
 static size_t ptst__parts_of(ptst_dtype dtype) {
-    return dtype == PTST_BF16 ? 1 : dtype == PTST_F16 || dtype == PTST_I4 ? 2 : 3;
+    return dtype == PTST_BF16 ? 1 : dtype == PTST_F32 ? 3 : 2;
 }
 
 /* Whether a product is large enough, in each direction, for splitting to pay. The few rows of the
@@ -21373,32 +21631,6 @@ static size_t ptst__parts_of(ptst_dtype dtype) {
 static bool ptst__parts_fit(const ptst__product *p) {
     size_t few = p->A.transposed ? (size_t)PTST__DOTS : 32;
     return p->kernels->split != NULL && p->M > few && p->N > 32 && p->K > 48;
-}
-
-/* Splits columns at.. of a matrix; F16 and blocks of I8 and I4 become F32 before. */
-static void ptst__split_strip(const struct ptst__kernels *kernels, uint16_t *dst, size_t parts,
-                              ptst__matrix X, bool as_rows, size_t at, size_t cols, size_t k0,
-                              size_t kc) {
-    float piece[16 * 32];
-    ptst__matrix F;
-    size_t k, i, kn;
-    if (X.dtype == PTST_F32 || X.dtype == PTST_BF16) {
-        kernels->split(dst, parts, &X, as_rows, at, cols, k0, kc);
-        return;
-    }
-    F.data = piece;
-    F.dtype = PTST_F32;
-    F.transposed = X.transposed;
-    F.ld = X.transposed ? 32 : 16;
-    for (k = 0; k < kc; k += 32, dst += parts * 512) {
-        kn = ptst__min(32, kc - k);
-        for (i = 0; i < (X.transposed ? cols : kn); i++) {
-            size_t first = X.transposed ? (at + i) * X.ld + k0 + k : (k0 + k + i) * X.ld + at;
-            ptst__read_f32(kernels, piece + i * F.ld, X.data, X.dtype, first,
-                           X.transposed ? kn : cols);
-        }
-        kernels->split(dst, parts, &F, as_rows, 0, cols, 0, kn);
-    }
 }
 
 /* Numbers of 16 bits in a strip of A, or of B. */
@@ -21414,9 +21646,9 @@ static void ptst__split_strips(const ptst__product *p, uint16_t *dst, bool as_ro
     size_t parts = as_rows ? 3 : ptst__parts_of(X.dtype), at, k, kn = X.transposed ? p->kc : 32;
     for (k = 0; k < p->kc; k += kn, dst += parts * 512) {
         for (at = first; at < end; at += 16) {
-            ptst__split_strip(p->kernels, dst + (at - first) / 16 * ptst__strip_size(p, as_rows),
-                              parts, X, as_rows, at + (as_rows ? p->m0 : 0),
-                              ptst__min(16, end - at), p->k0 + k, ptst__min(kn, p->kc - k));
+            p->kernels->split(dst + (at - first) / 16 * ptst__strip_size(p, as_rows), parts, &X,
+                              as_rows, at + (as_rows ? p->m0 : 0), ptst__min(16, end - at),
+                              p->k0 + k, ptst__min(kn, p->kc - k));
         }
     }
 }
@@ -21462,6 +21694,56 @@ static const uint16_t *ptst__kept_strips(const ptst__product *p, float *buffer, 
     return strips;
 }
 
+/* Whether Y is written once and too large to be kept near. */
+static bool ptst__parts_stream(const ptst__product *p, float beta) {
+    return beta == 0 && p->kc == p->K && p->M * p->N >= PTST__STREAM;
+}
+
+/* Whether `few_parts` makes (nearly all of) a block of Y. For BF16, of which splitting is little, A
+   is what must be brought near: 32 x 32 of Y at a time read less of it than 64 x 16. */
+static bool ptst__parts_few(const ptst__product *p) {
+    size_t most = p->B.dtype == PTST_BF16 ? PTST__PARTS_FEW / 2 : PTST__PARTS_FEW;
+    return p->mc <= most && p->B.transposed && p->kc % 32 == 0 && p->B.ld % 2 == 0 &&
+           p->N >= 16;
+}
+
+/* Task: all rows (few) and task_cols columns of the block of Y. */
+static void ptst__parts_few_task(const ptst__product *p, size_t task, int thread) {
+    size_t first = task * p->task_cols, end = ptst__min(first + p->task_cols, p->N);
+    size_t steps = p->kc / 32, parts = ptst__parts_of(p->B.dtype);
+    float *own = p->own + (size_t)thread * ptst__own_floats(p->kernels);
+    uint16_t *strips = (uint16_t *)(void *)own;
+    const uint16_t *a = ptst__kept_strips(p, own + PTST__PARTS_PASS, true, 0, p->mc);
+    ptst__tile t;
+    memset(&t, 0, sizeof t);
+    t.rows = p->mc;
+    t.cols = (end - first) / 16 * 16;
+    t.alpha = p->alpha;
+    t.beta = p->k0 == 0 ? p->beta : 1;
+    t.stream = ptst__parts_stream(p, t.beta);
+    t.y = p->Y + p->m0 * p->ldy + first;
+    t.ldy = p->ldy;
+    p->kernels->parts_mode(true);
+    if (t.cols > 0) {
+        p->kernels->few_parts(steps, a, &p->B, first, p->k0, &t);
+    }
+    if (t.cols < end - first) { /* the columns that do not fill a strip */
+        size_t m, at = first + t.cols;
+        ptst__split_strips(p, strips, false, at, end);
+        t.cols = end - at;
+        for (m = 0; m < p->mc; m += 32) {
+            t.rows = ptst__min(32, p->mc - m);
+            t.y = p->Y + (p->m0 + m) * p->ldy + at;
+            p->kernels->tile_parts(steps, parts, a + m / 16 * ptst__strip_size(p, true), strips,
+                                   &t);
+        }
+    }
+    p->kernels->parts_mode(false);
+    if (t.stream) {
+        ptst__streamed();
+    }
+}
+
 /* Task: task_rows x task_cols of the block of Y. */
 static void ptst__parts_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
@@ -21475,6 +21757,10 @@ static void ptst__parts_task(void *arg, size_t task, int thread) {
     uint16_t *pass = (uint16_t *)(void *)own;
     const uint16_t *a = pass, *b = pass;
     ptst__tile t;
+    if (ptst__parts_few(p)) {
+        ptst__parts_few_task(p, task, thread);
+        return;
+    }
     if (p->keep == PTST__KEEP_B) {
         b = ptst__kept_strips(p, keep, false, n_first, n_end);
         ptst__split_strips(p, pass, true, m_first, m_end);
@@ -21487,7 +21773,7 @@ static void ptst__parts_task(void *arg, size_t task, int thread) {
     memset(&t, 0, sizeof t);
     t.alpha = p->alpha;
     t.beta = p->k0 == 0 ? p->beta : 1;
-    t.stream = t.beta == 0 && p->kc == p->K && p->M * p->N >= PTST__STREAM;
+    t.stream = ptst__parts_stream(p, t.beta);
     t.ldy = p->ldy;
     p->kernels->parts_mode(true);
     for (m = m_first; m < m_end; m += 32) {
@@ -21519,6 +21805,12 @@ static size_t ptst__parts_cut(ptst__product *p) {
     size_t panels = ptst__ceil_div(pass_a ? p->mc : p->N, 32);
     size_t blocks = ptst__ceil_div(pass_a ? p->N : p->mc, 32);
     size_t cut, width, best = SIZE_MAX, tasks = 0;
+    if (ptst__parts_few(p)) {
+        ptst__dots_cut(p);
+        p->task_cols = ptst__ceil_div(p->task_cols, 16) * 16;
+        p->col_tasks = ptst__ceil_div(p->N, p->task_cols);
+        return p->col_tasks;
+    }
     for (cut = 1; cut <= blocks && (cut == 1 || (p->threads > 1 && !pass_a)); cut *= 2) {
         size_t high = ptst__ceil_div(blocks, cut);
         for (width = ptst__min(room, panels); width > 0; width--) {
@@ -24625,6 +24917,7 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     NULL,
     NULL,
     NULL,
+    NULL,
     ptst__peak__scalar,
     ptst__rmsnorm__scalar,
     ptst__rmsnorm_backward__scalar,
@@ -24660,6 +24953,7 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     NULL,
     NULL,
     NULL,
+    NULL,
     ptst__peak__avx2,
     ptst__rmsnorm__avx2,
     ptst__rmsnorm_backward__avx2,
@@ -24691,6 +24985,7 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     ptst__pack_cols__avx512,
     ptst__tile__avx512,
     ptst__dots__avx512,
+    NULL,
     NULL,
     NULL,
     NULL,
@@ -24729,6 +25024,7 @@ static const struct ptst__kernels ptst__kernels_amx = {
     ptst__split__amx,
     ptst__parts_mode__amx,
     ptst__tile_parts__amx,
+    ptst__few_parts__amx,
     ptst__peak__avx512,
     ptst__rmsnorm__avx2,
     ptst__rmsnorm_backward__avx2,
@@ -24762,6 +25058,7 @@ static const struct ptst__kernels ptst__kernels_neon = {
     ptst__pack_cols__neon,
     ptst__tile__neon,
     ptst__dots__neon,
+    NULL,
     NULL,
     NULL,
     NULL,

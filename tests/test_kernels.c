@@ -438,6 +438,47 @@ static void matmul_bits(void) {
     }
 }
 
+/* Numbers of the types that are not F32 arrive unchanged, too: with a part too few they would not.
+   Of I8 and I4 each value of a block occurs. */
+static void matmul_types_exact(void) {
+    enum { SIZE = 96, ROWS = 80 };
+    static const ptst_dtype dtypes[] = {PTST_F16, PTST_BF16, PTST_I8, PTST_I4};
+    static float ones[SIZE * SIZE], numbers[SIZE * SIZE], y[SIZE * SIZE];
+    static char B[SIZE * SIZE * 4];
+    static const size_t rows[] = {20, 60, ROWS};
+    ptst_rng r = {6, 0, 0};
+    size_t i, j, s, v;
+    for (i = 0; i < SIZE * SIZE; i++) {
+        ones[i] = i / SIZE == i % SIZE ? 1.0f : 0.0f;
+    }
+    for (s = 0; kernels_simds[s] != NULL; s++) {
+        ptst_ctx *c = kernels_open(kernels_simds[s], 1);
+        for (v = 0; v < 24 && c != NULL; v++) {
+            ptst__matrix X;
+            size_t M = rows[v / 8], wrong = 0;
+            X.data = B;
+            X.ld = SIZE;
+            X.dtype = dtypes[v % 4];
+            X.transposed = v / 4 % 2 != 0;
+            for (i = 0; i < SIZE * SIZE; i++) {
+                numbers[i] = ptst__is_block(X.dtype) ? (float)(i % 32 * 8 + i / 32 % 8) - 128
+                                                     : kernels_any(&r, 12);
+                numbers[i] *= ptst__is_block(X.dtype) ? 0.7f + 0.0037f * (float)(i / 256) : 1;
+            }
+            ptst__from_f32__scalar(B, numbers, X.dtype, SIZE * SIZE);
+            ptst__to_f32__scalar(numbers, B, X.dtype, SIZE * SIZE);
+            ptst__gemm(c, M, SIZE, SIZE, 1, ones, SIZE, false, X, 0, y, SIZE);
+            for (i = 0; i < M; i++) {
+                for (j = 0; j < SIZE; j++) {
+                    wrong += y[i * SIZE + j] != numbers[X.transposed ? j * SIZE + i : i * SIZE + j];
+                }
+            }
+            CHECK(wrong == 0);
+        }
+        ptst_close(c);
+    }
+}
+
 /* Products of two numbers of 24 bits, each alone in its sum: off by no more than what is left out
    of a product in parts, 2^-23, and the rounding of six sums, 2^-24 each, so less than 2^-21. Any of
    the six products of parts is larger than that in most of them. */
@@ -568,7 +609,34 @@ static void matmul_threads(void) {
     }
 }
 
-/* Products in parts of each kind of sharing: right, and the same bits on one thread and on two. */
+/* Right, and the same bits on one thread and on two. */
+static void kernels_same(ptst_ctx *one, ptst_ctx *two, const kernels_case *k, uint64_t seed) {
+    kernels_data d;
+    float *first;
+    CHECK(kernels_check(two, k, seed));
+    kernels_fill(k, &d, seed);
+    first = (float *)malloc(d.size * sizeof *first);
+    kernels_multiply(one, k, &d);
+    memcpy(first, d.Y, d.size * sizeof *first);
+    kernels_multiply(two, k, &d);
+    CHECK(memcmp(first, d.Y, d.size * sizeof *first) == 0);
+    free(first);
+    kernels_release(&d);
+}
+
+/* What is known of a product in parts of a case when its first block is cut. */
+static ptst__product kernels_first_block(const kernels_case *k) {
+    ptst__product p;
+    memset(&p, 0, sizeof p);
+    p.mc = k->M;
+    p.N = k->N;
+    p.kc = ptst__ceil_div(k->K, ptst__ceil_div(k->K, PTST__PARTS_K));
+    p.B.dtype = k->dtype;
+    p.B.transposed = k->b_transposed;
+    return p;
+}
+
+/* Products in parts of each kind of sharing. */
 static void matmul_parts(void) {
     static const struct {
         size_t M, N, K;
@@ -583,32 +651,44 @@ static void matmul_parts(void) {
     for (i = 0; i < sizeof shapes / sizeof *shapes && one != NULL && two != NULL; i++) {
         for (v = 0; v < 3; v += getenv("TEST_QUICK") != NULL ? 3 : 1) {
             kernels_case k;
-            kernels_data d;
             ptst__product p;
-            float *first;
             k.M = shapes[i].M;
             k.N = shapes[i].N;
             k.K = shapes[i].K;
             kernels_variant(&k, variants[v]);
-            memset(&p, 0, sizeof p);
-            p.mc = k.M;
-            p.N = k.N;
-            p.kc = ptst__ceil_div(k.K, ptst__ceil_div(k.K, PTST__PARTS_K));
-            p.B.dtype = k.dtype;
+            p = kernels_first_block(&k);
             CHECK(ptst__parts_keep(&p) == shapes[i].keep || k.dtype != PTST_F32);
-            CHECK(kernels_check(two, &k, i));
-            kernels_fill(&k, &d, i);
-            first = (float *)malloc(d.size * sizeof *first);
-            kernels_multiply(one, &k, &d);
-            memcpy(first, d.Y, d.size * sizeof *first);
-            kernels_release(&d);
-            kernels_fill(&k, &d, i);
-            kernels_multiply(two, &k, &d);
-            CHECK(memcmp(first, d.Y, d.size * sizeof *first) == 0);
-            free(first);
-            kernels_release(&d);
+            kernels_same(one, two, &k, i);
         }
     }
+    ptst_close(one);
+    ptst_close(two);
+}
+
+/* Few rows in parts: each number of strips of A, strips of B that are not full, several tasks, blocks
+   of K and types. */
+static void matmul_few_parts(void) {
+    static const size_t rows[] = {9, 16, 32, 33, 48, 63, PTST__PARTS_FEW};
+    static const size_t shapes[][2] = {{33, 64}, {50, 96}, {64, 768}, {70, 1600}, {850, 64}};
+    ptst_ctx *one = kernels_open("amx", 1), *two = kernels_open("amx", 2);
+    size_t i, m, v, few = 0;
+    for (i = 0; i < sizeof shapes / sizeof *shapes && one != NULL && two != NULL; i++) {
+        for (m = 0; m < sizeof rows / sizeof *rows; m += getenv("TEST_QUICK") != NULL ? 3 : 1) {
+            for (v = i % 2; v < 20; v++) {
+                kernels_case k;
+                ptst__product p;
+                k.M = rows[m];
+                k.N = shapes[i][0];
+                k.K = shapes[i][1];
+                kernels_variant(&k, v);
+                k.b_transposed = true;
+                p = kernels_first_block(&k);
+                few += ptst__parts_few(&p);
+                kernels_same(one, two, &k, i);
+            }
+        }
+    }
+    CHECK(one == NULL || two == NULL || few > 0);
     ptst_close(one);
     ptst_close(two);
 }
@@ -719,6 +799,8 @@ static void suite_kernels(void) {
     RUN(matmul_empty);
     RUN(matmul_threads);
     RUN(matmul_parts);
+    RUN(matmul_few_parts);
+    RUN(matmul_types_exact);
     RUN(matmul_few_rows_alone);
     RUN(matmul_gradients);
     RUN(peak_is_positive);
