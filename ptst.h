@@ -19060,6 +19060,16 @@ typedef struct ptst__tile {
     bool stream;       /* a hint, only with beta = 0: y is too large to be kept near */
 } ptst__tile;
 
+/* Scalar products of `rows` rows of A (1 or 4) with groups of four rows w of dtype: each w[j] of a
+   group lies step bytes behind that of the group before. A hint: what lies `ahead` bytes behind
+   each w[j] is needed next. */
+typedef struct ptst__dots {
+    const float *a[4];
+    const void *w[4];
+    size_t rows, groups, step, ahead;
+    ptst_dtype dtype;
+} ptst__dots;
+
 struct ptst__adamw_factors;
 struct ptst__matrix;
 struct ptst__patch;
@@ -19087,10 +19097,9 @@ struct ptst__kernels {
     void (*pack_cols)(float *dst, size_t width, const void *src, ptst_dtype dtype, size_t ld,
                       size_t cols, size_t K);
     void (*tile)(size_t K, const ptst__tile *t);
-    /* sums[4 * i + j] = sum_k a[i][k] w[j][k] for i < rows (1 or 4), j < 4; w[j] is of dtype. A
-       hint: what lies `ahead` bytes behind each w[j] is needed next. */
-    void (*dots)(float *sums, size_t K, const float *const a[4], size_t rows,
-                 const void *const w[4], ptst_dtype dtype, size_t ahead);
+    /* sums[4 * i + j] = sum_k a[i][k] w[j][k] for i < rows, j < 4, and behind these 4 * rows sums
+       those of the next group, and so on. */
+    void (*dots)(float *sums, size_t K, const ptst__dots *d);
     /* matmul in parts: see ptst__split__amx and the functions after it; NULL without AMX. */
     void (*split)(uint16_t *dst, size_t parts, const struct ptst__matrix *X, bool as_rows,
                   size_t at, size_t cols, size_t k0, size_t kc);
@@ -19777,27 +19786,42 @@ static void ptst__tile__scalar(size_t K, const ptst__tile *t) {
     ptst__tile_put(t, sums, 4);
 }
 
-static void ptst__dots__scalar(float *sums, size_t K, const float *const a[4], size_t rows,
-                               const void *const w[4], ptst_dtype dtype, size_t ahead) {
+/* Goes on to the next group of w. */
+static void ptst__dots_next(ptst__dots *d) {
+    size_t j;
+    d->groups--;
+    for (j = 0; j < 4; j++) {
+        d->w[j] = (const char *)d->w[j] + d->step;
+    }
+}
+
+static void ptst__dots_group__scalar(float *sums, size_t K, const ptst__dots *d) {
+    ptst_dtype dtype = d->dtype;
     size_t i, j, k;
-    (void)ahead;
     for (j = 0; j < 4; j++) {
         double sum[4] = {0, 0, 0, 0};
         float wk = 0, block[PTST__BLOCK] = {0};
         for (k = 0; k < K; k++) {
             if (!ptst__is_block(dtype)) {
-                ptst__to_f32__scalar(&wk, ptst__element(w[j], dtype, k), dtype, 1);
+                ptst__to_f32__scalar(&wk, ptst__element(d->w[j], dtype, k), dtype, 1);
             } else if (k % PTST__BLOCK == 0) {
-                ptst__to_f32__scalar(block, ptst__element(w[j], dtype, k), dtype, PTST__BLOCK);
+                ptst__to_f32__scalar(block, ptst__element(d->w[j], dtype, k), dtype, PTST__BLOCK);
             }
             wk = ptst__is_block(dtype) ? block[k % PTST__BLOCK] : wk;
-            for (i = 0; i < rows; i++) {
-                sum[i] += (double)a[i][k] * (double)wk;
+            for (i = 0; i < d->rows; i++) {
+                sum[i] += (double)d->a[i][k] * (double)wk;
             }
         }
-        for (i = 0; i < rows; i++) {
+        for (i = 0; i < d->rows; i++) {
             sums[4 * i + j] = (float)sum[i];
         }
+    }
+}
+
+static void ptst__dots__scalar(float *sums, size_t K, const ptst__dots *all) {
+    ptst__dots d = *all;
+    for (; d.groups > 0; ptst__dots_next(&d), sums += 4 * d.rows) {
+        ptst__dots_group__scalar(sums, K, &d);
     }
 }
 
@@ -20117,9 +20141,11 @@ PTST__AVX2 PTST__INLINE void ptst__dots_4_blocks__avx2(float *sums, size_t K,
 }
 
 /* The dtype is made a constant of each inner loop. */
-PTST__AVX2 static void ptst__dots__avx2(float *sums, size_t K, const float *const a[4], size_t rows,
-                                        const void *const w[4], ptst_dtype dtype, size_t ahead) {
-    size_t j;
+PTST__AVX2 static void ptst__dots_group__avx2(float *sums, size_t K, const ptst__dots *d) {
+    const float *const *a = d->a;
+    const void *const *w = d->w;
+    ptst_dtype dtype = d->dtype;
+    size_t rows = d->rows, ahead = d->ahead, j;
     if (ptst__is_block(dtype)) {
         for (j = 0; j < 4 && rows != 1; j++) {
             if (dtype == PTST_I8) {
@@ -20153,6 +20179,13 @@ PTST__AVX2 static void ptst__dots__avx2(float *sums, size_t K, const float *cons
         } else {
             ptst__dots_2__avx2(sums + j, K, a, w + j, PTST_BF16, ahead);
         }
+    }
+}
+
+PTST__AVX2 static void ptst__dots__avx2(float *sums, size_t K, const ptst__dots *all) {
+    ptst__dots d = *all;
+    for (; d.groups > 0; ptst__dots_next(&d), sums += 4 * d.rows) {
+        ptst__dots_group__avx2(sums, K, &d);
     }
 }
 
@@ -20422,27 +20455,19 @@ PTST__AVX512 PTST__INLINE void ptst__dots_rows__avx512(float *sums, size_t K,
                                                        const float *const a[4], size_t rows,
                                                        const void *const w[4], ptst_dtype dtype,
                                                        size_t ahead) {
-    __mmask16 m0 = 0xFFFF, m1 = 0xFFFF;
     size_t k;
 #define PTST__X(i)                                                                                 \
     __m512 p##i = _mm512_setzero_ps(), q##i = _mm512_setzero_ps();                                 \
     __m512 r##i = _mm512_setzero_ps(), s##i = _mm512_setzero_ps();
     PTST__ROWS_4(PTST__X)
 #undef PTST__X
-    for (k = 0; k < K; k += 32) {
-        if (K - k < 32) {
-            m0 = ptst__mask16__avx512(K - k);
-            m1 = K - k < 16 ? (__mmask16)0 : ptst__mask16__avx512(K - k - 16);
-        }
-#define PTST__X(j)                                                                                 \
+#define PTST__W(j)                                                                                 \
     const char *next##j = (const char *)w[j] + ptst__dtype_bytes(dtype, k) + ahead;                \
     __m512 x##j, y##j, d##j = ptst__dots_w__avx512(w[j], dtype, k, m0, m1, &x##j, &y##j);          \
     _mm_prefetch(next##j, _MM_HINT_T1);                                                            \
     if (dtype == PTST_F32) {                                                                       \
         _mm_prefetch(next##j + 64, _MM_HINT_T1);                                                   \
     }
-        PTST__ROWS_4(PTST__X)
-#undef PTST__X
 #define PTST__SUM(sum, j)                                                                          \
     sum = ptst__is_block(dtype)                                                                    \
               ? _mm512_fmadd_ps(d##j, _mm512_fmadd_ps(a1, y##j, _mm512_mul_ps(a0, x##j)), sum)     \
@@ -20453,10 +20478,20 @@ PTST__AVX512 PTST__INLINE void ptst__dots_rows__avx512(float *sums, size_t K,
         ptst__dots_a__avx512(a[i] + k, dtype, m0, m1, &a0, &a1);                                   \
         PTST__SUM(p##i, 0) PTST__SUM(q##i, 1) PTST__SUM(r##i, 2) PTST__SUM(s##i, 3)                \
     }
+    for (k = 0; K - k >= 32; k += 32) {
+        const __mmask16 m0 = 0xFFFF, m1 = 0xFFFF;
+        PTST__ROWS_4(PTST__W)
         PTST__ROWS_4(PTST__X)
+    }
+    if (k < K) {
+        __mmask16 m0 = ptst__mask16__avx512(K - k);
+        __mmask16 m1 = ptst__mask16__avx512(K - k < 16 ? 0 : K - k - 16);
+        PTST__ROWS_4(PTST__W)
+        PTST__ROWS_4(PTST__X)
+    }
 #undef PTST__X
 #undef PTST__SUM
-    }
+#undef PTST__W
 #define PTST__X(i)                                                                                 \
     if (i < rows) {                                                                                \
         _mm_storeu_ps(sums + 4 * i, ptst__sum4__avx512(p##i, q##i, r##i, s##i));                   \
@@ -20465,26 +20500,30 @@ PTST__AVX512 PTST__INLINE void ptst__dots_rows__avx512(float *sums, size_t K,
 #undef PTST__X
 }
 
-/* The dtype is made a constant of each inner loop. */
-PTST__AVX512 static void ptst__dots__avx512(float *sums, size_t K, const float *const a[4],
-                                            size_t rows, const void *const w[4], ptst_dtype dtype,
-                                            size_t ahead) {
-    bool one = rows == 1;
-    if (dtype == PTST_I8) {
-        one ? ptst__dots_rows__avx512(sums, K, a, 1, w, PTST_I8, ahead)
-            : ptst__dots_rows__avx512(sums, K, a, 4, w, PTST_I8, ahead);
-    } else if (dtype == PTST_I4) {
-        one ? ptst__dots_rows__avx512(sums, K, a, 1, w, PTST_I4, ahead)
-            : ptst__dots_rows__avx512(sums, K, a, 4, w, PTST_I4, ahead);
-    } else if (dtype == PTST_F32) {
-        one ? ptst__dots_rows__avx512(sums, K, a, 1, w, PTST_F32, ahead)
-            : ptst__dots_rows__avx512(sums, K, a, 4, w, PTST_F32, ahead);
-    } else if (dtype == PTST_F16) {
-        one ? ptst__dots_rows__avx512(sums, K, a, 1, w, PTST_F16, ahead)
-            : ptst__dots_rows__avx512(sums, K, a, 4, w, PTST_F16, ahead);
+/* All groups. dtype is a constant. */
+PTST__AVX512 PTST__INLINE void ptst__dots_groups__avx512(float *sums, size_t K,
+                                                         const ptst__dots *all, ptst_dtype dtype) {
+    ptst__dots d = *all;
+    for (; d.groups > 0 && d.rows == 1; ptst__dots_next(&d), sums += 4) {
+        ptst__dots_rows__avx512(sums, K, d.a, 1, d.w, dtype, d.ahead);
+    }
+    for (; d.groups > 0; ptst__dots_next(&d), sums += 16) {
+        ptst__dots_rows__avx512(sums, K, d.a, 4, d.w, dtype, d.ahead);
+    }
+}
+
+/* The dtype is made a constant of each loop. */
+PTST__AVX512 static void ptst__dots__avx512(float *sums, size_t K, const ptst__dots *d) {
+    if (d->dtype == PTST_I8) {
+        ptst__dots_groups__avx512(sums, K, d, PTST_I8);
+    } else if (d->dtype == PTST_I4) {
+        ptst__dots_groups__avx512(sums, K, d, PTST_I4);
+    } else if (d->dtype == PTST_F32) {
+        ptst__dots_groups__avx512(sums, K, d, PTST_F32);
+    } else if (d->dtype == PTST_F16) {
+        ptst__dots_groups__avx512(sums, K, d, PTST_F16);
     } else {
-        one ? ptst__dots_rows__avx512(sums, K, a, 1, w, PTST_BF16, ahead)
-            : ptst__dots_rows__avx512(sums, K, a, 4, w, PTST_BF16, ahead);
+        ptst__dots_groups__avx512(sums, K, d, PTST_BF16);
     }
 }
 
@@ -21138,10 +21177,11 @@ PTST__INLINE void ptst__dots_rows__neon(float *sums, size_t K, const float *cons
 }
 
 /* The dtype is made a constant of each inner loop. */
-static void ptst__dots__neon(float *sums, size_t K, const float *const a[4], size_t rows,
-                             const void *const w[4], ptst_dtype dtype, size_t ahead) {
-    bool one = rows == 1;
-    (void)ahead;
+static void ptst__dots_group__neon(float *sums, size_t K, const ptst__dots *d) {
+    const float *const *a = d->a;
+    const void *const *w = d->w;
+    ptst_dtype dtype = d->dtype;
+    bool one = d->rows == 1;
     if (dtype == PTST_I8) {
         one ? ptst__dots_rows__neon(sums, K, a, 1, w, PTST_I8)
             : ptst__dots_rows__neon(sums, K, a, 4, w, PTST_I8);
@@ -21157,6 +21197,13 @@ static void ptst__dots__neon(float *sums, size_t K, const float *const a[4], siz
     } else {
         one ? ptst__dots_rows__neon(sums, K, a, 1, w, PTST_BF16)
             : ptst__dots_rows__neon(sums, K, a, 4, w, PTST_BF16);
+    }
+}
+
+static void ptst__dots__neon(float *sums, size_t K, const ptst__dots *all) {
+    ptst__dots d = *all;
+    for (; d.groups > 0; ptst__dots_next(&d), sums += 4 * d.rows) {
+        ptst__dots_group__neon(sums, K, &d);
     }
 }
 
@@ -21523,6 +21570,38 @@ static void ptst__gemm_turned(ptst_ctx *c, ptst__product *p) {
 
 /* ---- products of scalar products ---- */
 
+/* A group of four rows of w from row j on, beyond the end the last one again, and what is needed
+   next: memory is far, so it is asked for many rows ahead. */
+static void ptst__dots_from(ptst__dots *d, const ptst__matrix *W, size_t j, size_t many) {
+    size_t r, rows;
+    d->dtype = W->dtype;
+    d->groups = 1;
+    d->step = ptst__dtype_bytes(W->dtype, 4 * W->ld);
+    rows = d->step == 0 ? 4 : 4 * ptst__ceil_div(PTST__AHEAD, d->step);
+    d->ahead = j + rows + 4 > many ? 0 : d->step / 4 * rows;
+    for (r = 0; r < 4; r++) {
+        d->w[r] = ptst__element(W->data, W->dtype, ptst__min(j + r, many - 1) * W->ld);
+    }
+}
+
+/* Rows j.. of w, up to `end`, times the only row of A (decoding), all groups at once. Returns where
+   the last group, which is not full, begins. */
+static size_t ptst__dots_one(const ptst__product *p, size_t j, size_t end) {
+    size_t groups = (end - j) / 4, i;
+    ptst__dots d;
+    if (groups > 0) {
+        ptst__dots_from(&d, &p->B, j, p->N);
+        d.a[0] = d.a[1] = d.a[2] = d.a[3] = (const float *)p->A.data;
+        d.rows = 1;
+        d.groups = groups;
+        p->kernels->dots(p->Y + j, p->K, &d);
+    }
+    for (i = j; i < j + 4 * groups && p->alpha != 1; i++) {
+        p->Y[i] *= p->alpha;
+    }
+    return j + 4 * groups;
+}
+
 /* Task: task_cols rows of w times all rows of a. If there are few rows, a = A and w = B; if few
    columns (task_rows = 0), a = B as F32 in room and w = A. */
 static void ptst__dots_task(void *arg, size_t task, int thread) {
@@ -21530,33 +21609,28 @@ static void ptst__dots_task(void *arg, size_t task, int thread) {
     bool turned = p->task_rows == 0;
     size_t few = turned ? p->N : p->M, many = turned ? p->M : p->N, i, j, r;
     size_t end = ptst__min(many, (task + 1) * p->task_cols), a_ld = turned ? p->K : p->A.ld;
-    const float *a_data = turned ? p->room : (const float *)p->A.data, *a[4];
-    ptst__matrix W = turned ? p->A : p->B;
-    const void *w[4];
-    size_t step = ptst__dtype_bytes(W.dtype, 4 * W.ld); /* memory is far: so many rows of w ahead */
-    size_t rows = step == 0 ? 4 : 4 * ptst__ceil_div(PTST__AHEAD, step);
+    const float *a_data = turned ? p->room : (const float *)p->A.data;
+    const ptst__matrix *W = turned ? &p->A : &p->B;
     float sums[16], block[16];
+    ptst__dots d;
     ptst__tile t;
     (void)thread;
     t.ldy = p->ldy;
     t.alpha = p->alpha;
     t.beta = p->beta;
-    for (j = task * p->task_cols; j < end; j += 4) {
-        size_t ahead = j + rows + 4 > many ? 0 : step / 4 * rows;
-        for (r = 0; r < 4; r++) { /* beyond the end: the last one again, dropped below */
-            w[r] = ptst__element(W.data, W.dtype, ptst__min(j + r, many - 1) * W.ld);
-        }
+    j = task * p->task_cols;
+    if (p->M == 1 && !turned && p->beta == 0) {
+        j = ptst__dots_one(p, j, end);
+    }
+    for (; j < end; j += 4) {
+        ptst__dots_from(&d, W, j, many);
         for (i = 0; i < few; i += 4) {
             for (r = 0; r < 4; r++) {
-                a[r] = a_data + ptst__min(i + r, few - 1) * a_ld;
+                d.a[r] = a_data + ptst__min(i + r, few - 1) * a_ld;
             }
-            p->kernels->dots(sums, p->K, a, few - i == 1 ? 1 : 4, w, W.dtype, i == 0 ? ahead : 0);
-            if (p->M == 1 && end - j >= 4 && p->beta == 0) { /* decoding: what the rest does, too */
-                for (r = 0; r < 4; r++) {
-                    p->Y[j + r] = p->alpha * sums[r];
-                }
-                continue;
-            }
+            d.rows = few - i == 1 ? 1 : 4;
+            p->kernels->dots(sums, p->K, &d);
+            d.ahead = 0;
             for (r = 0; r < 16; r++) {
                 block[r] = turned ? sums[r % 4 * 4 + r / 4] : sums[r];
             }
@@ -24057,24 +24131,27 @@ static void ptst__few_heads(const ptst__attention_job *job, ptst__room *room, co
                             size_t n, const float *k, const float *v, size_t left, float *max,
                             float *sum, float *out, bool first) {
     const ptst_attention *a = job->a;
-    const float *queries[4];
-    const void *keys[4];
     float sums[16], keep[4];
+    ptst__dots d;
     size_t J = ptst__min(left, PTST__FEW_KEYS), j, i, r;
     ptst__patch t;
+    memset(&d, 0, sizeof d);
+    d.rows = n == 1 ? 1 : 4;
+    d.groups = 1;
+    d.dtype = PTST_F32;
     for (r = 0; r < 4; r++) {
-        queries[r] = q + ptst__min(r, n - 1) * a->D;
+        d.a[r] = q + ptst__min(r, n - 1) * a->D;
     }
     for (j = 0; j < J; j += 4) {
         for (i = 0; i < 4; i++) {
-            keys[i] = k + ptst__min(j + i, J - 1) * a->kv_ld;
+            d.w[i] = k + ptst__min(j + i, J - 1) * a->kv_ld;
         }
         if (j + 4 + PTST__FEW_KEYS <= left) { /* a little with each step, memory is the limit */
             size_t later = (j + PTST__FEW_KEYS) * a->kv_ld;
             ptst__prefetch(k + later, 4, a->D, a->kv_ld);
             ptst__prefetch(v + later, 4, a->D, a->kv_ld);
         }
-        job->kernels->dots(sums, a->D, queries, n == 1 ? 1 : 4, keys, PTST_F32, 0);
+        job->kernels->dots(sums, a->D, &d);
         for (r = 0; r < n; r++) {
             memcpy(room->s + r * PTST__FEW_KEYS + j, sums + 4 * r, 4 * sizeof *sums);
         }
