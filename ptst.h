@@ -288,6 +288,11 @@ typedef struct ptst_desc {
     ptst_allocator allocator; /* all NULL = malloc and free */
     int threads;              /* 0 = all cores, 1 = no worker threads */
     const char *simd;         /* NULL = best; "scalar", "avx2", "avx512", "amx", "neon" */
+    /* As torch.set_float32_matmul_precision. NULL or "highest": products of matrices are as exact
+       as F32. "high": with AMX, numbers are multiplied as sums of two of BF16 (an error of up to
+       2^-15 of each product, added up in F32), "medium": as numbers of BF16 (2^-7), which is what
+       training in bfloat16 does. Without AMX, and for up to 8 rows, both are as "highest". */
+    const char *float32_matmul_precision;
     /* NULL = none. Called from the thread that made the call. A value other than 0 asks the call
        to save its work and return PTST_ERR_STOPPED. */
     int (*progress)(void *user, const ptst_progress *progress);
@@ -299,7 +304,8 @@ typedef struct ptst_desc {
 typedef struct ptst_ctx ptst_ctx;
 
 /* Opens a context; desc may be NULL. On failure *out is NULL and the code says why
-   (PTST_ERR_MEMORY, or PTST_ERR_ARGUMENT for an unknown or absent instruction set). */
+   (PTST_ERR_MEMORY, or PTST_ERR_ARGUMENT for an unknown or absent instruction set, or another word
+   than these for the precision). */
 PTST_API ptst_code ptst_open(const ptst_desc *desc, ptst_ctx **out);
 /* Ends the threads and releases the context. Everything made with it must be freed before. */
 PTST_API void ptst_close(ptst_ctx *c);
@@ -309,7 +315,8 @@ PTST_API ptst_code ptst_error_code(const ptst_ctx *c);
 PTST_API const char *ptst_error_text(const ptst_ctx *c);
 /* "ERR_FORMAT", ...; "unknown" for a value out of range. Static text. */
 PTST_API const char *ptst_code_name(ptst_code code);
-/* "scalar", "avx2", "avx512", "amx", "neon": the kernels that this context uses. */
+/* "scalar", "avx2", "avx512", "amx", "neon": the kernels that this context uses; "amx high" and
+   "amx medium" if they multiply with less precision (see ptst_desc). */
 PTST_API const char *ptst_simd_name(const ptst_ctx *c);
 /* Number of threads that this context uses, at least 1. */
 PTST_API int ptst_thread_count(const ptst_ctx *c);
@@ -1850,12 +1857,13 @@ struct ptst_ctx {
     const struct ptst__kernels *kernels; /* chosen in ptst_open, see >>kernels */
     void *scratch;                       /* packing buffers of the kernels, see >>kernels */
     size_t products;                     /* operations of which threads remember parts, there */
+    size_t precision;                    /* of products: PTST__PRECISION, or 2 or 1 parts */
     size_t scratch_size;
     void *words; /* tokens of words that came before, see >>tokenizer; NULL at first */
 };
 
-/* The largest number of threads of a context. */
-enum { PTST__THREADS_MAX = 256 };
+/* The largest number of threads of a context; the parts of a number of full precision. */
+enum { PTST__THREADS_MAX = 256, PTST__PRECISION = 3 };
 
 /* Records the reason of a failure and returns its code, so that `return ptst__fail(...)` works. */
 PTST__PRINTF(3, 4)
@@ -19058,6 +19066,7 @@ typedef struct ptst__tile {
     const char *ahead; /* a hint: what lies at ahead + k * ahead_step, k < K, is needed soon */
     size_t ahead_step; /* bytes */
     bool stream;       /* a hint, only with beta = 0: y is too large to be kept near */
+    size_t precision;  /* of products in parts: 3, 2 or 1 parts of a number take part */
 } ptst__tile;
 
 /* Scalar products of `rows` rows of A (1 or 4) with groups of four rows w of dtype: each w[j] of a
@@ -20557,7 +20566,8 @@ PTST__AVX512 static double ptst__peak__avx512(size_t rounds, float scale, float 
    so six products of parts make a product as exact as that of F32 (each is exact in F32, only the
    sums are rounded). If b is BF16 it has one part and three products do, without a rest; F16, int8
    and int4 (11, 15 and 12 bits) have two. Parts below 2^-126 count as 0, and infinities become NaN:
-   neither are numbers to train with.
+   neither are numbers to train with. With less precision asked for, a0 b0 + a0 b1 + a1 b0 or only
+   a0 b0 is computed.
 
    A strip is 16 rows of A, or 16 columns of B, for all k of a block: for each 32 k (a step), part
    by part, a tile of 1 KB as the instruction wants it. Two neighbours in k are a pair of 32 bits:
@@ -20571,15 +20581,15 @@ PTST__TILES PTST__INLINE __m512i ptst__round__amx(__m512 x) {
 }
 
 /* The pairs of 32 numbers, 1 KB from part to part: neighbours in x, then in y (along), or lane i of
-   x and lane i of y. What is left for the last part is a number of BF16. */
-PTST__TILES PTST__INLINE void ptst__split32__amx(uint16_t *dst, size_t parts, __m512 x, __m512 y,
-                                                 bool along) {
+   x and lane i of y. What is left for the last part is a number of BF16 (exact), or is rounded. */
+PTST__TILES PTST__INLINE void ptst__split32__amx(uint16_t *dst, size_t parts, bool exact, __m512 x,
+                                                 __m512 y, bool along) {
     const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37,
                                          35, 33, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7,
                                          5, 3, 1);
     size_t part;
     for (part = 0; part < parts; part++, dst += 512) {
-        bool last = part + 1 == parts;
+        bool last = exact && part + 1 == parts;
         __m512i xi = last ? _mm512_castps_si512(x) : ptst__round__amx(x);
         __m512i yi = last ? _mm512_castps_si512(y) : ptst__round__amx(y);
         __m512i pairs = along ? _mm512_permutex2var_epi16(xi, odd, yi)
@@ -20613,7 +20623,7 @@ PTST__TILES PTST__INLINE void ptst__split_rows__amx(uint16_t *dst, size_t parts,
         if (row + step - 1 < rows && m1 != 0) {
             y = ptst__load16__avx512(src, dtype, second, m1);
         }
-        ptst__split32__amx(dst, parts, x, y, along);
+        ptst__split32__amx(dst, parts, parts == 3 || dtype == PTST_BF16, x, y, along);
     }
 }
 
@@ -20693,8 +20703,8 @@ PTST__TILES static void ptst__rows_to_f32__amx(float *dst, const ptst__matrix *X
 }
 
 /* A strip of X [K, columns]: columns at..at + cols - 1 (cols <= 16; zeros follow), rows k0..k0 +
-   kc - 1 (to a multiple of 32 with zeros), as rows (of A) or columns (of B). F32 has three parts
-   (or two), BF16 one, the other types have two. */
+   kc - 1 (to a multiple of 32 with zeros), as rows (of A) or columns (of B). F32 has three parts,
+   BF16 one, the other types have two, or fewer for less precision. */
 PTST__TILES static void ptst__split__amx(uint16_t *dst, size_t parts, const ptst__matrix *X,
                                          bool as_rows, size_t at, size_t cols, size_t k0,
                                          size_t kc) {
@@ -20717,11 +20727,13 @@ PTST__TILES static void ptst__split__amx(uint16_t *dst, size_t parts, const ptst
             ptst__rows_to_f32__amx(f32, X, first, along ? cols : kn, along ? kn : cols);
         }
         if (along == as_rows) {
-            parts == 2 ? ptst__split_tile__amx(dst, 2, src, PTST_F32, ld, along, cols, kn)
-                       : ptst__split_tile__amx(dst, 3, src, PTST_F32, ld, along, cols, kn);
+            parts == 1   ? ptst__split_tile__amx(dst, 1, src, PTST_F32, ld, along, cols, kn)
+            : parts == 2 ? ptst__split_tile__amx(dst, 2, src, PTST_F32, ld, along, cols, kn)
+                         : ptst__split_tile__amx(dst, 3, src, PTST_F32, ld, along, cols, kn);
         } else {
-            parts == 2 ? ptst__split_turned__amx(dst, 2, src, ld, along, cols, kn)
-                       : ptst__split_turned__amx(dst, 3, src, ld, along, cols, kn);
+            parts == 1   ? ptst__split_turned__amx(dst, 1, src, ld, along, cols, kn)
+            : parts == 2 ? ptst__split_turned__amx(dst, 2, src, ld, along, cols, kn)
+                         : ptst__split_turned__amx(dst, 3, src, ld, along, cols, kn);
         }
     }
 }
@@ -20739,8 +20751,9 @@ PTST__TILES static void ptst__parts_mode__amx(bool on) {
 
 /* Adds the products of one step. Tile registers: sums 0 1 / 2 3, rows of A 4 and 5, columns of B 6
    and 7. A part of A that is in its registers is used for the next part of B, too. */
-PTST__TILES PTST__INLINE void ptst__step__amx(size_t parts, const uint16_t *a, size_t a_strip,
-                                              const uint16_t *b, size_t b_strip, bool both) {
+PTST__TILES PTST__INLINE void ptst__step__amx(size_t parts, size_t precision, const uint16_t *a,
+                                              size_t a_strip, const uint16_t *b, size_t b_strip,
+                                              bool both) {
 #define PTST__A(part)                                                                              \
     _tile_loadd(4, a + 512 * part, 64);                                                            \
     if (both) {                                                                                    \
@@ -20756,7 +20769,15 @@ PTST__TILES PTST__INLINE void ptst__step__amx(size_t parts, const uint16_t *a, s
         _tile_dpbf16ps(2, 5, 6);                                                                   \
         _tile_dpbf16ps(3, 5, 7);                                                                   \
     }
-    if (parts == 1) {
+    if (precision == 1) {
+        PTST__B(0) PTST__A(0) PTST__AB
+    } else if (precision == 2) {
+        PTST__A(0)
+        if (parts > 1) {
+            PTST__B(1) PTST__AB
+        }
+        PTST__B(0) PTST__AB PTST__A(1) PTST__AB
+    } else if (parts == 1) {
         PTST__B(0) PTST__A(2) PTST__AB PTST__A(1) PTST__AB PTST__A(0) PTST__AB
     } else if (parts == 2) {
         PTST__B(1) PTST__A(1) PTST__AB PTST__A(0) PTST__AB
@@ -20770,9 +20791,10 @@ PTST__TILES PTST__INLINE void ptst__step__amx(size_t parts, const uint16_t *a, s
 #undef PTST__AB
 }
 
-/* parts and both are constants. */
-PTST__TILES PTST__INLINE void ptst__steps__amx(size_t steps, size_t parts, const uint16_t *a,
-                                               const uint16_t *b, float *sums, bool both) {
+/* parts, precision and both are constants. */
+PTST__TILES PTST__INLINE void ptst__steps__amx(size_t steps, size_t parts, size_t precision,
+                                               const uint16_t *a, const uint16_t *b, float *sums,
+                                               bool both) {
     size_t a_strip = steps * 3 * 512, b_strip = steps * parts * 512;
     __asm__ volatile("" ::: "memory"); /* what the loads of tiles read has been written */
     _tile_zero(0);
@@ -20780,7 +20802,7 @@ PTST__TILES PTST__INLINE void ptst__steps__amx(size_t steps, size_t parts, const
     _tile_zero(2);
     _tile_zero(3);
     for (; steps > 0; steps--, a += 3 * 512, b += parts * 512) {
-        ptst__step__amx(parts, a, a_strip, b, b_strip, both);
+        ptst__step__amx(parts, precision, a, a_strip, b, b_strip, both);
     }
     _tile_stored(0, sums, 128);
     _tile_stored(1, sums + 16, 128);
@@ -20800,16 +20822,19 @@ PTST__TILES static void ptst__tile_parts__amx(size_t steps, size_t parts, const 
     __mmask16 m1 = t->cols > 16 ? ptst__mask16__avx512(t->cols - 16) : (__mmask16)0;
     bool both = t->rows > 16;
     size_t i;
-    if (parts == 1) {
-        both ? ptst__steps__amx(steps, 1, a, b, sums, true)
-             : ptst__steps__amx(steps, 1, a, b, sums, false);
-    } else if (parts == 2) {
-        both ? ptst__steps__amx(steps, 2, a, b, sums, true)
-             : ptst__steps__amx(steps, 2, a, b, sums, false);
+#define PTST__STEPS(parts, precision)                                                              \
+    both ? ptst__steps__amx(steps, parts, precision, a, b, sums, true)                             \
+         : ptst__steps__amx(steps, parts, precision, a, b, sums, false)
+    if (t->precision == PTST__PRECISION) {
+        parts == 1   ? PTST__STEPS(1, 3)
+        : parts == 2 ? PTST__STEPS(2, 3)
+                     : PTST__STEPS(3, 3);
+    } else if (t->precision == 2) {
+        parts == 1 ? PTST__STEPS(1, 2) : PTST__STEPS(2, 2);
     } else {
-        both ? ptst__steps__amx(steps, 3, a, b, sums, true)
-             : ptst__steps__amx(steps, 3, a, b, sums, false);
+        PTST__STEPS(1, 1);
     }
+#undef PTST__STEPS
     for (i = 0; i < t->rows; i++) {
         float *y = t->y + i * t->ldy;
         ptst__put16__avx512(y, _mm512_load_ps(sums + 32 * i), m0, t);
@@ -20893,8 +20918,8 @@ PTST__TILES PTST__INLINE void ptst__piece__amx(ptst__next_tile *next, ptst_dtype
         if (dtype == PTST_F32) {
             ptst__ask__amx(next, PTST_F32, i);
         }
-        ptst__split32__amx(next->dst + 32 * i, dtype == PTST_F32 ? 3 : 2, _mm512_load_ps(pairs),
-                           _mm512_load_ps(pairs + 16), false);
+        ptst__split32__amx(next->dst + 32 * i, dtype == PTST_F32 ? 3 : 2, true,
+                           _mm512_load_ps(pairs), _mm512_load_ps(pairs + 16), false);
     }
 }
 
@@ -21234,7 +21259,7 @@ static double ptst__peak__neon(size_t rounds, float scale, float *sink) {
 /* One product, and the block of it that is being worked on. */
 typedef struct ptst__product {
     const struct ptst__kernels *kernels;
-    size_t M, N, K, threads;
+    size_t M, N, K, threads, precision;
     float alpha, beta;
     ptst__matrix A; /* as a matrix [K, M]: transposed if it lies row by row */
     ptst__matrix B;
@@ -21695,9 +21720,10 @@ typedef struct ptst__kept {
     size_t id, first, end;
 } ptst__kept;
 
-/* Parts that hold an element of B exactly. */
-static size_t ptst__parts_of(ptst_dtype dtype) {
-    return dtype == PTST_BF16 ? 1 : dtype == PTST_F32 ? 3 : 2;
+/* Parts of B that take part: as many as hold an element exactly, if the precision asks for them. */
+static size_t ptst__parts_of(const ptst__product *p) {
+    size_t exact = p->B.dtype == PTST_BF16 ? 1 : p->B.dtype == PTST_F32 ? 3 : 2;
+    return ptst__min(exact, p->precision);
 }
 
 /* Whether a product is large enough, in each direction, for splitting to pay. The few rows of the
@@ -21709,7 +21735,7 @@ static bool ptst__parts_fit(const ptst__product *p) {
 
 /* Numbers of 16 bits in a strip of A, or of B. */
 static size_t ptst__strip_size(const ptst__product *p, bool as_rows) {
-    return ptst__ceil_div(p->kc, 32) * 512 * (as_rows ? 3 : ptst__parts_of(p->B.dtype));
+    return ptst__ceil_div(p->kc, 32) * 512 * (as_rows ? 3 : ptst__parts_of(p));
 }
 
 /* Splits rows [first, end) of the block of A, or columns of B. Where k goes from row to row, a step
@@ -21717,7 +21743,7 @@ static size_t ptst__strip_size(const ptst__product *p, bool as_rows) {
 static void ptst__split_strips(const ptst__product *p, uint16_t *dst, bool as_rows, size_t first,
                                size_t end) {
     ptst__matrix X = as_rows ? p->A : p->B;
-    size_t parts = as_rows ? 3 : ptst__parts_of(X.dtype), at, k, kn = X.transposed ? p->kc : 32;
+    size_t parts = as_rows ? 3 : ptst__parts_of(p), at, k, kn = X.transposed ? p->kc : 32;
     for (k = 0; k < p->kc; k += kn, dst += parts * 512) {
         for (at = first; at < end; at += 16) {
             p->kernels->split(dst + (at - first) / 16 * ptst__strip_size(p, as_rows), parts, &X,
@@ -21774,17 +21800,18 @@ static bool ptst__parts_stream(const ptst__product *p, float beta) {
 }
 
 /* Whether `few_parts` makes (nearly all of) a block of Y. For BF16, of which splitting is little, A
-   is what must be brought near: 32 x 32 of Y at a time read less of it than 64 x 16. */
+   is what must be brought near: 32 x 32 of Y at a time read less of it than 64 x 16. So it is with
+   less precision. */
 static bool ptst__parts_few(const ptst__product *p) {
     size_t most = p->B.dtype == PTST_BF16 ? PTST__PARTS_FEW / 2 : PTST__PARTS_FEW;
-    return p->mc <= most && p->B.transposed && p->kc % 32 == 0 && p->B.ld % 2 == 0 &&
-           p->N >= 16;
+    return p->precision == PTST__PRECISION && p->mc <= most && p->B.transposed && p->kc % 32 == 0 &&
+           p->B.ld % 2 == 0 && p->N >= 16;
 }
 
 /* Task: all rows (few) and task_cols columns of the block of Y. */
 static void ptst__parts_few_task(const ptst__product *p, size_t task, int thread) {
     size_t first = task * p->task_cols, end = ptst__min(first + p->task_cols, p->N);
-    size_t steps = p->kc / 32, parts = ptst__parts_of(p->B.dtype);
+    size_t steps = p->kc / 32, parts = ptst__parts_of(p);
     float *own = p->own + (size_t)thread * ptst__own_floats(p->kernels);
     uint16_t *strips = (uint16_t *)(void *)own;
     const uint16_t *a = ptst__kept_strips(p, own + PTST__PARTS_PASS, true, 0, p->mc);
@@ -21795,6 +21822,7 @@ static void ptst__parts_few_task(const ptst__product *p, size_t task, int thread
     t.alpha = p->alpha;
     t.beta = p->k0 == 0 ? p->beta : 1;
     t.stream = ptst__parts_stream(p, t.beta);
+    t.precision = p->precision;
     t.y = p->Y + p->m0 * p->ldy + first;
     t.ldy = p->ldy;
     p->kernels->parts_mode(true);
@@ -21848,6 +21876,7 @@ static void ptst__parts_task(void *arg, size_t task, int thread) {
     t.alpha = p->alpha;
     t.beta = p->k0 == 0 ? p->beta : 1;
     t.stream = ptst__parts_stream(p, t.beta);
+    t.precision = p->precision;
     t.ldy = p->ldy;
     p->kernels->parts_mode(true);
     for (m = m_first; m < m_end; m += 32) {
@@ -21855,7 +21884,7 @@ static void ptst__parts_task(void *arg, size_t task, int thread) {
             t.rows = ptst__min(32, m_end - m);
             t.cols = ptst__min(32, n_end - n);
             t.y = p->Y + (p->m0 + m) * p->ldy + n;
-            p->kernels->tile_parts(ptst__ceil_div(p->kc, 32), ptst__parts_of(p->B.dtype),
+            p->kernels->tile_parts(ptst__ceil_div(p->kc, 32), ptst__parts_of(p),
                                    a + (m - m_first) / 16 * strip_a,
                                    b + (n - n_first) / 16 * strip_b, &t);
         }
@@ -22081,6 +22110,7 @@ static ptst__product ptst__product_make(const ptst_ctx *c, size_t M, size_t N, s
     memset(&p, 0, sizeof p);
     p.kernels = c->kernels;
     p.threads = (size_t)c->threads;
+    p.precision = c->precision;
     p.M = M;
     p.N = N;
     p.K = K;
@@ -25189,7 +25219,19 @@ static const struct ptst__kernels *ptst__kernels_choose(const char *name) {
     return NULL;
 }
 
-PTST_API const char *ptst_simd_name(const ptst_ctx *c) { return c->kernels->name; }
+PTST_API const char *ptst_simd_name(const ptst_ctx *c) {
+    static const char *const less[] = {"amx medium", "amx high"};
+    return c->precision == PTST__PRECISION || c->kernels->split == NULL ? c->kernels->name
+                                                          : less[c->precision - 1];
+}
+
+/* Parts of a number that take part in products; 0 for an unknown word. */
+static size_t ptst__precision_of(const char *word) {
+    return word == NULL || strcmp(word, "highest") == 0 ? PTST__PRECISION
+           : strcmp(word, "high") == 0                  ? 2
+           : strcmp(word, "medium") == 0                ? 1
+                                                        : 0;
+}
 
 PTST_API ptst_code ptst_open(const ptst_desc *desc, ptst_ctx **out) {
     static const ptst_allocator standard = {ptst__malloc, ptst__mfree, NULL};
@@ -25200,7 +25242,9 @@ PTST_API ptst_code ptst_open(const ptst_desc *desc, ptst_ctx **out) {
     size_t rooms;
     *out = NULL;
     kernels = ptst__kernels_choose(desc == NULL ? NULL : desc->simd);
-    if (kernels == NULL || (desc != NULL && desc->threads < 0)) {
+    if (kernels == NULL ||
+        (desc != NULL && (desc->threads < 0 ||
+                          ptst__precision_of(desc->float32_matmul_precision) == 0))) {
         return PTST_ERR_ARGUMENT;
     }
     c = (ptst_ctx *)ptst__alloc_with(&allocator, sizeof *c);
@@ -25213,6 +25257,7 @@ PTST_API ptst_code ptst_open(const ptst_desc *desc, ptst_ctx **out) {
         c->desc = *desc;
     }
     c->kernels = kernels;
+    c->precision = ptst__precision_of(c->desc.float32_matmul_precision);
     c->threads = c->desc.threads == 0 ? ptst__core_count() : c->desc.threads;
     c->threads = c->threads > PTST__THREADS_MAX ? PTST__THREADS_MAX : c->threads;
     /* what the matrix products need, then a room for each thread of attention */
@@ -29973,7 +30018,7 @@ static const ptst__branch *ptst__merge_branch(const ptst_model *m, const ptst_ad
 
 enum { PTST__MERGE_ROWS = 64 };
 
-/* Writes W + scale B A, some rows at a time. */
+/* Writes W + scale B A, some rows at a time, with full precision. */
 static ptst_code ptst__merge_put(ptst_ctx *c, ptst__tensors_writer *w, const ptst_tensor *t,
                                  const ptst__branch *b) {
     size_t row, rows, size = ptst__dtype_bytes(t->dtype, 1);
@@ -29982,12 +30027,15 @@ static ptst_code ptst__merge_put(ptst_ctx *c, ptst__tensors_writer *w, const pts
                     ? NULL
                     : ptst__alloc(c, ptst__min(b->out, PTST__MERGE_ROWS) * b->in, sizeof *sum);
     ptst_code code = out == NULL ? PTST_ERR_MEMORY : PTST_OK;
+    ptst__product p;
     for (row = 0; row < b->out && code == PTST_OK; row += rows) {
         rows = ptst__min(b->out - row, PTST__MERGE_ROWS);
         ptst__convert_to_f32(c, sum, ptst__element(t->data, t->dtype, row * b->in), t->dtype,
                              rows * b->in);
-        ptst__gemm(c, rows, b->in, b->rank, b->scale, b->B + row * b->rank, b->rank, false,
-                   ptst__matrix_f32(b->A, b->in, false), 1, sum, b->in);
+        p = ptst__product_make(c, rows, b->in, b->rank, b->scale, b->B + row * b->rank, b->rank,
+                               false, ptst__matrix_f32(b->A, b->in, false), 1, sum, b->in);
+        p.precision = PTST__PRECISION;
+        ptst__gemm_run(c, &p);
         ptst__convert_from_f32(c, out, sum, t->dtype, rows * b->in);
         code = ptst__tensors_put(c, w, out, rows * b->in * size);
     }

@@ -158,6 +158,9 @@ fi
 expect "bad number" 2 "$PTST" finetune --model $MODEL --train x --template TV --out "$WORK/made" --lr fast
 expect "bad simd" 2 "$PTST" tokenize --tokenizer $MODEL --simd mmx x
 says "bad simd" "--simd mmx"
+expect "bad precision" 2 "$PTST" tokenize --tokenizer $MODEL --float32-matmul-precision low x
+says "bad precision" "highest, high or medium was expected"
+expect "less precision" 0 "$PTST" tokenize --tokenizer $MODEL --float32-matmul-precision medium x
 expect "unknown template" 2 "$PTST" render --template nope question
 expect "missing model" 2 "$PTST" generate --model "$WORK/none" --template TV --prompts x
 

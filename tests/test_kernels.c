@@ -512,6 +512,96 @@ static void matmul_single(void) {
     }
 }
 
+/* The largest error of a product of two numbers, each alone in its sum, at a precision. */
+static double kernels_single(ptst_ctx *c, size_t M, ptst_dtype dtype, bool transposed) {
+    enum { SIZE = 96 };
+    static float A[SIZE * SIZE], B[SIZE * SIZE], y[SIZE * SIZE];
+    static char b[SIZE * SIZE * 4];
+    ptst_rng r = {9, 0, 0};
+    ptst__matrix X;
+    double worst = 0;
+    size_t i, j;
+    for (i = 0; i < SIZE * SIZE; i++) {
+        B[i] = kernels_any(&r, 20);
+        A[i] = i / SIZE == i % SIZE ? kernels_any(&r, 20) : 0;
+    }
+    ptst__from_f32__scalar(b, B, dtype, SIZE * SIZE);
+    ptst__to_f32__scalar(B, b, dtype, SIZE * SIZE);
+    X.data = b;
+    X.ld = SIZE;
+    X.dtype = dtype;
+    X.transposed = transposed;
+    ptst__gemm(c, M, SIZE, SIZE, 1, A, SIZE, false, X, 0, y, SIZE);
+    for (i = 0; i < M; i++) {
+        for (j = 0; j < SIZE; j++) {
+            double exact = (double)A[i * SIZE + i];
+            exact *= (double)B[transposed ? j * SIZE + i : i * SIZE + j];
+            if (exact != 0) {
+                double off = fabs(((double)y[i * SIZE + j] - exact) / exact);
+                worst = off > worst ? off : worst;
+            }
+        }
+    }
+    return worst;
+}
+
+/* "high" and "medium": with AMX the error of a product is below the bound that ptst_desc states, and
+   above what the next better precision would have; two parts of a number are off by up to 2^-17,
+   one is by 2^-9, and "high" leaves out a product of 2^-18. Elsewhere nothing changes. Results are the
+   same on one thread and on two. */
+static void matmul_precision(void) {
+    static const char *const words[] = {"medium", "high"};
+    static const double below[] = {1.0 / (1 << 7), 1.0 / (1 << 15)};
+    static const double above[] = {1.0 / (1 << 11), 1.0 / (1 << 20)};
+    static const ptst_dtype dtypes[] = {PTST_F32, PTST_F16, PTST_BF16, PTST_I8};
+    static const size_t rows[] = {20, 60, 96};
+    size_t s, w, v;
+    for (s = 0; kernels_simds[s] != NULL; s++) {
+        for (w = 0; w < 2; w++) {
+            ptst_ctx *plain = kernels_open(kernels_simds[s], 1), *less = NULL, *two = NULL;
+            bool amx = plain != NULL && plain->kernels->split != NULL;
+            ptst_desc desc;
+            memset(&desc, 0, sizeof desc);
+            desc.simd = kernels_simds[s];
+            desc.float32_matmul_precision = words[w];
+            desc.threads = 1;
+            if (plain == NULL || ptst_open(&desc, &less) != PTST_OK) {
+                CHECK(plain == NULL);
+                continue;
+            }
+            desc.threads = 2;
+            CHECK(ptst_open(&desc, &two) == PTST_OK);
+            CHECK((strcmp(ptst_simd_name(less), ptst_simd_name(plain)) != 0) == amx);
+            CHECK(!amx || strstr(ptst_simd_name(less), words[w]) != NULL);
+            for (v = 0; v < 24; v++) {
+                ptst_dtype dtype = dtypes[v % 4];
+                double off = kernels_single(less, rows[v / 8], dtype, v / 4 % 2 != 0);
+                CHECK(off == kernels_single(two, rows[v / 8], dtype, v / 4 % 2 != 0));
+                if (amx) {
+                    CHECK(off < below[w] && off > above[w]);
+                } else {
+                    CHECK(off == kernels_single(plain, rows[v / 8], dtype, v / 4 % 2 != 0));
+                }
+            }
+            ptst_close(plain);
+            ptst_close(less);
+            ptst_close(two);
+        }
+    }
+}
+
+static void matmul_precision_words(void) {
+    ptst_desc desc;
+    ptst_ctx *c = NULL;
+    memset(&desc, 0, sizeof desc);
+    desc.float32_matmul_precision = "low";
+    CHECK(ptst_open(&desc, &c) == PTST_ERR_ARGUMENT && c == NULL);
+    desc.float32_matmul_precision = "highest";
+    CHECK(ptst_open(&desc, &c) == PTST_OK);
+    CHECK(strchr(ptst_simd_name(c), ' ') == NULL);
+    ptst_close(c);
+}
+
 /* The error of a product of normal numbers, against sums in double, is at most twice that of adding
    one product after the other in F32 (root mean square; measured: 0.1 to 0.7 of it, AMX 0.3). */
 static void matmul_error(void) {
@@ -633,6 +723,7 @@ static ptst__product kernels_first_block(const kernels_case *k) {
     p.kc = ptst__ceil_div(k->K, ptst__ceil_div(k->K, PTST__PARTS_K));
     p.B.dtype = k->dtype;
     p.B.transposed = k->b_transposed;
+    p.precision = PTST__PRECISION;
     return p;
 }
 
@@ -801,6 +892,8 @@ static void suite_kernels(void) {
     RUN(matmul_parts);
     RUN(matmul_few_parts);
     RUN(matmul_types_exact);
+    RUN(matmul_precision);
+    RUN(matmul_precision_words);
     RUN(matmul_few_rows_alone);
     RUN(matmul_gradients);
     RUN(peak_is_positive);

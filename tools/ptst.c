@@ -30,7 +30,10 @@ typedef struct option {
 #define FLAG_QUIET {"--quiet", NULL, NULL, "no progress and no notes"}
 #define OPTION_THREADS {"--threads", "N", "0", "threads; 0 = all cores"}
 #define OPTION_SIMD {"--simd", "NAME", NULL, "scalar, avx2, avx512, amx or neon (default: best)"}
-#define OPTIONS_COMMON FLAG_QUIET, OPTION_THREADS, OPTION_SIMD
+#define OPTION_PRECISION                                                                           \
+    {"--float32-matmul-precision", "WORD", "highest",                                              \
+     "highest, high or medium: less is faster with AMX, see ptst_desc"}
+#define OPTIONS_COMMON FLAG_QUIET, OPTION_THREADS, OPTION_SIMD, OPTION_PRECISION
 #define OPTION_MODEL {"--model", "DIR", NULL, "Hugging Face model folder"}
 #define OPTION_ADAPTER {"--adapter", "DIR", NULL, "PEFT adapter folder"}
 #define OPTION_DTYPE                                                                               \
@@ -2630,7 +2633,7 @@ static int command_plan(args *a) {
         const char *name = a->options[i].name;
         if (a->values[i] != NULL && strcmp(name, "--probe-seconds") != 0 &&
             strcmp(name, "--quiet") != 0 && strcmp(name, "--threads") != 0 &&
-            strcmp(name, "--simd") != 0) {
+            strcmp(name, "--simd") != 0 && strcmp(name, "--float32-matmul-precision") != 0) {
             return bad_call("plan: %s is for a fine-tuning; %s says all by itself", name, path);
         }
     }
@@ -3289,6 +3292,12 @@ static int open_context(args *a, screen *s) {
     }
     desc.threads = (int)threads;
     desc.simd = get(a, "--simd");
+    desc.float32_matmul_precision = get(a, "--float32-matmul-precision");
+    if (desc.float32_matmul_precision != NULL &&
+        ptst__precision_of(desc.float32_matmul_precision) == 0) {
+        return bad_call("%s: --float32-matmul-precision %s: highest, high or medium was expected",
+                        a->command, desc.float32_matmul_precision);
+    }
     desc.progress = on_progress;
     desc.log = on_log;
     desc.user = s;
