@@ -20791,7 +20791,7 @@ PTST__TILES PTST__INLINE void ptst__step__amx(size_t parts, size_t precision, co
 #undef PTST__AB
 }
 
-/* parts, precision and both are constants. */
+/* parts, precision and both are constants, if precision is the full one. */
 PTST__TILES PTST__INLINE void ptst__steps__amx(size_t steps, size_t parts, size_t precision,
                                                const uint16_t *a, const uint16_t *b, float *sums,
                                                bool both) {
@@ -20822,17 +20822,15 @@ PTST__TILES static void ptst__tile_parts__amx(size_t steps, size_t parts, const 
     __mmask16 m1 = t->cols > 16 ? ptst__mask16__avx512(t->cols - 16) : (__mmask16)0;
     bool both = t->rows > 16;
     size_t i;
-#define PTST__STEPS(parts, precision)                                                              \
-    both ? ptst__steps__amx(steps, parts, precision, a, b, sums, true)                             \
-         : ptst__steps__amx(steps, parts, precision, a, b, sums, false)
+#define PTST__STEPS(parts)                                                                         \
+    both ? ptst__steps__amx(steps, parts, PTST__PRECISION, a, b, sums, true)                       \
+         : ptst__steps__amx(steps, parts, PTST__PRECISION, a, b, sums, false)
     if (t->precision == PTST__PRECISION) {
-        parts == 1   ? PTST__STEPS(1, 3)
-        : parts == 2 ? PTST__STEPS(2, 3)
-                     : PTST__STEPS(3, 3);
-    } else if (t->precision == 2) {
-        parts == 1 ? PTST__STEPS(1, 2) : PTST__STEPS(2, 2);
+        parts == 1   ? PTST__STEPS(1)
+        : parts == 2 ? PTST__STEPS(2)
+                     : PTST__STEPS(3);
     } else {
-        PTST__STEPS(1, 1);
+        ptst__steps__amx(steps, parts, t->precision, a, b, sums, both);
     }
 #undef PTST__STEPS
     for (i = 0; i < t->rows; i++) {
