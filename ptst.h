@@ -291,7 +291,8 @@ typedef struct ptst_desc {
     /* As torch.set_float32_matmul_precision. NULL or "highest": products of matrices are as exact
        as F32. "high": with AMX, numbers are multiplied as sums of two of BF16 (an error of up to
        2^-15 of each product, added up in F32), "medium": as numbers of BF16 (2^-7), which is what
-       training in bfloat16 does. Without AMX, and for up to 8 rows, both are as "highest". */
+       training in bfloat16 does. Without AMX, in attention, and for products of up to 8 rows, 32
+       columns or 48 products in a sum, both are as "highest". */
     const char *float32_matmul_precision;
     /* NULL = none. Called from the thread that made the call. A value other than 0 asks the call
        to save its work and return PTST_ERR_STOPPED. */
@@ -19083,8 +19084,8 @@ struct ptst__adamw_factors;
 struct ptst__matrix;
 struct ptst__patch;
 
-/* What differs between instruction sets. dtype is F32, F16 or BF16 everywhere, in to_f32, from_f32
-   and dots also I8 or I4. */
+/* What differs between instruction sets. dtype is F32, F16 or BF16 everywhere, in to_f32, from_f32,
+   dots and matmul in parts also I8 or I4. */
 struct ptst__kernels {
     const char *name; /* "scalar", ... */
 
@@ -19112,7 +19113,7 @@ struct ptst__kernels {
     /* matmul in parts: see ptst__split__amx and the functions after it; NULL without AMX. */
     void (*split)(uint16_t *dst, size_t parts, const struct ptst__matrix *X, bool as_rows,
                   size_t at, size_t cols, size_t k0, size_t kc);
-    void (*parts_mode)(bool on); /* on the calling thread, around calls of tile_parts */
+    void (*parts_mode)(bool on); /* on the calling thread, around calls of the next two */
     void (*tile_parts)(size_t steps, size_t parts, const uint16_t *a, const uint16_t *b,
                        const ptst__tile *t);
     void (*few_parts)(size_t steps, const uint16_t *a, const struct ptst__matrix *B, size_t at,
@@ -19719,7 +19720,7 @@ enum {
     PTST__UNPACKED = 1536,  /* up to so many columns of Y are made without packing A */
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
     PTST__SHORT = 96,       /* and up to so many rows pass by one panel of B at a time */
-    PTST__PARTS_FEW = 64,   /* up to so many rows a tile of B is used only once */
+    PTST__PARTS_FEW = 64,   /* up to so many rows are made by `few_parts`; of BF16 half as many */
     PTST__PARTS_M = 1024,   /* rows of A that are split into parts at once, for so much of K; */
     PTST__PARTS_K = 768,    /* of each thread, in floats: room for 192 columns (rows) in 3 parts */
     PTST__PARTS_PASS = 192 * PTST__PARTS_K * 3 / 2, /* that pass by, half of it used beside */
@@ -21607,22 +21608,25 @@ static void ptst__dots_from(ptst__dots *d, const ptst__matrix *W, size_t j, size
     }
 }
 
-/* Rows j.. of w, up to `end`, times the only row of A (decoding), all groups at once. Returns where
-   the last group, which is not full, begins. */
+/* Rows j.. of w, up to `end`, times the only row of A (decoding): all full groups at once, except
+   that nothing is asked for behind the end of w. Returns where the last group, not full, begins. */
 static size_t ptst__dots_one(const ptst__product *p, size_t j, size_t end) {
-    size_t groups = (end - j) / 4, i;
+    size_t i;
     ptst__dots d;
-    if (groups > 0) {
+    for (; end - j >= 4; j += 4 * d.groups) {
         ptst__dots_from(&d, &p->B, j, p->N);
         d.a[0] = d.a[1] = d.a[2] = d.a[3] = (const float *)p->A.data;
         d.rows = 1;
-        d.groups = groups;
+        d.groups = (end - j) / 4;
+        if (d.ahead != 0) {
+            d.groups = ptst__min(d.groups, (p->N - j - 4 * d.ahead / d.step) / 4);
+        }
         p->kernels->dots(p->Y + j, p->K, &d);
+        for (i = j; i < j + 4 * d.groups && p->alpha != 1; i++) {
+            p->Y[i] *= p->alpha;
+        }
     }
-    for (i = j; i < j + 4 * groups && p->alpha != 1; i++) {
-        p->Y[i] *= p->alpha;
-    }
-    return j + 4 * groups;
+    return j;
 }
 
 /* Task: task_cols rows of w times all rows of a. If there are few rows, a = A and w = B; if few
@@ -21803,7 +21807,7 @@ static bool ptst__parts_stream(const ptst__product *p, float beta) {
 static bool ptst__parts_few(const ptst__product *p) {
     size_t most = p->B.dtype == PTST_BF16 ? PTST__PARTS_FEW / 2 : PTST__PARTS_FEW;
     return p->precision == PTST__PRECISION && p->mc <= most && p->B.transposed && p->kc % 32 == 0 &&
-           p->B.ld % 2 == 0 && p->N >= 16;
+           p->B.ld % 2 == 0; /* two of BF16 are read as one number */
 }
 
 /* Task: all rows (few) and task_cols columns of the block of Y. */
@@ -25219,8 +25223,8 @@ static const struct ptst__kernels *ptst__kernels_choose(const char *name) {
 
 PTST_API const char *ptst_simd_name(const ptst_ctx *c) {
     static const char *const less[] = {"amx medium", "amx high"};
-    return c->precision == PTST__PRECISION || c->kernels->split == NULL ? c->kernels->name
-                                                          : less[c->precision - 1];
+    bool full = c->precision == PTST__PRECISION || c->kernels->split == NULL;
+    return full ? c->kernels->name : less[c->precision - 1];
 }
 
 /* Parts of a number that take part in products; 0 for an unknown word. */
