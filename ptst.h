@@ -762,7 +762,9 @@ typedef struct ptst_model ptst_model;
    generation_config.json if it is there. Weight matrices stay mapped in their file type, or are
    converted once to dtype (PTST_DTYPE_FILE = as in the file). PTST_I8 and PTST_I4 are for use and
    for training adapters: all matrices but an embedding that is not the head, in blocks of 32 with a
-   scale each (>>kernels, convert); what that costs, ptst_quantization_error measures. Each tensor
+   scale each (>>kernels, convert); what that costs, ptst_quantization_error measures. Where a
+   session goes on by one token at a time, what they multiply is rounded, too: to whole numbers of
+   16 bits in blocks of 32, by up to 2^-16 of the largest of a block. Training is exact. Each tensor
    must have the shape that config.json asks for; what is missing or superfluous is named. */
 PTST_API ptst_model *ptst_model_load(ptst_ctx *c, const char *folder, ptst_dtype dtype);
 /* A trainable F32 model with random weights: normal with initializer_range, norms 1, biases 0, as
@@ -19070,11 +19072,14 @@ typedef struct ptst__tile {
     size_t precision;  /* of products in parts: 3, 2 or 1 parts of a number take part */
 } ptst__tile;
 
-/* Scalar products of `rows` rows of A (1 or 4) with groups of four rows w of dtype: each w[j] of a
-   group lies step bytes behind that of the group before. A hint: what lies `ahead` bytes behind
-   each w[j] is needed next. */
+struct ptst__whole;
+
+/* Scalar products of `rows` rows of A (1 or 4), or of one in whole numbers, with groups of four
+   rows w of dtype: each w[j] of a group lies step bytes behind that of the group before. A hint:
+   what lies `ahead` bytes behind each w[j] is needed next. */
 typedef struct ptst__dots {
     const float *a[4];
+    const struct ptst__whole *whole; /* only for dots_whole */
     const void *w[4];
     size_t rows, groups, step, ahead;
     ptst_dtype dtype;
@@ -19110,6 +19115,9 @@ struct ptst__kernels {
     /* sums[4 * i + j] = sum_k a[i][k] w[j][k] for i < rows, j < 4, and behind these 4 * rows sums
        those of the next group, and so on. */
     void (*dots)(float *sums, size_t K, const ptst__dots *d);
+    /* A row of A in blocks of 32 whole numbers; 0 behind its end. The same for w of I8 or I4. */
+    void (*whole)(struct ptst__whole *dst, const float *a, size_t K);
+    void (*dots_whole)(float *sums, size_t K, const ptst__dots *d);
     /* matmul in parts: see ptst__split__amx and the functions after it; NULL without AMX. */
     void (*split)(uint16_t *dst, size_t parts, const struct ptst__matrix *X, bool as_rows,
                   size_t at, size_t cols, size_t k0, size_t kc);
@@ -19705,7 +19713,8 @@ PTST__UNUSED static void ptst__convert_from_f32(const ptst_ctx *c, void *dst, co
        parts    with AMX: as sums of products of 16-bit parts; for few rows B is split while it is
                 multiplied
        dots     very few rows (decoding) or columns (adapters of low rank): `dots` makes 4 x 4
-                scalar products of rows as they lie in memory. */
+                scalar products of rows as they lie in memory. One row and I8 or I4, if the caller
+                allows it: the row in whole numbers, see ptst__whole__scalar. */
 
 enum {
     PTST__BLOCK_K = 640,  /* the largest block_k */
@@ -19719,6 +19728,7 @@ enum {
     PTST__PACK_ROWS = 16,   /* of B that are packed before the next panel */
     PTST__UNPACKED = 1536,  /* up to so many columns of Y are made without packing A */
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
+    PTST__DOTS_COLS = 256,  /* columns of Y for one task of it */
     PTST__SHORT = 96,       /* and up to so many rows pass by one panel of B at a time */
     PTST__PARTS_FEW = 64,   /* up to so many rows are made by `few_parts`; of BF16 half as many */
     PTST__PARTS_M = 1024,   /* rows of A that are split into parts at once, for so much of K; */
@@ -19740,6 +19750,14 @@ typedef struct ptst__matrix {
     ptst_dtype dtype;
     bool transposed;
 } ptst__matrix;
+
+/* 32 numbers x of a row of A as whole numbers: x[i] = d q[i], to half of d (exactly: see
+   ptst__whole__scalar). low is -8 sum q[i]. */
+typedef struct ptst__whole {
+    int16_t q[PTST__BLOCK];
+    float d;
+    int32_t low;
+} ptst__whole;
 
 static size_t ptst__min(size_t a, size_t b) { return a < b ? a : b; }
 
@@ -19832,6 +19850,68 @@ static void ptst__dots__scalar(float *sums, size_t K, const ptst__dots *all) {
     ptst__dots d = *all;
     for (; d.groups > 0; ptst__dots_next(&d), sums += 4 * d.rows) {
         ptst__dots_group__scalar(sums, K, &d);
+    }
+}
+
+/* The last part of a row as a whole block. */
+static const float *ptst__row_end(float end[PTST__BLOCK], const float *row, size_t k, size_t K) {
+    if (K - k >= PTST__BLOCK) {
+        return row + k;
+    }
+    memset(end, 0, PTST__BLOCK * sizeof *end);
+    memcpy(end, row + k, (K - k) * sizeof *end);
+    return end;
+}
+
+/* The step d of numbers whose largest magnitude has these bits, and what they are multiplied by. */
+static float ptst__whole_step(uint32_t largest, float *inverse) {
+    float max = ptst__float_of(largest);
+    *inverse = max > 1e-30f && max <= 3.402823466e38f ? 32767 / max : 0;
+    return *inverse != 0 ? max / 32767 : max - max; /* not a number if one of them is not finite */
+}
+
+/* One row of A and w of whole numbers p with a scale e: of 32 products
+       sum_i x[i] w[i] = d e sum_i q[i] p[i]
+   the sum on the right is exact in 32 bits, 32 x 2^15 x 2^7; what is lost is that d q[i] is x[i]
+   only to half of d = max |x| / 32767. An element of I4 is stored as p[i] + 8, hence low. */
+static void ptst__whole__scalar(ptst__whole *dst, const float *a, size_t K) {
+    float end[PTST__BLOCK], inverse;
+    size_t k, i;
+    for (k = 0; k < K; k += PTST__BLOCK, dst++) {
+        const float *x = ptst__row_end(end, a, k, K);
+        uint32_t largest = 0, u;
+        for (i = 0; i < PTST__BLOCK; i++) {
+            u = ptst__bits_of(x[i]) & 0x7FFFFFFFu;
+            largest = u > largest ? u : largest;
+        }
+        dst->d = ptst__whole_step(largest, &inverse);
+        dst->low = 0;
+        for (i = 0; i < PTST__BLOCK; i++) {
+            dst->q[i] = (int16_t)(inverse != 0 ? lrintf(x[i] * inverse) : 0);
+            dst->low -= 8 * dst->q[i];
+        }
+    }
+}
+
+static void ptst__dots_whole__scalar(float *sums, size_t K, const ptst__dots *all) {
+    ptst__dots d = *all;
+    size_t i, j, k;
+    for (; d.groups > 0; ptst__dots_next(&d), sums += 4) {
+        for (j = 0; j < 4; j++) {
+            double sum = 0;
+            for (k = 0; k < K; k += PTST__BLOCK) {
+                const ptst__whole *x = d.whole + k / PTST__BLOCK;
+                const char *block = (const char *)ptst__element(d.w[j], d.dtype, k);
+                const uint8_t *p = (const uint8_t *)block + 2;
+                int32_t part = d.dtype == PTST_I8 ? 0 : x->low;
+                for (i = 0; i < PTST__BLOCK; i++) {
+                    part += x->q[i] * (d.dtype == PTST_I8 ? (int8_t)p[i]
+                                                          : p[i % 16] >> (i < 16 ? 0 : 4) & 15);
+                }
+                sum += (double)(x->d * ptst__block_scale(block)) * part;
+            }
+            sums[j] = (float)sum;
+        }
     }
 }
 
@@ -20083,16 +20163,6 @@ PTST__AVX2 PTST__INLINE void ptst__dots_1__avx2(float *sums, size_t K, const flo
     }
 }
 
-/* The last part of a row as a whole block. */
-static const float *ptst__row_end(float end[PTST__BLOCK], const float *row, size_t k, size_t K) {
-    if (K - k >= PTST__BLOCK) {
-        return row + k;
-    }
-    memset(end, 0, PTST__BLOCK * sizeof *end);
-    memcpy(end, row + k, (K - k) * sizeof *end);
-    return end;
-}
-
 /* sum + d (a b): 32 elements of A and the whole numbers of a block. */
 PTST__AVX2 PTST__INLINE __m256 ptst__dot32__avx2(__m256 sum, __m256 d, const float *a,
                                                  const __m256 b[4]) {
@@ -20196,6 +20266,105 @@ PTST__AVX2 static void ptst__dots__avx2(float *sums, size_t K, const ptst__dots 
     ptst__dots d = *all;
     for (; d.groups > 0; ptst__dots_next(&d), sums += 4 * d.rows) {
         ptst__dots_group__avx2(sums, K, &d);
+    }
+}
+
+/* As __scalar, the same whole numbers. */
+PTST__AVX2 static void ptst__whole__avx2(ptst__whole *dst, const float *a, size_t K) {
+    const __m256i one = _mm256_set1_epi16(1);
+    float end[PTST__BLOCK];
+    size_t k;
+    for (k = 0; k < K; k += PTST__BLOCK, dst++) {
+        const float *from = ptst__row_end(end, a, k, K);
+        __m256i most = _mm256_setzero_si256(), q0, q1, sum;
+        __m128i half;
+        __m256 inverse;
+        float times;
+#define PTST__X(i)                                                                                 \
+    __m256 x##i = _mm256_loadu_ps(from + 8 * i);                                                   \
+    most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(x##i),                      \
+                                                   _mm256_set1_epi32(0x7FFFFFFF)));
+        PTST__ROWS_4(PTST__X)
+#undef PTST__X
+        half = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+        half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+        half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0xB1));
+        dst->d = ptst__whole_step((uint32_t)_mm_cvtsi128_si32(half), &times);
+        inverse = _mm256_set1_ps(times);
+#define PTST__Q(i) _mm256_cvtps_epi32(_mm256_mul_ps(x##i, inverse))
+        q0 = _mm256_permute4x64_epi64(_mm256_packs_epi32(PTST__Q(0), PTST__Q(1)), 0xD8);
+        q1 = _mm256_permute4x64_epi64(_mm256_packs_epi32(PTST__Q(2), PTST__Q(3)), 0xD8);
+#undef PTST__Q
+        _mm256_storeu_si256((__m256i *)(void *)dst->q, q0);
+        _mm256_storeu_si256((__m256i *)(void *)(dst->q + 16), q1);
+        sum = _mm256_add_epi32(_mm256_madd_epi16(q0, one), _mm256_madd_epi16(q1, one));
+        half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+        half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+        half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0xB1));
+        dst->low = -8 * _mm_cvtsi128_si32(half);
+    }
+}
+
+/* 16 bytes of a block as whole numbers, of I4 two in each. */
+PTST__AVX2 PTST__INLINE __m256i ptst__whole16__avx2(const char *bytes, ptst_dtype dtype) {
+    __m128i x = _mm_loadu_si128((const __m128i *)(const void *)bytes);
+    return dtype == PTST_I8 ? _mm256_cvtepi8_epi16(x) : _mm256_cvtepu8_epi16(x);
+}
+
+/* Eight sums of four products each, of 32 numbers q (q0, q1) and a block of w. */
+PTST__AVX2 PTST__INLINE __m256i ptst__whole32__avx2(__m256i q0, __m256i q1, __m256i low,
+                                                    const char *block, ptst_dtype dtype) {
+    __m256i x = ptst__whole16__avx2(block + 2, dtype), y;
+    if (dtype == PTST_I8) {
+        y = ptst__whole16__avx2(block + 18, dtype);
+        return _mm256_add_epi32(_mm256_madd_epi16(x, q0), _mm256_madd_epi16(y, q1));
+    }
+    y = _mm256_srli_epi16(x, 4);
+    x = _mm256_and_si256(x, _mm256_set1_epi16(15));
+    return _mm256_add_epi32(_mm256_add_epi32(_mm256_madd_epi16(x, q0), low),
+                            _mm256_madd_epi16(y, q1));
+}
+
+/* As __scalar, 8 lanes per sum. dtype is a constant. */
+PTST__AVX2 PTST__INLINE void ptst__dots_whole_rows__avx2(float *sums, size_t K,
+                                                         const ptst__whole *a,
+                                                         const void *const w[4], ptst_dtype dtype,
+                                                         size_t ahead) {
+    size_t k;
+#define PTST__X(i) __m256 p##i = _mm256_setzero_ps();
+    PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    for (k = 0; k < K; k += PTST__BLOCK, a++) {
+        size_t at = ptst__dtype_bytes(dtype, k);
+        __m256i q0 = _mm256_loadu_si256((const __m256i *)(const void *)a->q);
+        __m256i q1 = _mm256_loadu_si256((const __m256i *)(const void *)(a->q + 16));
+        __m256i low = _mm256_setr_epi32(a->low, 0, 0, 0, 0, 0, 0, 0);
+        __m256 d = _mm256_set1_ps(a->d);
+        const char *next;
+#define PTST__X(i)                                                                                 \
+    p##i = _mm256_fmadd_ps(                                                                        \
+        _mm256_mul_ps(d, ptst__block_scale__avx2((const char *)w[i] + at)),                        \
+        _mm256_cvtepi32_ps(ptst__whole32__avx2(q0, q1, low, (const char *)w[i] + at, dtype)),      \
+        p##i);
+        PTST__ROWS_4(PTST__X)
+#undef PTST__X
+        next = (const char *)w[0] + 4 * at + ahead; /* the rows of a group follow each other */
+        _mm_prefetch(next, _MM_HINT_T1);
+        _mm_prefetch(next + (dtype == PTST_I8 ? 46 : 36), _MM_HINT_T1);
+        if (dtype == PTST_I8) {
+            _mm_prefetch(next + 92, _MM_HINT_T1);
+        }
+    }
+    _mm_storeu_ps(sums, ptst__sum4__avx2(p0, p1, p2, p3));
+}
+
+PTST__AVX2 static void ptst__dots_whole__avx2(float *sums, size_t K, const ptst__dots *all) {
+    ptst__dots d = *all;
+    for (; d.groups > 0 && d.dtype == PTST_I8; ptst__dots_next(&d), sums += 4) {
+        ptst__dots_whole_rows__avx2(sums, K, d.whole, d.w, PTST_I8, d.ahead);
+    }
+    for (; d.groups > 0; ptst__dots_next(&d), sums += 4) {
+        ptst__dots_whole_rows__avx2(sums, K, d.whole, d.w, PTST_I4, d.ahead);
     }
 }
 
@@ -20418,6 +20587,23 @@ PTST__AVX512 PTST__INLINE __m128 ptst__sum4__avx512(__m512 s0, __m512 s1, __m512
     return ptst__sum4__avx2(h0, h1, h2, h3);
 }
 
+/* Four sums in each fourth of a vector, of the lanes there of four vectors. */
+PTST__AVX512 PTST__INLINE __m512 ptst__fourths__avx512(__m512 s0, __m512 s1, __m512 s2,
+                                                       __m512 s3) {
+    __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1));
+    __m512 y = _mm512_add_ps(_mm512_unpacklo_ps(s2, s3), _mm512_unpackhi_ps(s2, s3));
+    return _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xEE));
+}
+
+/* The sums of the lanes of 16 vectors, of which four each are in the fourths of one. */
+PTST__AVX512 PTST__INLINE __m512 ptst__sum16__avx512(__m512 s0, __m512 s1, __m512 s2, __m512 s3) {
+#define PTST__BOTH(x, y, low, high)                                                                \
+    _mm512_add_ps(_mm512_shuffle_f32x4(x, y, low), _mm512_shuffle_f32x4(x, y, high))
+    __m512 x = PTST__BOTH(s0, s1, 0x44, 0xEE), y = PTST__BOTH(s2, s3, 0x44, 0xEE);
+    return PTST__BOTH(x, y, 0x88, 0xDD);
+#undef PTST__BOTH
+}
+
 /* Elements k .. k + 31 of w, of which the first 16 are chosen by m0 and the others by m1, in a's
    order (see ptst__dots_a__avx512); of blocks the whole numbers, which the scale that is returned
    multiplies. */
@@ -20502,12 +20688,14 @@ PTST__AVX512 PTST__INLINE void ptst__dots_rows__avx512(float *sums, size_t K,
 #undef PTST__X
 #undef PTST__SUM
 #undef PTST__W
-#define PTST__X(i)                                                                                 \
-    if (i < rows) {                                                                                \
-        _mm_storeu_ps(sums + 4 * i, ptst__sum4__avx512(p##i, q##i, r##i, s##i));                   \
+    if (rows == 1) {
+        _mm_storeu_ps(sums, ptst__sum4__avx512(p0, q0, r0, s0));
+        return;
     }
+#define PTST__X(i) p##i = ptst__fourths__avx512(p##i, q##i, r##i, s##i);
     PTST__ROWS_4(PTST__X)
 #undef PTST__X
+    _mm512_storeu_ps(sums, ptst__sum16__avx512(p0, p1, p2, p3));
 }
 
 /* All groups. dtype is a constant. */
@@ -21231,6 +21419,89 @@ static void ptst__dots__neon(float *sums, size_t K, const ptst__dots *all) {
     }
 }
 
+/* As __scalar, the same whole numbers. */
+static void ptst__whole__neon(ptst__whole *dst, const float *a, size_t K) {
+    float end[PTST__BLOCK];
+    size_t k, i;
+    for (k = 0; k < K; k += PTST__BLOCK, dst++) {
+        const float *from = ptst__row_end(end, a, k, K);
+        uint32x4_t most = vdupq_n_u32(0);
+        int32x4_t sum = vdupq_n_s32(0);
+        float times;
+        for (i = 0; i < PTST__BLOCK; i += 4) {
+            most = vmaxq_u32(most, vreinterpretq_u32_f32(vabsq_f32(vld1q_f32(from + i))));
+        }
+        dst->d = ptst__whole_step(vmaxvq_u32(most), &times);
+        for (i = 0; i < PTST__BLOCK; i += 8) {
+            int32x4_t x = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(from + i), times));
+            int32x4_t y = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(from + i + 4), times));
+            int16x8_t q = vcombine_s16(vqmovn_s32(x), vqmovn_s32(y));
+            vst1q_s16(dst->q + i, q);
+            sum = vpadalq_s16(sum, q);
+        }
+        dst->low = -8 * vaddvq_s32(sum);
+    }
+}
+
+/* Four sums of eight products each, of 32 numbers and a block of w. */
+PTST__INLINE int32x4_t ptst__whole32__neon(const ptst__whole *a, const uint8_t *p,
+                                           ptst_dtype dtype) {
+    int32x4_t s = vdupq_n_s32(0), t = s;
+    int8x16_t x, y;
+    if (dtype == PTST_I8) {
+        x = vld1q_s8((const int8_t *)p);
+        y = vld1q_s8((const int8_t *)p + 16);
+    } else {
+        uint8x16_t both = vld1q_u8(p);
+        x = vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15)));
+        y = vreinterpretq_s8_u8(vshrq_n_u8(both, 4));
+        s = vsetq_lane_s32(a->low, s, 0);
+    }
+#define PTST__X(eight, at)                                                                         \
+    {                                                                                              \
+        int16x8_t w = vmovl_s8(eight), q = vld1q_s16(a->q + at);                                   \
+        s = vmlal_s16(s, vget_low_s16(w), vget_low_s16(q));                                        \
+        t = vmlal_s16(t, vget_high_s16(w), vget_high_s16(q));                                      \
+    }
+    PTST__X(vget_low_s8(x), 0)
+    PTST__X(vget_high_s8(x), 8)
+    PTST__X(vget_low_s8(y), 16)
+    PTST__X(vget_high_s8(y), 24)
+#undef PTST__X
+    return vaddq_s32(s, t);
+}
+
+/* As __scalar, 4 lanes per sum. dtype is a constant. */
+PTST__INLINE void ptst__dots_whole_rows__neon(float *sums, size_t K, const ptst__whole *a,
+                                              const void *const w[4], ptst_dtype dtype) {
+    size_t k;
+#define PTST__X(i) float32x4_t p##i = vdupq_n_f32(0);
+    PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    for (k = 0; k < K; k += PTST__BLOCK, a++) {
+        size_t at = ptst__dtype_bytes(dtype, k);
+#define PTST__X(i)                                                                                 \
+    {                                                                                              \
+        const uint8_t *block = (const uint8_t *)w[i] + at;                                         \
+        p##i = vfmaq_n_f32(p##i, vcvtq_f32_s32(ptst__whole32__neon(a, block + 2, dtype)),          \
+                           a->d * ptst__block_scale(block));                                       \
+    }
+        PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    }
+    vst1q_f32(sums, vpaddq_f32(vpaddq_f32(p0, p1), vpaddq_f32(p2, p3)));
+}
+
+static void ptst__dots_whole__neon(float *sums, size_t K, const ptst__dots *all) {
+    ptst__dots d = *all;
+    for (; d.groups > 0 && d.dtype == PTST_I8; ptst__dots_next(&d), sums += 4) {
+        ptst__dots_whole_rows__neon(sums, K, d.whole, d.w, PTST_I8);
+    }
+    for (; d.groups > 0; ptst__dots_next(&d), sums += 4) {
+        ptst__dots_whole_rows__neon(sums, K, d.whole, d.w, PTST_I4);
+    }
+}
+
 static double ptst__peak__neon(size_t rounds, float scale, float *sink) {
     float32x4_t x = vdupq_n_f32(scale), s = x;
     size_t r;
@@ -21264,6 +21535,7 @@ typedef struct ptst__product {
     ptst__matrix B;
     float *Y;
     size_t ldy;
+    bool whole; /* one row of A may be multiplied in whole numbers, see ptst__whole__scalar */
     /* Buffers: the block of A, [m0, m0 + mc) x [k0, k0 + kc), packed; `room` for A in parts, or for
        what products with few columns need of B or Y; `own`, task_cols x k_step of B for each
        thread. */
@@ -21608,25 +21880,37 @@ static void ptst__dots_from(ptst__dots *d, const ptst__matrix *W, size_t j, size
     }
 }
 
+/* Whether the only row of A is multiplied in whole numbers (then it is in `room`). */
+static bool ptst__dots_whole(const ptst__product *p) {
+    size_t floats = ptst__ceil_div(p->K, PTST__BLOCK) * sizeof(ptst__whole) / sizeof(float);
+    return p->whole && p->M == 1 && ptst__is_block(p->B.dtype) && floats <= PTST__ROOM;
+}
+
 /* Rows j.. of w, up to `end`, times the only row of A (decoding): all full groups at once, except
-   that nothing is asked for behind the end of w. Returns where the last group, not full, begins. */
-static size_t ptst__dots_one(const ptst__product *p, size_t j, size_t end) {
-    size_t i;
+   that nothing is asked for behind the end of w. */
+static void ptst__dots_one(const ptst__product *p, size_t j, size_t end) {
+    float sums[PTST__DOTS_COLS];
+    bool whole = ptst__dots_whole(p);
+    size_t i, n;
     ptst__dots d;
-    for (; end - j >= 4; j += 4 * d.groups) {
+    for (; j < end; j += n) {
         ptst__dots_from(&d, &p->B, j, p->N);
         d.a[0] = d.a[1] = d.a[2] = d.a[3] = (const float *)p->A.data;
+        d.whole = (const ptst__whole *)(const void *)p->room;
         d.rows = 1;
-        d.groups = (end - j) / 4;
+        if (end - j > 4) {
+            d.groups = (end - j) / 4;
+        }
         if (d.ahead != 0) {
             d.groups = ptst__min(d.groups, (p->N - j - 4 * d.ahead / d.step) / 4);
         }
-        p->kernels->dots(p->Y + j, p->K, &d);
-        for (i = j; i < j + 4 * d.groups && p->alpha != 1; i++) {
-            p->Y[i] *= p->alpha;
+        whole ? p->kernels->dots_whole(sums, p->K, &d) : p->kernels->dots(sums, p->K, &d);
+        n = ptst__min(4 * d.groups, end - j);
+        for (i = 0; i < n; i++) {
+            float *y = p->Y + j + i, sum = p->alpha * sums[i];
+            *y = p->beta == 0 ? sum : p->beta * *y + sum;
         }
     }
-    return j;
 }
 
 /* Task: task_cols rows of w times all rows of a. If there are few rows, a = A and w = B; if few
@@ -21646,8 +21930,9 @@ static void ptst__dots_task(void *arg, size_t task, int thread) {
     t.alpha = p->alpha;
     t.beta = p->beta;
     j = task * p->task_cols;
-    if (p->M == 1 && !turned && p->beta == 0) {
-        j = ptst__dots_one(p, j, end);
+    if (p->M == 1 && !turned) {
+        ptst__dots_one(p, j, end);
+        return;
     }
     for (; j < end; j += 4) {
         ptst__dots_from(&d, W, j, many);
@@ -21692,11 +21977,18 @@ static void ptst__dots_copy_task(void *arg, size_t task, int thread) {
     }
 }
 
-/* Few rows: cuts w into tasks, long enough that memory is read in long runs; how many. */
+/* Few rows: makes whole numbers of A, if that is the way. */
+static void ptst__dots_begin(const ptst__product *p) {
+    if (ptst__dots_whole(p)) {
+        p->kernels->whole((ptst__whole *)(void *)p->room, (const float *)p->A.data, p->K);
+    }
+}
+
+/* Cuts w into tasks, long enough that memory is read in long runs; how many. */
 static size_t ptst__dots_cut(ptst__product *p) {
     size_t fair = ptst__ceil_div(ptst__ceil_div(p->N, 8 * p->threads), 4) * 4;
     p->task_rows = p->M;
-    p->task_cols = fair < 16 ? 16 : ptst__min(fair, 256);
+    p->task_cols = fair < 16 ? 16 : ptst__min(fair, PTST__DOTS_COLS);
     return ptst__ceil_div(p->N, p->task_cols);
 }
 
@@ -22016,6 +22308,7 @@ static void ptst__gemm_run(ptst_ctx *c, ptst__product *p) {
     if (way == PTST__BY_SCALE) {
         ptst__product_for(c, p->M, ptst__scale_task, p);
     } else if (way == PTST__BY_DOTS) {
+        ptst__dots_begin(p);
         ptst__product_for(c, ptst__dots_cut(p), ptst__dots_task, p);
     } else if (way == PTST__BY_DOTS_TURNED) {
         ptst__gemm_dots_turned(c, p);
@@ -22076,7 +22369,11 @@ static bool ptst__group_cut(ptst_ctx *c, ptst__group *g) {
     g->run = way == PTST__BY_DOTS    ? ptst__dots_task
              : way == PTST__BY_PACKED ? ptst__packed_task
                                      : ptst__parts_task;
-    if (way == PTST__BY_PACKED) {
+    for (i = 0; i < g->count && !ptst__dots_whole(&g->p[i]); i++) {
+    }
+    if (way == PTST__BY_DOTS && i < g->count) {
+        ptst__dots_begin(&g->p[i]);
+    } else if (way == PTST__BY_PACKED) {
         ptst__pack_a(c, &g->p[0]);
     } else if (way == PTST__BY_PARTS) {
         ptst__parts_begin(c, &g->p[0]);
@@ -24157,37 +24454,51 @@ static void ptst__prefetch(const float *x, size_t n, size_t floats, size_t ld) {
 #endif
 }
 
-/* n <= 4 heads from h on, which share a key head, against the first FEW_KEYS of `left` keys k and
-   values v: the softmax so far (max, sum, out) goes on. first: there is none so far. */
-static void ptst__few_heads(const ptst__attention_job *job, ptst__room *room, const float *q,
-                            size_t n, const float *k, const float *v, size_t left, float *max,
-                            float *sum, float *out, bool first) {
+/* room->s [n, FEW_KEYS] = q [n, D] times the first FEW_KEYS of `left` keys k, n <= 4. Asks for the
+   keys behind them and their values v, a little with each step: memory is the limit. */
+static void ptst__few_scores(const ptst__attention_job *job, ptst__room *room, const float *q,
+                             size_t n, const float *k, const float *v, size_t left) {
     const ptst_attention *a = job->a;
-    float sums[16], keep[4];
+    size_t J = ptst__min(left, PTST__FEW_KEYS), next = PTST__FEW_KEYS * a->kv_ld, j, i, r;
+    float sums[2 * 16];
     ptst__dots d;
-    size_t J = ptst__min(left, PTST__FEW_KEYS), j, i, r;
-    ptst__patch t;
     memset(&d, 0, sizeof d);
     d.rows = n == 1 ? 1 : 4;
-    d.groups = 1;
+    d.step = 4 * a->kv_ld * sizeof(float);
     d.dtype = PTST_F32;
     for (r = 0; r < 4; r++) {
         d.a[r] = q + ptst__min(r, n - 1) * a->D;
     }
-    for (j = 0; j < J; j += 4) {
+    for (j = 0; j < J; j += 4 * d.groups) {
+        d.groups = J - j < 8 ? 1 : 2;
         for (i = 0; i < 4; i++) {
             d.w[i] = k + ptst__min(j + i, J - 1) * a->kv_ld;
         }
-        if (j + 4 + PTST__FEW_KEYS <= left) { /* a little with each step, memory is the limit */
-            size_t later = (j + PTST__FEW_KEYS) * a->kv_ld;
-            ptst__prefetch(k + later, 4, a->D, a->kv_ld);
-            ptst__prefetch(v + later, 4, a->D, a->kv_ld);
+        d.ahead = 0;
+        if (j + 8 + PTST__FEW_KEYS <= left) {
+            d.ahead = next * sizeof(float);
+            ptst__prefetch(v + j * a->kv_ld + next, 4 * d.groups, a->D, a->kv_ld);
         }
         job->kernels->dots(sums, a->D, &d);
-        for (r = 0; r < n; r++) {
-            memcpy(room->s + r * PTST__FEW_KEYS + j, sums + 4 * r, 4 * sizeof *sums);
+        for (i = 0; i < d.groups; i++) {
+            for (r = 0; r < n; r++) {
+                float *s = room->s + r * PTST__FEW_KEYS + j + 4 * i;
+                memcpy(s, sums + 4 * (i * d.rows + r), 4 * sizeof *s);
+            }
         }
     }
+}
+
+/* n <= 4 heads, which share a key head, against the first FEW_KEYS of `left` keys k and values v:
+   the softmax so far (max, sum, out) goes on. first: there is none so far. */
+static void ptst__few_heads(const ptst__attention_job *job, ptst__room *room, const float *q,
+                            size_t n, const float *k, const float *v, size_t left, float *max,
+                            float *sum, float *out, bool first) {
+    const ptst_attention *a = job->a;
+    float keep[4];
+    size_t J = ptst__min(left, PTST__FEW_KEYS), r;
+    ptst__patch t;
+    ptst__few_scores(job, room, q, n, k, v, left);
     for (r = 0; r < n; r++) {
         float *x = room->s + r * PTST__FEW_KEYS, m, safe;
         ptst__scores_cap(job, J, x, NULL);
@@ -25023,6 +25334,8 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     ptst__pack_cols__scalar,
     ptst__tile__scalar,
     ptst__dots__scalar,
+    ptst__whole__scalar,
+    ptst__dots_whole__scalar,
     NULL,
     NULL,
     NULL,
@@ -25059,6 +25372,8 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     ptst__pack_cols__avx2,
     ptst__tile__avx2,
     ptst__dots__avx2,
+    ptst__whole__avx2,
+    ptst__dots_whole__avx2,
     NULL,
     NULL,
     NULL,
@@ -25094,6 +25409,8 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     ptst__pack_cols__avx512,
     ptst__tile__avx512,
     ptst__dots__avx512,
+    ptst__whole__avx2,
+    ptst__dots_whole__avx2,
     NULL,
     NULL,
     NULL,
@@ -25130,6 +25447,8 @@ static const struct ptst__kernels ptst__kernels_amx = {
     ptst__pack_cols__avx512,
     ptst__tile__avx512,
     ptst__dots__avx512,
+    ptst__whole__avx2,
+    ptst__dots_whole__avx2,
     ptst__split__amx,
     ptst__parts_mode__amx,
     ptst__tile_parts__amx,
@@ -25167,6 +25486,8 @@ static const struct ptst__kernels ptst__kernels_neon = {
     ptst__pack_cols__neon,
     ptst__tile__neon,
     ptst__dots__neon,
+    ptst__whole__neon,
+    ptst__dots_whole__neon,
     NULL,
     NULL,
     NULL,
@@ -27757,10 +28078,14 @@ static const float *ptst__branch_input(ptst_ctx *c, const ptst__flow *f, size_t 
     return f->dropped;
 }
 
-static ptst__product ptst__linear_product(const ptst_ctx *c, const ptst__linear *n, size_t rows,
-                                          const float *x, float *y, bool add) {
-    return ptst__product_make(c, rows, n->w->rows, n->w->cols, 1, x, n->w->cols, false,
-                              ptst__weight_matrix(n->w, true), add ? 1 : 0, y, n->w->rows);
+/* x W^T. Only a session, which makes text, may multiply in whole numbers. */
+static ptst__product ptst__linear_product(const ptst_ctx *c, const ptst__flow *f,
+                                          const ptst__weight *w, size_t rows, const float *x,
+                                          float *y, size_t ld, bool add) {
+    ptst__product p = ptst__product_make(c, rows, w->rows, w->cols, 1, x, w->cols, false,
+                                         ptst__weight_matrix(w, true), add ? 1 : 0, y, ld);
+    p.whole = f->cache != NULL;
+    return p;
 }
 
 /* What is added to x W^T: y [rows, out] += b + scale drop(x) A^T B^T. */
@@ -27785,9 +28110,10 @@ static void ptst__linear_rest(ptst_ctx *c, ptst__flow *f, size_t layer, int kind
 /* y [rows, out] = x [rows, in] W^T + b + scale drop(x) A^T B^T; with add, that is added to y. */
 static void ptst__linear_forward(ptst_ctx *c, ptst__flow *f, size_t layer, int kind, size_t rows,
                                  const float *x, float *y, bool add) {
+    const ptst__weight *w = f->m->layers[layer].linears[kind].w;
     ptst__product p;
     if (rows != 0) {
-        p = ptst__linear_product(c, &f->m->layers[layer].linears[kind], rows, x, y, add);
+        p = ptst__linear_product(c, f, w, rows, x, y, w->rows, add);
         ptst__gemm_run(c, &p);
         ptst__linear_rest(c, f, layer, kind, rows, x, y);
     }
@@ -27803,8 +28129,8 @@ static void ptst__linears_forward(ptst_ctx *c, ptst__flow *f, size_t layer, int 
     }
     memset(&g, 0, sizeof g);
     for (i = 0; i < count; i++) {
-        g.p[g.count++] = ptst__linear_product(c, &f->m->layers[layer].linears[first + i], rows, x,
-                                              y[i], false);
+        const ptst__weight *w = f->m->layers[layer].linears[first + i].w;
+        g.p[g.count++] = ptst__linear_product(c, f, w, rows, x, y[i], w->rows, false);
     }
     ptst__group_run(c, &g);
     for (i = 0; i < count; i++) {
@@ -28017,9 +28343,9 @@ static void ptst__logits_cap(ptst_ctx *c, const ptst_model *m, size_t rows, floa
 static void ptst__flow_head(ptst_ctx *c, const ptst__flow *f, size_t first, size_t rows,
                             float *logits, size_t ld, float *slopes) {
     const ptst_model *m = f->m;
-    ptst__gemm(c, rows, m->V, m->C, 1, f->normed + first * m->C, m->C, false,
-               ptst__weight_matrix(ptst__weight_used(m, f->a, PTST__SAVED_HEAD), true), 0, logits,
-               ld);
+    ptst__product p = ptst__linear_product(c, f, ptst__weight_used(m, f->a, PTST__SAVED_HEAD), rows,
+                                           f->normed + first * m->C, logits, ld, false);
+    ptst__gemm_run(c, &p);
     ptst__logits_cap(c, m, rows, logits, ld, slopes, false);
 }
 

@@ -606,6 +606,178 @@ static void matmul_precision_words(void) {
     ptst_close(c);
 }
 
+/* A row in whole numbers: the same in all instruction sets; each number to half of a step and the
+   0.004 of one by which the product that is rounded may be off; and a step that is no number where
+   one of the numbers is not finite. */
+static void whole_numbers(void) {
+    enum { MOST = 100 };
+    static ptst__whole want[MOST / PTST__BLOCK + 1], got[MOST / PTST__BLOCK + 1];
+    static const float odd[] = {0, 1e-38f, 2e-30f, 3e38f, INFINITY, -INFINITY, NAN};
+    float x[MOST];
+    ptst_rng r = {21, 0, 0};
+    size_t i, s, K, v;
+    for (K = 1; K <= MOST; K++) {
+        for (v = 0; v < 1 + sizeof odd / sizeof odd[0]; v++) {
+            size_t bad = 0, blocks = (K + PTST__BLOCK - 1) / PTST__BLOCK;
+            for (i = 0; i < K; i++) { /* the last block is one of odd numbers */
+                bool last = v > 0 && i / PTST__BLOCK == blocks - 1;
+                x[i] = last ? odd[v - 1] * (i % 2 == 0 ? 1.0f : 0.5f) : kernels_any(&r, 24);
+            }
+            ptst__whole__scalar(want, x, K);
+            for (i = 0; i < K; i++) {
+                const ptst__whole *b = &want[i / PTST__BLOCK];
+                double off = fabs((double)x[i] - (double)b->d * b->q[i % PTST__BLOCK]);
+                bool finite = v < 5 || i / PTST__BLOCK < blocks - 1;
+                bad += finite ? !(off <= 0.505 * (double)b->d + 1.1e-30) : b->d == b->d;
+            }
+            CHECK(bad == 0);
+            for (s = 0; kernels_simds[s] != NULL; s++) {
+                const struct ptst__kernels *kernels = ptst__kernels_choose(kernels_simds[s]);
+                size_t same = v < 5 ? blocks : blocks - 1;
+                if (kernels != NULL) {
+                    kernels->whole(got, x, K);
+                    CHECK(memcmp(got, want, same * sizeof *got) == 0);
+                    CHECK(v < 5 || got[same].d != got[same].d);
+                }
+            }
+        }
+    }
+}
+
+/* One row [K] times w [N, K] of blocks in y [N]; whole allows whole numbers. */
+static void kernels_row(ptst_ctx *c, const kernels_case *k, const float *x, const void *w,
+                        bool whole, float *y) {
+    ptst__matrix B;
+    ptst__product p;
+    B.data = w;
+    B.ld = (k->K + PTST__BLOCK - 1) / PTST__BLOCK * PTST__BLOCK;
+    B.dtype = k->dtype;
+    B.transposed = true;
+    p = ptst__product_make(c, 1, k->N, k->K, k->alpha, x, k->K, false, B, k->beta, y, k->N);
+    p.whole = whole;
+    ptst__gemm_run(c, &p);
+}
+
+/* The sum of a row of w and x, and by how much whole numbers of x may be off: half of a step for each
+   element, and for rounding 2^-22 of what is added. */
+static double kernels_row_sum(const float *x, const float *w, size_t K, double *bound) {
+    double sum = 0, most = 0, weights = 0;
+    size_t k;
+    *bound = 0;
+    for (k = 0; k < K; k++) {
+        sum += (double)x[k] * (double)w[k];
+        most = fabs((double)x[k]) > most ? fabs((double)x[k]) : most;
+        weights += fabs((double)w[k]);
+        *bound += fabs((double)x[k] * (double)w[k]) / (1 << 22);
+        if (k % PTST__BLOCK == PTST__BLOCK - 1 || k == K - 1) {
+            *bound += most / 32767 * 0.51 * weights;
+            most = weights = 0;
+        }
+    }
+    return sum;
+}
+
+/* Products of one row with blocks: as far off as ptst_model_load says and no further, further than
+   without whole numbers, and the same for any number of threads. */
+static void matmul_whole(void) {
+    static const size_t sizes[][2] = {{1, 1},   {3, 31},  {4, 32},   {5, 33},  {8, 64},
+                                      {31, 95}, {66, 96}, {300, 40}, {701, 577}};
+    static float x[577], w[701 * 608], y[3][701];
+    static char blocks[701 * 608 * 2];
+    ptst_rng r = {22, 0, 0};
+    size_t i, j, s, n, v;
+    for (s = 0; kernels_simds[s] != NULL; s++) {
+        ptst_ctx *c[2];
+        double rounded = 0, plain = 0;
+        c[0] = kernels_open(kernels_simds[s], 1);
+        c[1] = kernels_open(kernels_simds[s], 2);
+        for (n = 0; n < sizeof sizes / sizeof sizes[0] * 20 && c[0] != NULL; n++) {
+            kernels_case k;
+            size_t ld, bad = 0;
+            kernels_variant(&k, n);
+            k.dtype = n % 2 == 0 ? PTST_I8 : PTST_I4;
+            k.N = sizes[n / 20][0];
+            k.K = sizes[n / 20][1];
+            ld = (k.K + PTST__BLOCK - 1) / PTST__BLOCK * PTST__BLOCK;
+            for (i = 0; i < k.N * ld; i++) {
+                w[i] = i % ld < k.K ? (float)ptst_rng_normal(&r) : 0;
+            }
+            ptst__from_f32__scalar(blocks, w, k.dtype, k.N * ld);
+            ptst__to_f32__scalar(w, blocks, k.dtype, k.N * ld);
+            for (i = 0; i < k.K; i++) {
+                x[i] = (float)ptst_rng_normal(&r) * (i % 32 == 7 ? 50.0f : 1.0f);
+            }
+            for (v = 0; v < 3; v++) { /* one thread, two, without whole numbers */
+                for (j = 0; j < k.N; j++) {
+                    y[v][j] = 0.5f + (float)j;
+                }
+                kernels_row(c[v % 2], &k, x, blocks, v < 2, y[v]);
+            }
+            CHECK(memcmp(y[0], y[1], k.N * sizeof(float)) == 0);
+            for (j = 0; j < k.N; j++) {
+                double bound, sum = kernels_row_sum(x, w + j * ld, k.K, &bound), off;
+                sum = (double)k.beta * (0.5 + (double)j) + (double)k.alpha * sum;
+                bound = bound * fabs((double)k.alpha) + fabs(sum) / (1 << 22);
+                off = fabs((double)y[0][j] - sum);
+                bad += !(off <= bound);
+                rounded += off;
+                plain += fabs((double)y[2][j] - sum);
+            }
+            CHECK(bad == 0);
+        }
+        CHECK(c[0] == NULL || rounded > 4 * plain);
+        ptst_close(c[0]);
+        ptst_close(c[1]);
+    }
+}
+
+/* More rows than one, and a row with a number that is not finite. */
+static void matmul_whole_not(void) {
+    enum { N = 40, K = 96 };
+    static float x[2 * K], w[N * K], y[2][2 * N];
+    static char blocks[N * K * 2];
+    ptst_rng r = {23, 0, 0};
+    size_t i, s;
+    int whole;
+    for (i = 0; i < N * K; i++) {
+        w[i] = (float)ptst_rng_normal(&r);
+    }
+    ptst__from_f32__scalar(blocks, w, PTST_I8, N * K);
+    for (s = 0; kernels_simds[s] != NULL; s++) {
+        ptst_ctx *c = kernels_open(kernels_simds[s], 1);
+        ptst__matrix B;
+        if (c == NULL) {
+            continue;
+        }
+        B.data = blocks;
+        B.ld = K;
+        B.dtype = PTST_I8;
+        B.transposed = true;
+        for (i = 0; i < 2 * K; i++) {
+            x[i] = (float)ptst_rng_normal(&r);
+        }
+        for (whole = 0; whole < 2; whole++) {
+            ptst__product p = ptst__product_make(c, 2, N, K, 1, x, K, false, B, 0, y[whole], N);
+            p.whole = whole != 0;
+            ptst__gemm_run(c, &p);
+        }
+        CHECK(memcmp(y[0], y[1], sizeof y[0]) == 0);
+        x[K - 1] = INFINITY;
+        for (i = 0; i < 2; i++) {
+            ptst__product p = ptst__product_make(c, 1, N, K, 1, x, K, false, B, 0, y[0], N);
+            size_t j, finite = 0;
+            p.whole = true;
+            ptst__gemm_run(c, &p);
+            for (j = 0; j < N; j++) {
+                finite += y[0][j] - y[0][j] == 0;
+            }
+            CHECK(finite == 0);
+            x[K - 1] = NAN;
+        }
+        ptst_close(c);
+    }
+}
+
 /* The error of a product of normal numbers, against sums in double, is at most twice that of adding
    one product after the other in F32 (root mean square; measured: 0.1 to 0.7 of it, AMX 0.3). */
 static void matmul_error(void) {
@@ -897,6 +1069,9 @@ static void suite_kernels(void) {
     RUN(matmul_few_parts);
     RUN(matmul_types_exact);
     RUN(matmul_precision);
+    RUN(whole_numbers);
+    RUN(matmul_whole);
+    RUN(matmul_whole_not);
     RUN(matmul_precision_words);
     RUN(matmul_few_rows_alone);
     RUN(matmul_gradients);

@@ -638,7 +638,7 @@ static const option bench_gemm_options[] = {
     {"--m", "N", "512", "rows of the activations"},
     {"--n", "N", "1536", "rows of the weights (outputs)"},
     {"--k", "N", "576", "columns of both"},
-    {"--weights", "TYPE", "f32", "f32, bf16, f16, int8 or int4"},
+    {"--weights", "TYPE", "f32", "f32, bf16, f16, int8 or int4; one row as when making text"},
     {"--transposed", NULL, NULL, "Y = X W (as the backward pass needs) instead of Y = X W^T"},
     {"--runs", "N", "15", "timed runs; the median is printed"},
     OPTIONS_COMMON,
@@ -701,7 +701,10 @@ static void gemm_case_close(args *a, gemm_case *g) {
 
 static void gemm_case_run(args *a, gemm_case *g) {
     if (g->w.transposed) {
-        ptst__gemm(a->c, g->m, g->n, g->k, 1, g->x, g->k, false, g->w, 0, g->y, g->n);
+        ptst__product p = ptst__product_make(a->c, g->m, g->n, g->k, 1, g->x, g->k, false, g->w, 0,
+                                             g->y, g->n);
+        p.whole = true;
+        ptst__gemm_run(a->c, &p);
     } else {
         ptst__gemm(a->c, g->m, g->k, g->n, 1, g->x, g->n, false, g->w, 0, g->y, g->k);
     }
