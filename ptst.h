@@ -763,9 +763,10 @@ typedef struct ptst_model ptst_model;
    converted once to dtype (PTST_DTYPE_FILE = as in the file). PTST_I8 and PTST_I4 are for use and
    for training adapters: all matrices but an embedding that is not the head, in blocks of 32 with a
    scale each (>>kernels, convert); what that costs, ptst_quantization_error measures. Where a
-   session goes on by one token at a time, what they multiply is rounded, too: to whole numbers of
-   16 bits in blocks of 32, by up to 2^-16 of the largest of a block. Training is exact. Each tensor
-   must have the shape that config.json asks for; what is missing or superfluous is named. */
+   session goes on by few tokens at a time (up to 8 of all sequences; with AVX-512 one), what they
+   multiply is rounded, too: to whole numbers of 16 bits in blocks of 32, by up to 2^-16 of the
+   largest of a block. Training is exact. Each tensor must have the shape that config.json asks for;
+   what is missing or superfluous is named. */
 PTST_API ptst_model *ptst_model_load(ptst_ctx *c, const char *folder, ptst_dtype dtype);
 /* A trainable F32 model with random weights: normal with initializer_range, norms 1, biases 0, as
    transformers starts one. */
@@ -19074,12 +19075,12 @@ typedef struct ptst__tile {
 
 struct ptst__whole;
 
-/* Scalar products of `rows` rows of A (1 or 4), or of one in whole numbers, with groups of four
-   rows w of dtype: each w[j] of a group lies step bytes behind that of the group before. A hint:
-   what lies `ahead` bytes behind each w[j] is needed next. */
+/* Scalar products of `rows` rows of A (1 or 4) with groups of four rows w of dtype: each w[j] of a
+   group lies step bytes behind that of the group before. A hint: what lies `ahead` bytes behind
+   each w[j] is needed next. */
 typedef struct ptst__dots {
     const float *a[4];
-    const struct ptst__whole *whole; /* only for dots_whole */
+    const struct ptst__whole *whole[4]; /* for dots_whole, instead of a */
     const void *w[4];
     size_t rows, groups, step, ahead;
     ptst_dtype dtype;
@@ -19115,7 +19116,9 @@ struct ptst__kernels {
     /* sums[4 * i + j] = sum_k a[i][k] w[j][k] for i < rows, j < 4, and behind these 4 * rows sums
        those of the next group, and so on. */
     void (*dots)(float *sums, size_t K, const ptst__dots *d);
-    /* A row of A in blocks of 32 whole numbers; 0 behind its end. The same for w of I8 or I4. */
+    /* A row of A in blocks of 32 whole numbers; 0 behind its end. And the same sums with these, for
+       w of I8 or I4: it pays for up to whole_rows rows. */
+    size_t whole_rows;
     void (*whole)(struct ptst__whole *dst, const float *a, size_t K);
     void (*dots_whole)(float *sums, size_t K, const ptst__dots *d);
     /* matmul in parts: see ptst__split__amx and the functions after it; NULL without AMX. */
@@ -19713,8 +19716,8 @@ PTST__UNUSED static void ptst__convert_from_f32(const ptst_ctx *c, void *dst, co
        parts    with AMX: as sums of products of 16-bit parts; for few rows B is split while it is
                 multiplied
        dots     very few rows (decoding) or columns (adapters of low rank): `dots` makes 4 x 4
-                scalar products of rows as they lie in memory. One row and I8 or I4, if the caller
-                allows it: the row in whole numbers, see ptst__whole__scalar. */
+                scalar products of rows as they lie in memory. If they are I8 or I4 and the caller
+                allows it, the other rows are in whole numbers, see ptst__whole__scalar. */
 
 enum {
     PTST__BLOCK_K = 640,  /* the largest block_k */
@@ -19870,7 +19873,7 @@ static float ptst__whole_step(uint32_t largest, float *inverse) {
     return *inverse != 0 ? max / 32767 : max - max; /* not a number if one of them is not finite */
 }
 
-/* One row of A and w of whole numbers p with a scale e: of 32 products
+/* Rows of A and w of whole numbers p with a scale e: of 32 products
        sum_i x[i] w[i] = d e sum_i q[i] p[i]
    the sum on the right is exact in 32 bits, 32 x 2^15 x 2^7; what is lost is that d q[i] is x[i]
    only to half of d = max |x| / 32767. An element of I4 is stored as p[i] + 8, hence low. */
@@ -19893,24 +19896,32 @@ static void ptst__whole__scalar(ptst__whole *dst, const float *a, size_t K) {
     }
 }
 
+/* One sum of K products. */
+static float ptst__dot_whole__scalar(const ptst__whole *x, const void *w, ptst_dtype dtype,
+                                     size_t K) {
+    double sum = 0;
+    size_t i, k;
+    for (k = 0; k < K; k += PTST__BLOCK, x++) {
+        const char *block = (const char *)ptst__element(w, dtype, k);
+        const uint8_t *p = (const uint8_t *)block + 2;
+        int32_t part = dtype == PTST_I8 ? 0 : x->low;
+        for (i = 0; i < PTST__BLOCK; i++) {
+            part += x->q[i] *
+                    (dtype == PTST_I8 ? (int8_t)p[i] : p[i % 16] >> (i < 16 ? 0 : 4) & 15);
+        }
+        sum += (double)(x->d * ptst__block_scale(block)) * part;
+    }
+    return (float)sum;
+}
+
 static void ptst__dots_whole__scalar(float *sums, size_t K, const ptst__dots *all) {
     ptst__dots d = *all;
-    size_t i, j, k;
-    for (; d.groups > 0; ptst__dots_next(&d), sums += 4) {
-        for (j = 0; j < 4; j++) {
-            double sum = 0;
-            for (k = 0; k < K; k += PTST__BLOCK) {
-                const ptst__whole *x = d.whole + k / PTST__BLOCK;
-                const char *block = (const char *)ptst__element(d.w[j], d.dtype, k);
-                const uint8_t *p = (const uint8_t *)block + 2;
-                int32_t part = d.dtype == PTST_I8 ? 0 : x->low;
-                for (i = 0; i < PTST__BLOCK; i++) {
-                    part += x->q[i] * (d.dtype == PTST_I8 ? (int8_t)p[i]
-                                                          : p[i % 16] >> (i < 16 ? 0 : 4) & 15);
-                }
-                sum += (double)(x->d * ptst__block_scale(block)) * part;
+    size_t i, j;
+    for (; d.groups > 0; ptst__dots_next(&d), sums += 4 * d.rows) {
+        for (i = 0; i < d.rows; i++) {
+            for (j = 0; j < 4; j++) {
+                sums[4 * i + j] = ptst__dot_whole__scalar(d.whole[i], d.w[j], d.dtype, K);
             }
-            sums[j] = (float)sum;
         }
     }
 }
@@ -20311,44 +20322,50 @@ PTST__AVX2 PTST__INLINE __m256i ptst__whole16__avx2(const char *bytes, ptst_dtyp
     return dtype == PTST_I8 ? _mm256_cvtepi8_epi16(x) : _mm256_cvtepu8_epi16(x);
 }
 
-/* Eight sums of four products each, of 32 numbers q (q0, q1) and a block of w. */
-PTST__AVX2 PTST__INLINE __m256i ptst__whole32__avx2(__m256i q0, __m256i q1, __m256i low,
-                                                    const char *block, ptst_dtype dtype) {
-    __m256i x = ptst__whole16__avx2(block + 2, dtype), y;
+/* The whole numbers of a block; those of I4 with the 8 that is added to them. */
+PTST__AVX2 PTST__INLINE void ptst__whole32__avx2(const char *block, ptst_dtype dtype, __m256i *x,
+                                                 __m256i *y) {
+    *x = ptst__whole16__avx2(block + 2, dtype);
     if (dtype == PTST_I8) {
-        y = ptst__whole16__avx2(block + 18, dtype);
-        return _mm256_add_epi32(_mm256_madd_epi16(x, q0), _mm256_madd_epi16(y, q1));
+        *y = ptst__whole16__avx2(block + 18, dtype);
+    } else {
+        *y = _mm256_srli_epi16(*x, 4);
+        *x = _mm256_and_si256(*x, _mm256_set1_epi16(15));
     }
-    y = _mm256_srli_epi16(x, 4);
-    x = _mm256_and_si256(x, _mm256_set1_epi16(15));
-    return _mm256_add_epi32(_mm256_add_epi32(_mm256_madd_epi16(x, q0), low),
-                            _mm256_madd_epi16(y, q1));
 }
 
-/* As __scalar, 8 lanes per sum. dtype is a constant. */
-PTST__AVX2 PTST__INLINE void ptst__dots_whole_rows__avx2(float *sums, size_t K,
-                                                         const ptst__whole *a,
-                                                         const void *const w[4], ptst_dtype dtype,
-                                                         size_t ahead) {
+/* sum + d e (q p), q: 32 numbers of A with the step d, p: those of a block (x, y) with the scale e.
+   Each of 8 sums of 4 products is exact, also as F32: below 2^24. */
+PTST__AVX2 PTST__INLINE __m256 ptst__dot_whole__avx2(__m256 sum, const ptst__whole *a, __m256 e,
+                                                     __m256i x, __m256i y, ptst_dtype dtype) {
+    __m256i q0 = _mm256_loadu_si256((const __m256i *)(const void *)a->q);
+    __m256i q1 = _mm256_loadu_si256((const __m256i *)(const void *)(a->q + 16));
+    __m256i s = _mm256_madd_epi16(x, q0);
+    if (dtype == PTST_I4) {
+        s = _mm256_add_epi32(s, _mm256_setr_epi32(a->low, 0, 0, 0, 0, 0, 0, 0));
+    }
+    s = _mm256_add_epi32(s, _mm256_madd_epi16(y, q1));
+    return _mm256_fmadd_ps(_mm256_mul_ps(_mm256_set1_ps(a->d), e), _mm256_cvtepi32_ps(s), sum);
+}
+
+/* As __scalar for one row and four w, 8 lanes per sum. dtype is a constant. */
+PTST__AVX2 PTST__INLINE void ptst__dots_1_whole__avx2(float *sums, size_t K, const ptst__whole *a,
+                                                      const void *const w[4], ptst_dtype dtype,
+                                                      size_t ahead) {
     size_t k;
 #define PTST__X(i) __m256 p##i = _mm256_setzero_ps();
     PTST__ROWS_4(PTST__X)
 #undef PTST__X
     for (k = 0; k < K; k += PTST__BLOCK, a++) {
         size_t at = ptst__dtype_bytes(dtype, k);
-        __m256i q0 = _mm256_loadu_si256((const __m256i *)(const void *)a->q);
-        __m256i q1 = _mm256_loadu_si256((const __m256i *)(const void *)(a->q + 16));
-        __m256i low = _mm256_setr_epi32(a->low, 0, 0, 0, 0, 0, 0, 0);
-        __m256 d = _mm256_set1_ps(a->d);
-        const char *next;
+        const char *next = (const char *)w[0] + 4 * at + ahead; /* rows follow each other */
+        __m256i x, y;
 #define PTST__X(i)                                                                                 \
-    p##i = _mm256_fmadd_ps(                                                                        \
-        _mm256_mul_ps(d, ptst__block_scale__avx2((const char *)w[i] + at)),                        \
-        _mm256_cvtepi32_ps(ptst__whole32__avx2(q0, q1, low, (const char *)w[i] + at, dtype)),      \
-        p##i);
+    ptst__whole32__avx2((const char *)w[i] + at, dtype, &x, &y);                                   \
+    p##i = ptst__dot_whole__avx2(p##i, a, ptst__block_scale__avx2((const char *)w[i] + at), x, y,  \
+                                 dtype);
         PTST__ROWS_4(PTST__X)
 #undef PTST__X
-        next = (const char *)w[0] + 4 * at + ahead; /* the rows of a group follow each other */
         _mm_prefetch(next, _MM_HINT_T1);
         _mm_prefetch(next + (dtype == PTST_I8 ? 46 : 36), _MM_HINT_T1);
         if (dtype == PTST_I8) {
@@ -20358,14 +20375,50 @@ PTST__AVX2 PTST__INLINE void ptst__dots_whole_rows__avx2(float *sums, size_t K,
     _mm_storeu_ps(sums, ptst__sum4__avx2(p0, p1, p2, p3));
 }
 
-PTST__AVX2 static void ptst__dots_whole__avx2(float *sums, size_t K, const ptst__dots *all) {
+/* Four rows and one w, with the same sums; they are sums[0], sums[4], ... */
+PTST__AVX2 PTST__INLINE void ptst__dots_4_whole__avx2(float *sums, size_t K,
+                                                      const ptst__whole *const a[4], const void *w,
+                                                      ptst_dtype dtype, size_t ahead) {
+    float part[4];
+    size_t i, k;
+#define PTST__X(i) __m256 p##i = _mm256_setzero_ps();
+    PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    for (k = 0; k < K; k += PTST__BLOCK) {
+        const char *block = (const char *)w + ptst__dtype_bytes(dtype, k);
+        __m256 e = ptst__block_scale__avx2(block);
+        __m256i x, y;
+        ptst__whole32__avx2(block, dtype, &x, &y);
+        _mm_prefetch(block + ahead, _MM_HINT_T1);
+#define PTST__X(i) p##i = ptst__dot_whole__avx2(p##i, a[i] + k / PTST__BLOCK, e, x, y, dtype);
+        PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    }
+    _mm_storeu_ps(part, ptst__sum4__avx2(p0, p1, p2, p3));
+    for (i = 0; i < 4; i++) {
+        sums[4 * i] = part[i];
+    }
+}
+
+/* All groups. dtype is a constant. */
+PTST__AVX2 PTST__INLINE void ptst__dots_whole_groups__avx2(float *sums, size_t K,
+                                                           const ptst__dots *all,
+                                                           ptst_dtype dtype) {
     ptst__dots d = *all;
-    for (; d.groups > 0 && d.dtype == PTST_I8; ptst__dots_next(&d), sums += 4) {
-        ptst__dots_whole_rows__avx2(sums, K, d.whole, d.w, PTST_I8, d.ahead);
+    size_t j;
+    for (; d.groups > 0 && d.rows == 1; ptst__dots_next(&d), sums += 4) {
+        ptst__dots_1_whole__avx2(sums, K, d.whole[0], d.w, dtype, d.ahead);
     }
-    for (; d.groups > 0; ptst__dots_next(&d), sums += 4) {
-        ptst__dots_whole_rows__avx2(sums, K, d.whole, d.w, PTST_I4, d.ahead);
+    for (; d.groups > 0; ptst__dots_next(&d), sums += 16) {
+        for (j = 0; j < 4; j++) {
+            ptst__dots_4_whole__avx2(sums + j, K, d.whole, d.w[j], dtype, d.ahead);
+        }
     }
+}
+
+PTST__AVX2 static void ptst__dots_whole__avx2(float *sums, size_t K, const ptst__dots *d) {
+    d->dtype == PTST_I8 ? ptst__dots_whole_groups__avx2(sums, K, d, PTST_I8)
+                        : ptst__dots_whole_groups__avx2(sums, K, d, PTST_I4);
 }
 
 PTST__AVX2 static double ptst__peak__avx2(size_t rounds, float scale, float *sink) {
@@ -20578,16 +20631,7 @@ PTST__AVX512 static void ptst__tile__avx512(size_t K, const ptst__tile *t) {
     }
 }
 
-/* The sums of the lanes of four vectors. */
-PTST__AVX512 PTST__INLINE __m128 ptst__sum4__avx512(__m512 s0, __m512 s1, __m512 s2, __m512 s3) {
-#define PTST__X(i)                                                                                 \
-    __m256 h##i = _mm256_add_ps(_mm512_castps512_ps256(s##i), _mm512_extractf32x8_ps(s##i, 1));
-    PTST__ROWS_4(PTST__X)
-#undef PTST__X
-    return ptst__sum4__avx2(h0, h1, h2, h3);
-}
-
-/* Four sums in each fourth of a vector, of the lanes there of four vectors. */
+/* The sums of the lanes of four vectors, in each fourth of a vector of the lanes there, */
 PTST__AVX512 PTST__INLINE __m512 ptst__fourths__avx512(__m512 s0, __m512 s1, __m512 s2,
                                                        __m512 s3) {
     __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1));
@@ -20595,7 +20639,13 @@ PTST__AVX512 PTST__INLINE __m512 ptst__fourths__avx512(__m512 s0, __m512 s1, __m
     return _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xEE));
 }
 
-/* The sums of the lanes of 16 vectors, of which four each are in the fourths of one. */
+/* of the fourths together, */
+PTST__AVX512 PTST__INLINE __m128 ptst__sum4__avx512(__m512 s) {
+    __m256 x = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+}
+
+/* and the same for four times four vectors, in the same order of adding. */
 PTST__AVX512 PTST__INLINE __m512 ptst__sum16__avx512(__m512 s0, __m512 s1, __m512 s2, __m512 s3) {
 #define PTST__BOTH(x, y, low, high)                                                                \
     _mm512_add_ps(_mm512_shuffle_f32x4(x, y, low), _mm512_shuffle_f32x4(x, y, high))
@@ -20688,14 +20738,14 @@ PTST__AVX512 PTST__INLINE void ptst__dots_rows__avx512(float *sums, size_t K,
 #undef PTST__X
 #undef PTST__SUM
 #undef PTST__W
-    if (rows == 1) {
-        _mm_storeu_ps(sums, ptst__sum4__avx512(p0, q0, r0, s0));
-        return;
-    }
 #define PTST__X(i) p##i = ptst__fourths__avx512(p##i, q##i, r##i, s##i);
     PTST__ROWS_4(PTST__X)
 #undef PTST__X
-    _mm512_storeu_ps(sums, ptst__sum16__avx512(p0, p1, p2, p3));
+    if (rows == 1) {
+        _mm_storeu_ps(sums, ptst__sum4__avx512(p0));
+    } else {
+        _mm512_storeu_ps(sums, ptst__sum16__avx512(p0, p1, p2, p3));
+    }
 }
 
 /* All groups. dtype is a constant. */
@@ -21471,7 +21521,7 @@ PTST__INLINE int32x4_t ptst__whole32__neon(const ptst__whole *a, const uint8_t *
     return vaddq_s32(s, t);
 }
 
-/* As __scalar, 4 lanes per sum. dtype is a constant. */
+/* As __scalar for one row, 4 lanes per sum. dtype is a constant. */
 PTST__INLINE void ptst__dots_whole_rows__neon(float *sums, size_t K, const ptst__whole *a,
                                               const void *const w[4], ptst_dtype dtype) {
     size_t k;
@@ -21494,11 +21544,13 @@ PTST__INLINE void ptst__dots_whole_rows__neon(float *sums, size_t K, const ptst_
 
 static void ptst__dots_whole__neon(float *sums, size_t K, const ptst__dots *all) {
     ptst__dots d = *all;
-    for (; d.groups > 0 && d.dtype == PTST_I8; ptst__dots_next(&d), sums += 4) {
-        ptst__dots_whole_rows__neon(sums, K, d.whole, d.w, PTST_I8);
-    }
-    for (; d.groups > 0; ptst__dots_next(&d), sums += 4) {
-        ptst__dots_whole_rows__neon(sums, K, d.whole, d.w, PTST_I4);
+    size_t i;
+    for (; d.groups > 0; ptst__dots_next(&d), sums += 4 * d.rows) {
+        for (i = 0; i < d.rows; i++) {
+            d.dtype == PTST_I8
+                ? ptst__dots_whole_rows__neon(sums + 4 * i, K, d.whole[i], d.w, PTST_I8)
+                : ptst__dots_whole_rows__neon(sums + 4 * i, K, d.whole[i], d.w, PTST_I4);
+        }
     }
 }
 
@@ -21535,7 +21587,7 @@ typedef struct ptst__product {
     ptst__matrix B;
     float *Y;
     size_t ldy;
-    bool whole; /* one row of A may be multiplied in whole numbers, see ptst__whole__scalar */
+    bool whole; /* rows of A may be multiplied in whole numbers, see ptst__whole__scalar */
     /* Buffers: the block of A, [m0, m0 + mc) x [k0, k0 + kc), packed; `room` for A in parts, or for
        what products with few columns need of B or Y; `own`, task_cols x k_step of B for each
        thread. */
@@ -21880,10 +21932,21 @@ static void ptst__dots_from(ptst__dots *d, const ptst__matrix *W, size_t j, size
     }
 }
 
-/* Whether the only row of A is multiplied in whole numbers (then it is in `room`). */
+/* Blocks of a row of A in whole numbers. */
+static size_t ptst__whole_blocks(const ptst__product *p) {
+    return ptst__ceil_div(p->K, PTST__BLOCK);
+}
+
+/* Whether the few rows of A are multiplied in whole numbers (then they are in `room`). */
 static bool ptst__dots_whole(const ptst__product *p) {
-    size_t floats = ptst__ceil_div(p->K, PTST__BLOCK) * sizeof(ptst__whole) / sizeof(float);
-    return p->whole && p->M == 1 && ptst__is_block(p->B.dtype) && floats <= PTST__ROOM;
+    size_t most = PTST__ROOM / (PTST__DOTS * sizeof(ptst__whole) / sizeof(float));
+    return p->whole && p->M <= p->kernels->whole_rows && ptst__is_block(p->B.dtype) &&
+           ptst__whole_blocks(p) <= most;
+}
+
+/* Row m of them. */
+static ptst__whole *ptst__whole_row(const ptst__product *p, size_t m) {
+    return (ptst__whole *)(void *)p->room + m * ptst__whole_blocks(p);
 }
 
 /* Rows j.. of w, up to `end`, times the only row of A (decoding): all full groups at once, except
@@ -21896,7 +21959,7 @@ static void ptst__dots_one(const ptst__product *p, size_t j, size_t end) {
     for (; j < end; j += n) {
         ptst__dots_from(&d, &p->B, j, p->N);
         d.a[0] = d.a[1] = d.a[2] = d.a[3] = (const float *)p->A.data;
-        d.whole = (const ptst__whole *)(const void *)p->room;
+        d.whole[0] = ptst__whole_row(p, 0);
         d.rows = 1;
         if (end - j > 4) {
             d.groups = (end - j) / 4;
@@ -21917,7 +21980,7 @@ static void ptst__dots_one(const ptst__product *p, size_t j, size_t end) {
    columns (task_rows = 0), a = B as F32 in room and w = A. */
 static void ptst__dots_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
-    bool turned = p->task_rows == 0;
+    bool turned = p->task_rows == 0, whole = !turned && ptst__dots_whole(p);
     size_t few = turned ? p->N : p->M, many = turned ? p->M : p->N, i, j, r;
     size_t end = ptst__min(many, (task + 1) * p->task_cols), a_ld = turned ? p->K : p->A.ld;
     const float *a_data = turned ? p->room : (const float *)p->A.data;
@@ -21939,9 +22002,10 @@ static void ptst__dots_task(void *arg, size_t task, int thread) {
         for (i = 0; i < few; i += 4) {
             for (r = 0; r < 4; r++) {
                 d.a[r] = a_data + ptst__min(i + r, few - 1) * a_ld;
+                d.whole[r] = ptst__whole_row(p, ptst__min(i + r, few - 1));
             }
             d.rows = few - i == 1 ? 1 : 4;
-            p->kernels->dots(sums, p->K, &d);
+            whole ? p->kernels->dots_whole(sums, p->K, &d) : p->kernels->dots(sums, p->K, &d);
             d.ahead = 0;
             for (r = 0; r < 16; r++) {
                 block[r] = turned ? sums[r % 4 * 4 + r / 4] : sums[r];
@@ -21979,8 +22043,9 @@ static void ptst__dots_copy_task(void *arg, size_t task, int thread) {
 
 /* Few rows: makes whole numbers of A, if that is the way. */
 static void ptst__dots_begin(const ptst__product *p) {
-    if (ptst__dots_whole(p)) {
-        p->kernels->whole((ptst__whole *)(void *)p->room, (const float *)p->A.data, p->K);
+    size_t m;
+    for (m = 0; m < p->M && ptst__dots_whole(p); m++) {
+        p->kernels->whole(ptst__whole_row(p, m), (const float *)p->A.data + m * p->A.ld, p->K);
     }
 }
 
@@ -25334,6 +25399,7 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     ptst__pack_cols__scalar,
     ptst__tile__scalar,
     ptst__dots__scalar,
+    PTST__DOTS,
     ptst__whole__scalar,
     ptst__dots_whole__scalar,
     NULL,
@@ -25372,6 +25438,7 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     ptst__pack_cols__avx2,
     ptst__tile__avx2,
     ptst__dots__avx2,
+    PTST__DOTS,
     ptst__whole__avx2,
     ptst__dots_whole__avx2,
     NULL,
@@ -25409,6 +25476,7 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     ptst__pack_cols__avx512,
     ptst__tile__avx512,
     ptst__dots__avx512,
+    1,
     ptst__whole__avx2,
     ptst__dots_whole__avx2,
     NULL,
@@ -25447,6 +25515,7 @@ static const struct ptst__kernels ptst__kernels_amx = {
     ptst__pack_cols__avx512,
     ptst__tile__avx512,
     ptst__dots__avx512,
+    1,
     ptst__whole__avx2,
     ptst__dots_whole__avx2,
     ptst__split__amx,
@@ -25486,6 +25555,7 @@ static const struct ptst__kernels ptst__kernels_neon = {
     ptst__pack_cols__neon,
     ptst__tile__neon,
     ptst__dots__neon,
+    PTST__DOTS,
     ptst__whole__neon,
     ptst__dots_whole__neon,
     NULL,

@@ -644,16 +644,16 @@ static void whole_numbers(void) {
     }
 }
 
-/* One row [K] times w [N, K] of blocks in y [N]; whole allows whole numbers. */
-static void kernels_row(ptst_ctx *c, const kernels_case *k, const float *x, const void *w,
-                        bool whole, float *y) {
+/* M rows [K] times w [N, K] of blocks in y [M, N]; whole allows whole numbers. */
+static void kernels_rows(ptst_ctx *c, const kernels_case *k, const float *x, const void *w,
+                         bool whole, float *y) {
     ptst__matrix B;
     ptst__product p;
     B.data = w;
     B.ld = (k->K + PTST__BLOCK - 1) / PTST__BLOCK * PTST__BLOCK;
     B.dtype = k->dtype;
     B.transposed = true;
-    p = ptst__product_make(c, 1, k->N, k->K, k->alpha, x, k->K, false, B, k->beta, y, k->N);
+    p = ptst__product_make(c, k->M, k->N, k->K, k->alpha, x, k->K, false, B, k->beta, y, k->N);
     p.whole = whole;
     ptst__gemm_run(c, &p);
 }
@@ -695,6 +695,7 @@ static void matmul_whole(void) {
             kernels_case k;
             size_t ld, bad = 0;
             kernels_variant(&k, n);
+            k.M = 1;
             k.dtype = n % 2 == 0 ? PTST_I8 : PTST_I4;
             k.N = sizes[n / 20][0];
             k.K = sizes[n / 20][1];
@@ -711,7 +712,7 @@ static void matmul_whole(void) {
                 for (j = 0; j < k.N; j++) {
                     y[v][j] = 0.5f + (float)j;
                 }
-                kernels_row(c[v % 2], &k, x, blocks, v < 2, y[v]);
+                kernels_rows(c[v % 2], &k, x, blocks, v < 2, y[v]);
             }
             CHECK(memcmp(y[0], y[1], k.N * sizeof(float)) == 0);
             for (j = 0; j < k.N; j++) {
@@ -731,51 +732,55 @@ static void matmul_whole(void) {
     }
 }
 
-/* More rows than one, and a row with a number that is not finite. */
-static void matmul_whole_not(void) {
-    enum { N = 40, K = 96 };
-    static float x[2 * K], w[N * K], y[2][2 * N];
-    static char blocks[N * K * 2];
+/* In whole numbers, too, a row does not depend on how many rows there are; with more than whole_rows
+   of them none are used; and of a row with a number that is not finite nothing is finite. */
+static void matmul_whole_rows(void) {
+    enum { N = 43, K = 115, M = PTST__DOTS + 1, LD = 128 };
+    static float x[M * K], w[N * LD], y[M * N], plain[M * N], alone[N];
+    static char blocks[N * LD * 2];
     ptst_rng r = {23, 0, 0};
-    size_t i, s;
-    int whole;
-    for (i = 0; i < N * K; i++) {
-        w[i] = (float)ptst_rng_normal(&r);
+    size_t i, m, s, v, finite = 0;
+    kernels_case k;
+    memset(&k, 0, sizeof k);
+    k.N = N;
+    k.K = K;
+    k.alpha = 1;
+    for (i = 0; i < N * LD; i++) {
+        w[i] = i % LD < K ? (float)ptst_rng_normal(&r) : 0;
     }
-    ptst__from_f32__scalar(blocks, w, PTST_I8, N * K);
     for (s = 0; kernels_simds[s] != NULL; s++) {
-        ptst_ctx *c = kernels_open(kernels_simds[s], 1);
-        ptst__matrix B;
-        if (c == NULL) {
-            continue;
-        }
-        B.data = blocks;
-        B.ld = K;
-        B.dtype = PTST_I8;
-        B.transposed = true;
-        for (i = 0; i < 2 * K; i++) {
-            x[i] = (float)ptst_rng_normal(&r);
-        }
-        for (whole = 0; whole < 2; whole++) {
-            ptst__product p = ptst__product_make(c, 2, N, K, 1, x, K, false, B, 0, y[whole], N);
-            p.whole = whole != 0;
-            ptst__gemm_run(c, &p);
-        }
-        CHECK(memcmp(y[0], y[1], sizeof y[0]) == 0);
-        x[K - 1] = INFINITY;
-        for (i = 0; i < 2; i++) {
-            ptst__product p = ptst__product_make(c, 1, N, K, 1, x, K, false, B, 0, y[0], N);
-            size_t j, finite = 0;
-            p.whole = true;
-            ptst__gemm_run(c, &p);
-            for (j = 0; j < N; j++) {
-                finite += y[0][j] - y[0][j] == 0;
+        ptst_ctx *c = kernels_open(kernels_simds[s], 2);
+        for (v = 0; v < 2 && c != NULL; v++) {
+            k.dtype = v == 0 ? PTST_I8 : PTST_I4;
+            ptst__from_f32__scalar(blocks, w, k.dtype, N * LD);
+            for (i = 0; i < M * K; i++) {
+                x[i] = (float)ptst_rng_normal(&r);
             }
-            CHECK(finite == 0);
-            x[K - 1] = NAN;
+            for (k.M = 1; k.M <= M; k.M++) {
+                size_t rows = k.M;
+                bool whole = rows <= c->kernels->whole_rows;
+                kernels_rows(c, &k, x, blocks, true, y);
+                kernels_rows(c, &k, x, blocks, false, plain);
+                CHECK((memcmp(y, plain, rows * sizeof alone) != 0) == whole);
+                for (m = 0; m < rows && rows < M; m++) {
+                    k.M = 1;
+                    kernels_rows(c, &k, x + m * K, blocks, whole, alone);
+                    CHECK(memcmp(alone, y + m * N, sizeof alone) == 0);
+                }
+                k.M = rows;
+            }
+            k.M = 2;
+            for (i = 0; i < 2; i++) {
+                x[2 * K - 1] = i == 0 ? INFINITY : NAN;
+                kernels_rows(c, &k, x, blocks, true, y);
+                for (m = 0; m < 2 * N; m++) {
+                    finite += (y[m] - y[m] == 0) != (m < N);
+                }
+            }
         }
         ptst_close(c);
     }
+    CHECK(finite == 0);
 }
 
 /* The error of a product of normal numbers, against sums in double, is at most twice that of adding
@@ -1071,7 +1076,7 @@ static void suite_kernels(void) {
     RUN(matmul_precision);
     RUN(whole_numbers);
     RUN(matmul_whole);
-    RUN(matmul_whole_not);
+    RUN(matmul_whole_rows);
     RUN(matmul_precision_words);
     RUN(matmul_few_rows_alone);
     RUN(matmul_gradients);
