@@ -289,10 +289,11 @@ typedef struct ptst_desc {
     int threads;              /* 0 = all cores, 1 = no worker threads */
     const char *simd;         /* NULL = best; "scalar", "avx2", "avx512", "amx", "neon" */
     /* As torch.set_float32_matmul_precision. NULL or "highest": products of matrices are as exact
-       as F32. "high": with AMX, numbers are multiplied as sums of two of BF16 (an error of up to
-       2^-15 of each product, added up in F32), "medium": as numbers of BF16 (2^-7), which is what
-       training in bfloat16 does. Without AMX, in attention, and for products of up to 8 rows, 32
-       columns or 48 products in a sum, both are as "highest". */
+       as F32 (but see ptst_model_load for int8 and int4). "high": with AMX, numbers are multiplied
+       as sums of two of BF16 (an error of up to 2^-15 of each product, added up in F32), "medium":
+       as numbers of BF16 (2^-7), which is what training in bfloat16 does. Without AMX, in
+       attention, and for products of up to 8 rows, 32 columns or 48 products in a sum, both are as
+       "highest". */
     const char *float32_matmul_precision;
     /* NULL = none. Called from the thread that made the call. A value other than 0 asks the call
        to save its work and return PTST_ERR_STOPPED. */
@@ -19730,8 +19731,8 @@ enum {
     PTST__TURN_AHEAD = 128, /* elements of a row that packing asks for ahead of time */
     PTST__PACK_ROWS = 16,   /* of B that are packed before the next panel */
     PTST__UNPACKED = 1536,  /* up to so many columns of Y are made without packing A */
+    PTST__DOTS_COLS = 256,  /* columns of Y that one task of `dots` makes at most */
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
-    PTST__DOTS_COLS = 256,  /* columns of Y for one task of it */
     PTST__SHORT = 96,       /* and up to so many rows pass by one panel of B at a time */
     PTST__PARTS_FEW = 64,   /* up to so many rows are made by `few_parts`; of BF16 half as many */
     PTST__PARTS_M = 1024,   /* rows of A that are split into parts at once, for so much of K; */
@@ -22002,7 +22003,7 @@ static void ptst__dots_task(void *arg, size_t task, int thread) {
         for (i = 0; i < few; i += 4) {
             for (r = 0; r < 4; r++) {
                 d.a[r] = a_data + ptst__min(i + r, few - 1) * a_ld;
-                d.whole[r] = ptst__whole_row(p, ptst__min(i + r, few - 1));
+                d.whole[r] = whole ? ptst__whole_row(p, ptst__min(i + r, few - 1)) : NULL;
             }
             d.rows = few - i == 1 ? 1 : 4;
             whole ? p->kernels->dots_whole(sums, p->K, &d) : p->kernels->dots(sums, p->K, &d);

@@ -730,6 +730,50 @@ static void modules_to_save(void) {
     ptst_close(c);
 }
 
+/* Merging is exact also for who trained with less precision: the same file (without AMX it is the
+   same in any case). */
+static void merged_exactly(void) {
+    static const char *const words[2] = {"highest", "medium"};
+    ptst_text text[2] = {{NULL, 0, 0}, {NULL, 0, 0}};
+    ptst_ctx *c[2];
+    ptst_desc desc;
+    ptst_lora_desc d;
+    ptst_model *m;
+    ptst_adapter *a;
+    models_folder f, g;
+    size_t i;
+    memset(&desc, 0, sizeof desc);
+    memset(&d, 0, sizeof d);
+    for (i = 0; i < 2; i++) {
+        desc.float32_matmul_precision = words[i];
+        CHECK(ptst_open(&desc, &c[i]) == PTST_OK);
+    }
+    CHECK(models_folder_make(&f) && models_folder_make(&g));
+    m = ptst_model_load(c[0], "examples/tiny-chat", PTST_DTYPE_FILE);
+    d.targets = "all-linear";
+    d.rank = 64;
+    a = ptst_adapter_new(c[0], m, &d);
+    CHECK(a != NULL);
+    for (i = 0; a != NULL && i < a->values_count; i++) {
+        a->values[i] += 0.02f * (float)((int)(i * 7 % 11) - 5);
+    }
+    CHECK(ptst_adapter_save(c[0], a, f.path, "base") == PTST_OK);
+    for (i = 0; i < 2; i++) {
+        CHECK(ptst_merge(c[i], "examples/tiny-chat", f.path, g.path) == PTST_OK);
+        CHECK(ptst__read_file(c[i], models_file(&g, "model.safetensors"), &text[i]) == PTST_OK);
+    }
+    CHECK(text[0].size > 100000 && text[0].size == text[1].size &&
+          memcmp(text[0].data, text[1].data, text[0].size) == 0);
+    ptst_adapter_free(c[0], a);
+    ptst_model_free(c[0], m);
+    for (i = 0; i < 2; i++) {
+        ptst_text_free(c[i], &text[i]);
+        ptst_close(c[i]);
+    }
+    models_folder_empty(&f, false);
+    models_folder_empty(&g, false);
+}
+
 /* A tied model with an adapter that has an embedding, a head or both of its own: merged, it has
    both, config.json says so, and where there is an index the head is in it. */
 static void merged_unties(void) {
@@ -910,6 +954,7 @@ static void suite_lora(void) {
     RUN(merged);
     RUN(merged_shards);
     RUN(modules_to_save);
+    RUN(merged_exactly);
     RUN(merged_unties);
     RUN(merged_config);
     RUN(memory_merge_untied);
