@@ -612,7 +612,7 @@ static void matmul_precision_words(void) {
 static void whole_numbers(void) {
     enum { MOST = 100 };
     static ptst__whole want[MOST / PTST__BLOCK + 1], got[MOST / PTST__BLOCK + 1];
-    static const float odd[] = {0, 1e-38f, 2e-30f, 3e38f, INFINITY, -INFINITY, NAN};
+    const float odd[] = {0, 1e-38f, 2e-30f, 3e38f, INFINITY, -INFINITY, NAN}; /* not static: tcc */
     float x[MOST];
     ptst_rng r = {21, 0, 0};
     size_t i, s, K, v;
