@@ -21589,9 +21589,9 @@ typedef struct ptst__product {
     float *Y;
     size_t ldy;
     bool whole; /* rows of A may be multiplied in whole numbers, see ptst__whole__scalar */
-    /* Buffers: the block of A, [m0, m0 + mc) x [k0, k0 + kc), packed; `room` for A in parts, or for
-       what products with few columns need of B or Y; `own`, task_cols x k_step of B for each
-       thread. */
+    /* Buffers: the block of A, [m0, m0 + mc) x [k0, k0 + kc), packed; `room` for A in parts or
+       whole numbers, or for what products with few columns need of B or Y; `own`, task_cols x
+       k_step of B for each thread. */
     float *packed_a, *room, *own;
     size_t m0, mc, k0, kc, k_step;
     size_t a_tasks;                         /* panels of A to pack, for each k_step of K */
@@ -22416,7 +22416,8 @@ static bool ptst__group_cut(ptst_ctx *c, ptst__group *g) {
         p->mc = p->M;
         p->kc = p->K;
         p->a_tasks = ptst__a_packed(p);
-        if (ptst__gemm_way(p) != way || p->N == 0) {
+        if (ptst__gemm_way(p) != way || p->N == 0 ||
+            ptst__dots_whole(p) != ptst__dots_whole(&g->p[0])) {
             return false;
         } else if (way == PTST__BY_DOTS) {
             tasks += ptst__dots_cut(p);
@@ -22435,10 +22436,8 @@ static bool ptst__group_cut(ptst_ctx *c, ptst__group *g) {
     g->run = way == PTST__BY_DOTS    ? ptst__dots_task
              : way == PTST__BY_PACKED ? ptst__packed_task
                                      : ptst__parts_task;
-    for (i = 0; i < g->count && !ptst__dots_whole(&g->p[i]); i++) {
-    }
-    if (way == PTST__BY_DOTS && i < g->count) {
-        ptst__dots_begin(&g->p[i]);
+    if (way == PTST__BY_DOTS) {
+        ptst__dots_begin(&g->p[0]);
     } else if (way == PTST__BY_PACKED) {
         ptst__pack_a(c, &g->p[0]);
     } else if (way == PTST__BY_PARTS) {

@@ -638,7 +638,7 @@ static const option bench_gemm_options[] = {
     {"--m", "N", "512", "rows of the activations"},
     {"--n", "N", "1536", "rows of the weights (outputs)"},
     {"--k", "N", "576", "columns of both"},
-    {"--weights", "TYPE", "f32", "f32, bf16, f16, int8 or int4; one row as when making text"},
+    {"--weights", "TYPE", "f32", "f32, bf16, f16, int8 or int4; few rows as when making text"},
     {"--transposed", NULL, NULL, "Y = X W (as the backward pass needs) instead of Y = X W^T"},
     {"--runs", "N", "15", "timed runs; the median is printed"},
     OPTIONS_COMMON,
