@@ -19068,8 +19068,9 @@ typedef struct ptst__tile {
     float alpha, beta;
     float *y;
     size_t ldy;
-    const char *ahead; /* a hint: what lies at ahead + k * ahead_step, k < K, is needed soon */
-    size_t ahead_step; /* bytes */
+    const char *ahead; /* a hint: what lies at ahead + i * ahead_step bytes is needed soon; the i-th
+                          is asked for after i * ahead_every k, which is 1 or asks_every */
+    size_t ahead_step, ahead_every;
     bool stream;       /* a hint, only with beta = 0: y is too large to be kept near */
     size_t precision;  /* of products in parts: 3, 2 or 1 parts of a number take part */
 } ptst__tile;
@@ -19104,8 +19105,9 @@ struct ptst__kernels {
        a_width >= tile_rows floats, those of B tile_cols. It reads all of them (tile_cols floats of
        each row of B), also if it makes less. */
     size_t tile_rows, a_width, tile_cols;
-    bool unpacked; /* can take rows of A as they lie in memory */
-    size_t block_k; /* of K at once at most: PTST__OWN x block_k floats of B stay near a core */
+    size_t unpacked; /* rows of A are taken as they lie in memory for up to so many columns of Y */
+    size_t block_k, own_cols; /* of K and of B's columns at most: so many floats stay near a core */
+    size_t asks_every; /* the tile asks ahead once in so many k, if it is not told to each time */
     /* Panel of K rows: dst[k * width + j] = src[k * ld + j], j < cols; 0 for cols <= j < width.
        width is a_width or tile_cols. */
     void (*pack_rows)(float *dst, size_t width, const void *src, ptst_dtype dtype, size_t ld,
@@ -19723,14 +19725,13 @@ PTST__UNUSED static void ptst__convert_from_f32(const ptst_ctx *c, void *dst, co
 enum {
     PTST__BLOCK_K = 640,  /* the largest block_k */
     PTST__BLOCK_M = 1024, /* rows of A that are packed at once, */
-    PTST__OWN = 128,      /* and columns of B that a thread packs for itself */
+    PTST__OWN = 128,      /* the largest own_cols */
     PTST__ROOM = 2048 * PTST__BLOCK_K, /* floats for A in parts, or products with few columns */
     PTST__PANEL = 64,       /* no panel is wider */
     PTST__AHEAD = 8192,     /* bytes of weights that `dots` asks for ahead of time */
     PTST__STREAM = 1 << 20, /* elements of Y that no cache near a core keeps */
     PTST__TURN_AHEAD = 128, /* elements of a row that packing asks for ahead of time */
     PTST__PACK_ROWS = 16,   /* of B that are packed before the next panel */
-    PTST__UNPACKED = 1536,  /* up to so many columns of Y are made without packing A */
     PTST__DOTS_COLS = 256,  /* columns of Y that one task of `dots` makes at most */
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
     PTST__SHORT = 96,       /* and up to so many rows pass by one panel of B at a time */
@@ -19957,24 +19958,35 @@ PTST__AVX2 PTST__INLINE __m256 ptst__load_part__avx2(const void *src, ptst_dtype
     return ptst__load8__avx2(h, dtype, 0);
 }
 
-/* As __scalar, 8 columns at a time. A row is only one or two cache lines, and no processor guesses
-   where the next one is: rows are asked for ahead of time. */
+/* As __scalar, 8 columns at a time; dtype is a constant. A row is only one or two cache lines, and
+   no processor guesses where the next one is: rows are asked for ahead of time. */
+PTST__AVX2 PTST__INLINE void ptst__rows__avx2(float *dst, size_t width, const void *src,
+                                              ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
+    size_t j, line = ptst__dtype_bytes(dtype, ld);
+    const char *row = (const char *)src;
+    for (; K > 0; K--, row += line, dst += width) {
+        _mm_prefetch((const char *)((uintptr_t)row + 16 * line), _MM_HINT_T0);
+        for (j = 0; j + 8 <= cols; j += 8) {
+            _mm256_storeu_ps(dst + j, ptst__load8__avx2(row, dtype, j));
+        }
+        for (; j < width; j += 8) {
+            _mm256_storeu_ps(dst + j, j < cols ? ptst__load_part__avx2(
+                                                     ptst__element(row, dtype, j), dtype, cols - j)
+                                               : _mm256_setzero_ps());
+        }
+    }
+}
+
 PTST__AVX2 static void ptst__pack_rows__avx2(float *dst, size_t width, const void *src,
                                              ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
-    size_t k, j;
-    for (k = 0; k < K; k++) {
-        const void *row = ptst__element(src, dtype, k * ld);
-        uintptr_t later = (uintptr_t)src + ptst__dtype_bytes(dtype, (k + 16) * ld);
-        _mm_prefetch((const char *)later, _MM_HINT_T0);
-        for (j = 0; j < width; j += 8) {
-            __m256 x = _mm256_setzero_ps();
-            if (j + 8 <= cols) {
-                x = ptst__load8__avx2(row, dtype, j);
-            } else if (j < cols) {
-                x = ptst__load_part__avx2(ptst__element(row, dtype, j), dtype, cols - j);
-            }
-            _mm256_storeu_ps(dst + k * width + j, x);
-        }
+    if (dtype == PTST_F32 && cols == 16) {
+        ptst__rows__avx2(dst, 16, src, PTST_F32, ld, 16, K);
+    } else if (dtype == PTST_F32) {
+        ptst__rows__avx2(dst, width, src, PTST_F32, ld, cols, K);
+    } else if (dtype == PTST_F16) {
+        ptst__rows__avx2(dst, width, src, PTST_F16, ld, cols, K);
+    } else {
+        ptst__rows__avx2(dst, width, src, PTST_BF16, ld, cols, K);
     }
 }
 
@@ -20051,17 +20063,25 @@ PTST__AVX2 PTST__INLINE void ptst__put8__avx2(float *y, __m256 sum, float alpha,
     }
 }
 
-/* As __scalar, up to 6 x 16 sums in 12 registers, FMA; `count` and `packed` are constants. Of rows
-   of A that lie in memory every third has a pointer. */
+/* sum += x y. Of the intrinsic gcc makes the forms that overwrite x or y, and then moves registers
+   about: with 15 of 16 in use that is one instruction in ten. */
+#define PTST__FMA(sum, x, y)                                                                       \
+    __asm__("vfmadd231ps {%2, %1, %0|%0, %1, %2}" : "+x"(sum) : "x"(x), "x"(y))
+
+/* As __scalar, up to 6 x 16 sums in 12 registers, FMA; `count` and `packed` are constants. Four k
+   at a time and a pointer for each row of A: where another thread uses the same core, each
+   instruction that is no FMA or load costs speed. Only a packed B (b_step = 16) may have
+   ahead_every = 4. */
 PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t, size_t count,
                                                    bool packed) {
     float edge[6 * 16];
     bool whole = t->rows == count && t->cols == 16;
     float *y = whole ? t->y : edge;
-    const float *a = t->a, *b = t->b, *a3 = packed ? a : a + 3 * t->a_ld;
-    size_t ld = t->a_ld, step = packed ? 8 : 1;
+    size_t ld = packed ? 0 : t->a_ld, step = packed ? 8 : 1, b_step = t->b_step;
+    const float *a0 = t->a, *a1 = a0 + ld, *a2 = a1 + ld, *a3 = a2 + ld, *a4 = a3 + ld;
+    const float *a5 = a4 + ld, *b = t->b;
     const char *ahead = t->ahead;
-    size_t ldy = whole ? t->ldy : 16, b_step = t->b_step, ahead_step = t->ahead_step;
+    size_t ldy = whole ? t->ldy : 16, ahead_step = t->ahead_step;
     float alpha = whole ? t->alpha : 1, beta = whole ? t->beta : 0;
     bool stream = t->stream && whole && ((uintptr_t)y | ldy * sizeof *y) % 64 == 0;
 #define PTST__X(i)                                                                                 \
@@ -20072,18 +20092,37 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     }
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
-    for (; K > 0; K--, a += step, a3 += step, b += b_step, ahead += ahead_step) {
-        __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8), ai;
 #define PTST__X(i)                                                                                 \
     if (i < count) {                                                                               \
-        ai = _mm256_broadcast_ss(packed ? a + i : (i < 3 ? a : a3) + i % 3 * ld);                  \
-        p##i = _mm256_fmadd_ps(ai, b0, p##i);                                                      \
-        q##i = _mm256_fmadd_ps(ai, b1, q##i);                                                      \
+        ai = _mm256_broadcast_ss((packed ? a0 + i : a##i) + at);                                   \
+        PTST__FMA(p##i, ai, b0);                                                                   \
+        PTST__FMA(q##i, ai, b1);                                                                   \
     }
-        PTST__ROWS_6(PTST__X)
-#undef PTST__X
+#define PTST__STEP(u)                                                                              \
+    {                                                                                              \
+        __m256 b0 = _mm256_loadu_ps(b + 16 * u), b1 = _mm256_loadu_ps(b + 16 * u + 8), ai;         \
+        const size_t at = u * step;                                                                \
+        PTST__ROWS_6(PTST__X)                                                                      \
+    }
+#define PTST__NEXT(n, row)                                                                         \
+    b += n * (row), a0 += n * step, a1 += n * step, a2 += n * step, a3 += n * step,                \
+        a4 += n * step, a5 += n * step
+    for (; t->ahead_every == 4 && K >= 4; K -= 4, ahead += ahead_step) {
         _mm_prefetch(ahead, _MM_HINT_T1);
+        PTST__STEP(0)
+        PTST__STEP(1)
+        PTST__STEP(2)
+        PTST__STEP(3)
+        PTST__NEXT(4, 16);
     }
+    for (; K > 0; K--, ahead += ahead_step) {
+        _mm_prefetch(ahead, _MM_HINT_T1);
+        PTST__STEP(0)
+        PTST__NEXT(1, b_step);
+    }
+#undef PTST__NEXT
+#undef PTST__STEP
+#undef PTST__X
 #define PTST__X(i)                                                                                 \
     if (i < count) {                                                                               \
         ptst__put8__avx2(y + i * ldy, p##i, alpha, beta, stream);                                  \
@@ -21684,8 +21723,8 @@ static void ptst__streamed(void) {
    is a stream of its own), so packing pays where it is read by many panels of B, and where rows are
    a multiple of 8 KB apart: too many of them share the same few places of a cache. */
 static bool ptst__a_unpacked(const ptst__product *p) {
-    return p->kernels->unpacked && p->A.transposed && p->A.dtype == PTST_F32 &&
-           p->N <= PTST__UNPACKED && p->A.ld % 2048 != 0;
+    return p->A.transposed && p->A.dtype == PTST_F32 && p->N <= p->kernels->unpacked &&
+           p->A.ld % 2048 != 0;
 }
 
 /* Panels of the block of A that must be packed: a last one that is not whole, or all. */
@@ -21732,43 +21771,79 @@ static void ptst__pack_b(const ptst__product *p, float *dst, size_t n, size_t en
     }
 }
 
-/* What one task computes, and the part of B in its buffer. */
+/* What one task computes, the part of B in its buffer, and what its thread packs next. */
 typedef struct ptst__packed_part {
     size_t m_first, m_end, n_first, n_end; /* of the block of Y */
     size_t k, kc;                          /* of the block of K */
     const float *b;
-    bool direct; /* b is B itself, which lies as the micro-kernel wants it */
+    bool direct;                      /* b is B itself, which lies as the micro-kernel wants it */
+    size_t next_n, next_cols, next_k; /* of B, counted from its first row; no column: none */
+    size_t tiles;                     /* of the part; each asks for some of what is next, */
+    size_t every, asks, step;         /* each so many k, so often, so many bytes further on; */
+    size_t lines, bands, high;        /* of rows: cache lines of a row, rows in bands so high */
 } ptst__packed_part;
 
-/* The i-th of all tiles of a part asks for some of what this thread packs next, columns n and more
-   from row k on: it is in memory, perhaps nowhere nearer, and packing would wait for each line. A
-   tile asks kc times: of columns that follow each other for its share, of others for one of them,
-   of rows for one cache line of each. */
+/* What the thread packs after this: the rest of K, or else the columns of the next task of its
+   share (see ptst__parallel_for), or, after the last one, of the first one in the next block. */
+static void ptst__packed_next(const ptst__product *p, ptst__packed_part *part, size_t task,
+                              size_t thread) {
+    size_t rows = p->kernels->tile_rows, cols = p->kernels->tile_cols;
+    size_t tasks = ptst__ceil_div(p->mc, p->task_rows) * p->col_tasks, next = task + 1;
+    part->next_n = part->n_first;
+    part->next_k = p->k0 + part->k + part->kc;
+    if (part->k + part->kc == p->kc) {
+        bool again = p->k0 + p->kc < p->K && next == (thread + 1) * tasks / p->threads;
+        next = again ? thread * tasks / p->threads : next;
+        part->next_n = next < tasks ? next % p->col_tasks * p->task_cols : p->N;
+        part->next_k = again ? p->k0 + p->kc : p->k0;
+    }
+    part->next_cols = ptst__min(p->task_cols, p->N - part->next_n);
+    part->tiles = ptst__ceil_div(part->m_end - part->m_first, rows) *
+                  ptst__ceil_div(part->n_end - part->n_first, cols);
+}
+
+/* How tiles ask for it: it is in memory, perhaps nowhere nearer, and packing would wait for each
+   line. If that is enough, a tile asks only each some k, so that memory is asked all the time and
+   never for much at once. Of columns that follow each other each tile asks for its share, of others
+   for one of them, of rows for one cache line of each: if it asks for each k, the first ones for
+   all, or else each from its band on, so that the last ones reach the last row. */
+static void ptst__packed_asks(const ptst__product *p, ptst__packed_part *part) {
+    size_t line = ptst__dtype_bytes(p->B.dtype, p->B.ld), all = part->next_cols * line, lines;
+    size_t row = ptst__dtype_bytes(p->B.dtype, part->next_cols);
+    bool together = p->B.transposed && p->B.ld == part->kc;
+    part->lines = row == 0 ? 1 : ptst__ceil_div(row, 64); /* blocks may be longer */
+    lines = !p->B.transposed ? part->lines * part->kc : together ? all / 64 : 0;
+    part->every = p->kernels->asks_every;
+    if (part->direct || part->tiles * (part->kc / part->every) <= lines) {
+        part->every = 1;
+    }
+    part->asks = part->kc / part->every;
+    part->bands = part->every == 1 ? 1 : ptst__ceil_div(part->tiles, part->lines);
+    part->high = ptst__ceil_div(part->kc, part->bands);
+    part->step = together          ? ptst__min(64, ptst__ceil_div(all, part->tiles * part->asks))
+                 : p->B.transposed ? ptst__ceil_div(line, p->B.ld) * part->every
+                                   : line;
+}
+
+/* What the i-th of all tiles of a part asks for. */
 static void ptst__tile_ahead(const ptst__product *p, const ptst__packed_part *part, ptst__tile *t,
-                             size_t i, size_t n, size_t k) {
+                             size_t i) {
     const ptst__matrix *B = &p->B;
-    size_t line = ptst__dtype_bytes(B->dtype, B->ld), at, step, cols, tiles;
-    cols = n < p->N ? ptst__min(p->task_cols, p->N - n) : 0;
-    t->ahead = (const char *)t->b;
-    t->ahead_step = 0;
+    size_t line = ptst__dtype_bytes(B->dtype, B->ld), at = part->next_n * line;
+    bool any = part->next_cols != 0;
     if (B->transposed && B->ld == part->kc) {
-        tiles = ptst__ceil_div(part->m_end - part->m_first, p->kernels->tile_rows) *
-                ptst__ceil_div(part->n_end - part->n_first, p->kernels->tile_cols);
-        step = ptst__min(64, ptst__ceil_div(cols * line, tiles * part->kc));
-        at = i * part->kc * step < cols * line ? n * line + i * part->kc * step : 0;
+        any = any && i * part->asks * part->step < part->next_cols * line;
+        at += i * part->asks * part->step;
     } else if (B->transposed) {
-        step = ptst__ceil_div(line, B->ld);
-        at = i < cols ? (n + i) * line + ptst__dtype_bytes(B->dtype, k) : 0;
+        any = any && i < part->next_cols;
+        at += i * line + ptst__dtype_bytes(B->dtype, part->next_k);
     } else {
-        step = line;
-        at = i * 64 < ptst__dtype_bytes(B->dtype, cols)
-                 ? k * line + ptst__dtype_bytes(B->dtype, n) + i * 64
-                 : 0;
+        any = any && i / part->lines < part->bands;
+        at = (part->next_k + i / part->lines * part->high) * line;
+        at += ptst__dtype_bytes(B->dtype, part->next_n) + i % part->lines * 64;
     }
-    if (at != 0) {
-        t->ahead = (const char *)B->data + at;
-        t->ahead_step = step;
-    }
+    t->ahead = any ? (const char *)B->data + at : (const char *)t->b;
+    t->ahead_step = any ? part->step : 0;
 }
 
 /* Multiplies a part, tile by tile: rows of A stay in the first cache while the panels of B pass by
@@ -21777,8 +21852,7 @@ static void ptst__packed_tiles(const ptst__product *p, const ptst__packed_part *
                                ptst__tile *t) {
     size_t cols = p->kernels->tile_cols, rows = p->kernels->tile_rows, m, n, count = 0;
     size_t kc = part->kc;
-    bool last = part->k + kc == p->kc;
-    size_t next = last ? part->n_end : part->n_first;
+    t->ahead_every = part->every;
     for (m = part->m_first; m < part->m_end; m += rows) {
         for (n = part->n_first; n < part->n_end; n += cols, count++) {
             t->rows = ptst__min(rows, part->m_end - m);
@@ -21791,7 +21865,7 @@ static void ptst__packed_tiles(const ptst__product *p, const ptst__packed_part *
                 t->ahead = (const char *)t->b;
                 t->ahead += p->k0 + part->k + kc + 8 <= p->K ? 8 * t->ahead_step : 0;
             } else {
-                ptst__tile_ahead(p, part, t, count, next, p->k0 + (last ? 0 : part->k + kc));
+                ptst__tile_ahead(p, part, t, count);
             }
             p->kernels->tile(kc, t);
         }
@@ -21823,6 +21897,8 @@ static void ptst__packed_task(void *arg, size_t task, int thread) {
         } else {
             ptst__pack_b(p, own, part.n_first, part.n_end, p->k0 + part.k, part.kc);
         }
+        ptst__packed_next(p, &part, task, (size_t)thread);
+        ptst__packed_asks(p, &part);
         t.beta = p->k0 + part.k == 0 ? p->beta : 1;
         t.stream = t.beta == 0 && part.kc == p->K && p->M * p->N >= PTST__STREAM;
         ptst__packed_tiles(p, &part, &t);
@@ -21835,12 +21911,14 @@ static void ptst__packed_task(void *arg, size_t task, int thread) {
 /* Cuts the block of Y into tasks, by which the busiest thread has least to do: packing a panel of B
    costs about as much as two tiles, bringing rows of A near as a quarter of one, and in the end
    threads wait for one that began its last task late or whose core is slower. With few rows it is
-   packing that counts, whatever the width. Returns the number of tasks. */
+   packing that counts, whatever the width; but rows of B are read in pieces of some cache lines.
+   Returns the number of tasks. */
 static size_t ptst__packed_cut(ptst__product *p) {
     size_t rows = p->kernels->tile_rows, cols = p->kernels->tile_cols;
     size_t panels = ptst__ceil_div(p->N, cols), blocks = ptst__ceil_div(p->mc, rows);
-    size_t widest = p->mc <= PTST__SHORT ? 1 : ptst__min(PTST__OWN / cols, panels);
+    size_t widest = ptst__min(p->kernels->own_cols / cols, panels);
     size_t cut, width, best = SIZE_MAX, tasks = 0;
+    widest = p->mc <= PTST__SHORT && p->B.transposed ? 1 : widest;
     for (cut = 1; cut == 1 || (cut <= blocks / 4 && cut <= 2 * p->threads); cut++) {
         size_t high = ptst__ceil_div(blocks, cut);
         for (width = widest; width > 0; width--) {
@@ -25390,11 +25468,13 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     "scalar",
     ptst__to_f32__scalar,
     ptst__from_f32__scalar,
-    4, /* tile_rows, a_width, tile_cols; unpacked; block_k */
+    4, /* tile_rows, a_width, tile_cols; unpacked; block_k, own_cols; asks_every */
     4,
     4,
-    true,
+    1536,
     256,
+    128,
+    1,
     ptst__pack_rows__scalar,
     ptst__pack_cols__scalar,
     ptst__tile__scalar,
@@ -25432,8 +25512,10 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     6,
     8,
     16,
-    true,
+    768,
     320,
+    64,
+    4,
     ptst__pack_rows__avx2,
     ptst__pack_cols__avx2,
     ptst__tile__avx2,
@@ -25470,8 +25552,10 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     14,
     16,
     32,
-    true,
+    1536,
     640,
+    128,
+    1,
     ptst__pack_rows__avx512,
     ptst__pack_cols__avx512,
     ptst__tile__avx512,
@@ -25509,8 +25593,10 @@ static const struct ptst__kernels ptst__kernels_amx = {
     14,
     16,
     32,
-    true,
+    1536,
     640,
+    128,
+    1,
     ptst__pack_rows__avx512,
     ptst__pack_cols__avx512,
     ptst__tile__avx512,
@@ -25549,8 +25635,10 @@ static const struct ptst__kernels ptst__kernels_neon = {
     8,
     8,
     12,
-    false,
+    0,
     320,
+    128,
+    1,
     ptst__pack_rows__neon,
     ptst__pack_cols__neon,
     ptst__tile__neon,

@@ -379,7 +379,7 @@ static void matmul_blocks(void) {
                                        {PTST__BLOCK_M + 3, 21, 23},
                                        {171, 70, PTST__BLOCK_K + 18},
                                        {280, PTST__OWN + 50, 2 * PTST__BLOCK_K + 5},
-                                       {PTST__BLOCK_M, PTST__UNPACKED + 4, 30},
+                                       {PTST__BLOCK_M, 1540, 30}, /* A packed by all kernels */
                                        {PTST__PARTS_M + 17, 70, 60}, /* or in parts */
                                        {40, 230, 2 * PTST__PARTS_K + 33}};
     int s;
