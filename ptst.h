@@ -19115,6 +19115,11 @@ struct ptst__kernels {
     /* The same from columns: dst[k * width + j] = src[min(j, cols - 1) * ld + k]. */
     void (*pack_cols)(float *dst, size_t width, const void *src, ptst_dtype dtype, size_t ld,
                       size_t cols, size_t K);
+    /* The same of I8 or I4: columns [at, at + cols) of rows [k0, k0 + K) of B. If B is transposed,
+       a block begins at k0 and cols may be less than width, else at is a multiple of 16 and width
+       is cols. NULL: by way of to_f32. */
+    void (*pack_blocks)(float *dst, size_t width, const struct ptst__matrix *B, size_t at,
+                        size_t cols, size_t k0, size_t K);
     void (*tile)(size_t K, const ptst__tile *t);
     /* sums[4 * i + j] = sum_k a[i][k] w[j][k] for i < rows, j < 4, and behind these 4 * rows sums
        those of the next group, and so on. */
@@ -20045,6 +20050,118 @@ PTST__AVX2 static void ptst__pack_cols__avx2(float *dst, size_t width, const voi
         ptst__turn__avx2(dst, width, src, PTST_F16, ld, cols, K);
     } else {
         ptst__turn__avx2(dst, width, src, PTST_BF16, ld, cols, K);
+    }
+}
+
+/* 8 bytes of 8 columns, turned: row 2 i is the lower half of t[i], row 2 i + 1 the upper one. */
+PTST__AVX2 PTST__INLINE void ptst__turn_bytes__avx2(__m128i t[4], const char *const column[8],
+                                                    size_t at) {
+#define PTST__TWO(i)                                                                               \
+    _mm_unpacklo_epi8(_mm_loadl_epi64((const __m128i *)(const void *)(column[i] + at)),            \
+                      _mm_loadl_epi64((const __m128i *)(const void *)(column[i + 1] + at)))
+    __m128i x0 = PTST__TWO(0), x1 = PTST__TWO(2), x2 = PTST__TWO(4), x3 = PTST__TWO(6);
+#undef PTST__TWO
+    __m128i y0 = _mm_unpacklo_epi16(x0, x1), y1 = _mm_unpackhi_epi16(x0, x1);
+    __m128i y2 = _mm_unpacklo_epi16(x2, x3), y3 = _mm_unpackhi_epi16(x2, x3);
+    t[0] = _mm_unpacklo_epi32(y0, y2);
+    t[1] = _mm_unpackhi_epi32(y0, y2);
+    t[2] = _mm_unpacklo_epi32(y1, y3);
+    t[3] = _mm_unpackhi_epi32(y1, y3);
+}
+
+/* What to_f32 makes of 16 whole numbers of I8, or of the lower or upper half of bytes of I4. */
+PTST__AVX2 PTST__INLINE void ptst__whole16_to_f32__avx2(__m256 *x, __m256 *y, __m256 d,
+                                                        __m128i bytes, ptst_dtype dtype,
+                                                        bool upper) {
+    if (dtype == PTST_I4) {
+        bytes = _mm_and_si128(upper ? _mm_srli_epi16(bytes, 4) : bytes, _mm_set1_epi8(15));
+        bytes = _mm_sub_epi8(bytes, _mm_set1_epi8(8));
+    }
+    *x = _mm256_mul_ps(d, ptst__whole8__avx2(bytes, false));
+    *y = _mm256_mul_ps(d, ptst__whole8__avx2(bytes, true));
+    if (dtype == PTST_I4) { /* never -0 */
+        *x = _mm256_add_ps(*x, _mm256_setzero_ps());
+        *y = _mm256_add_ps(*y, _mm256_setzero_ps());
+    }
+}
+
+/* Up to 8 rows of 8 columns, which t holds and d scales. */
+PTST__AVX2 PTST__INLINE void ptst__turned_rows__avx2(float *dst, size_t width, size_t rows,
+                                                     const __m128i t[4], __m256 d,
+                                                     ptst_dtype dtype, bool upper) {
+    __m256 x, y;
+    size_t i;
+    for (i = 0; i < rows; i += 2) {
+        ptst__whole16_to_f32__avx2(&x, &y, d, t[i / 2], dtype, upper);
+        _mm256_storeu_ps(dst + i * width, x);
+        if (i + 1 < rows) {
+            _mm256_storeu_ps(dst + (i + 1) * width, y);
+        }
+    }
+}
+
+/* 8 columns of blocks: their bytes are turned before they become floats. dtype is a constant. */
+PTST__AVX2 PTST__INLINE void ptst__turn_blocks__avx2(float *dst, size_t width,
+                                                     const char *const column[8], size_t K,
+                                                     ptst_dtype dtype) {
+    size_t k, h, i, at = 0, halves = dtype == PTST_I8 ? 4 : 2;
+    __m128i t[4];
+    uint32_t scale[8];
+    for (k = 0; k < K; k += PTST__BLOCK, at += ptst__dtype_bytes(dtype, PTST__BLOCK)) {
+        __m256 d;
+        for (i = 0; i < 8; i++) { /* BF16 */
+            uint16_t bits;
+            memcpy(&bits, column[i] + at, sizeof bits);
+            scale[i] = (uint32_t)bits << 16;
+        }
+        d = _mm256_castsi256_ps(_mm256_loadu_si256((const __m256i *)(const void *)scale));
+        for (h = 0; h < halves && k + 8 * h < K; h++) {
+            float *to = dst + (k + 8 * h) * width;
+            size_t rows = ptst__min(8, K - k - 8 * h);
+            ptst__turn_bytes__avx2(t, column, at + 2 + 8 * h);
+            ptst__turned_rows__avx2(to, width, rows, t, d, dtype, false);
+            if (dtype == PTST_I4 && k + 8 * h + 16 < K) {
+                rows = ptst__min(8, K - k - 8 * h - 16);
+                ptst__turned_rows__avx2(to + 16 * width, width, rows, t, d, PTST_I4, true);
+            }
+        }
+    }
+}
+
+/* Rows of blocks, 16 columns at a time, which are half a block. dtype is a constant. */
+PTST__AVX2 PTST__INLINE void ptst__block_rows__avx2(float *dst, size_t width, const char *block,
+                                                    size_t line, size_t at, size_t K,
+                                                    ptst_dtype dtype) {
+    bool upper = at % PTST__BLOCK != 0;
+    const char *bytes = block + (upper && dtype == PTST_I8 ? 18 : 2);
+    __m256 x, y, d;
+    for (; K > 0; K--, dst += width, block += line, bytes += line) {
+        _mm_prefetch((const char *)((uintptr_t)block + 16 * line), _MM_HINT_T0);
+        d = ptst__block_scale__avx2(block);
+        ptst__whole16_to_f32__avx2(
+            &x, &y, d, _mm_loadu_si128((const __m128i *)(const void *)bytes), dtype, upper);
+        _mm256_storeu_ps(dst, x);
+        _mm256_storeu_ps(dst + 8, y);
+    }
+}
+
+PTST__AVX2 static void ptst__pack_blocks__avx2(float *dst, size_t width, const ptst__matrix *B,
+                                               size_t at, size_t cols, size_t k0, size_t K) {
+    size_t i, j, line = ptst__dtype_bytes(B->dtype, B->ld);
+    const char *column[8], *data = (const char *)B->data;
+    for (j = 0; B->transposed && j < width; j += 8) {
+        for (i = 0; i < 8; i++) {
+            column[i] = data + (at + ptst__min(j + i, cols - 1)) * line;
+            column[i] += ptst__dtype_bytes(B->dtype, k0);
+        }
+        B->dtype == PTST_I8 ? ptst__turn_blocks__avx2(dst + j, width, column, K, PTST_I8)
+                            : ptst__turn_blocks__avx2(dst + j, width, column, K, PTST_I4);
+    }
+    for (j = 0; !B->transposed && j < width; j += 16) {
+        size_t from = at + j, first = from / PTST__BLOCK * PTST__BLOCK;
+        const char *block = data + k0 * line + ptst__dtype_bytes(B->dtype, first);
+        B->dtype == PTST_I8 ? ptst__block_rows__avx2(dst + j, width, block, line, from, K, PTST_I8)
+                            : ptst__block_rows__avx2(dst + j, width, block, line, from, K, PTST_I4);
     }
 }
 
@@ -21660,6 +21777,11 @@ static void ptst__pack_blocks(const struct ptst__kernels *kernels, float *dst, s
                               ptst__matrix B, size_t at, size_t cols, size_t k0, size_t kc) {
     float piece[PTST__PANEL * 2 * PTST__BLOCK];
     size_t k, n, j;
+    if (kernels->pack_blocks != NULL &&
+        (B.transposed ? k0 % PTST__BLOCK == 0 : cols == width && width % 16 == 0 && at % 16 == 0)) {
+        kernels->pack_blocks(dst, width, &B, at, cols, k0, kc);
+        return;
+    }
     if (!B.transposed) {
         for (k = 0; k < kc; k++, dst += width) {
             ptst__read_f32(kernels, dst, B.data, B.dtype, (k0 + k) * B.ld + at, cols);
@@ -22557,6 +22679,7 @@ static ptst__product ptst__product_make(const ptst_ctx *c, size_t M, size_t N, s
     p.N = N;
     p.K = K;
     p.k_step = K == 0 ? 0 : ptst__ceil_div(K, ptst__ceil_div(K, p.kernels->block_k));
+    p.k_step = ptst__ceil_div(p.k_step, PTST__BLOCK) * PTST__BLOCK; /* I8, I4: whole blocks */
     p.alpha = alpha;
     p.beta = beta;
     p.A.data = A;
@@ -25477,6 +25600,7 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     1,
     ptst__pack_rows__scalar,
     ptst__pack_cols__scalar,
+    NULL,
     ptst__tile__scalar,
     ptst__dots__scalar,
     PTST__DOTS,
@@ -25518,6 +25642,7 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     4,
     ptst__pack_rows__avx2,
     ptst__pack_cols__avx2,
+    ptst__pack_blocks__avx2,
     ptst__tile__avx2,
     ptst__dots__avx2,
     PTST__DOTS,
@@ -25558,6 +25683,7 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     1,
     ptst__pack_rows__avx512,
     ptst__pack_cols__avx512,
+    ptst__pack_blocks__avx2,
     ptst__tile__avx512,
     ptst__dots__avx512,
     1,
@@ -25599,6 +25725,7 @@ static const struct ptst__kernels ptst__kernels_amx = {
     1,
     ptst__pack_rows__avx512,
     ptst__pack_cols__avx512,
+    ptst__pack_blocks__avx2,
     ptst__tile__avx512,
     ptst__dots__avx512,
     1,
@@ -25641,6 +25768,7 @@ static const struct ptst__kernels ptst__kernels_neon = {
     1,
     ptst__pack_rows__neon,
     ptst__pack_cols__neon,
+    NULL,
     ptst__tile__neon,
     ptst__dots__neon,
     PTST__DOTS,

@@ -400,6 +400,45 @@ static void matmul_blocks(void) {
     }
 }
 
+/* Panels of I8 and I4, of each width and part of a matrix, are those that to_f32 gives, bit for bit
+   (so a product is that of the F32 matrix, which matmul_blocks compares). */
+static void matmul_pack_blocks(void) {
+    enum { ROWS = 40, LD = 96, WIDTH = 32, ROOM = LD * WIDTH };
+    static float w[ROWS * LD], panel[ROOM], wanted[ROOM];
+    static unsigned char blocks[ROWS * LD * 2];
+    ptst_rng r = {8, 0, 0};
+    size_t i, s, v, differ = 0, used = 0;
+    for (s = 0; kernels_simds[s] != NULL; s++) {
+        ptst_ctx *c = kernels_open(kernels_simds[s], 1);
+        for (v = 0; v < 2000 && c != NULL; v++) {
+            struct ptst__kernels plain = *c->kernels;
+            ptst__matrix B = {blocks, LD, v & 1 ? PTST_I8 : PTST_I4, (v & 2) != 0};
+            size_t width = v & 4 ? 16 : 32, most = B.transposed ? ROWS : LD;
+            size_t at = ptst_rng_below(&r, (uint32_t)(most / 16)) * 16, k0, kc, cols;
+            plain.pack_blocks = NULL;
+            if (v % 100 < 2) { /* zeros among them, and scales of both signs */
+                for (i = 0; i < ROWS * LD; i++) {
+                    w[i] = ptst_rng_below(&r, 4) == 0 ? 0 : ptst_rng_uniform(&r) - 0.5f;
+                }
+            }
+            ptst__convert_from_f32(c, blocks, w, B.dtype, ROWS * LD);
+            cols = ptst__min(1 + ptst_rng_below(&r, (uint32_t)width), most - at);
+            cols = ptst_rng_below(&r, 3) == 0 ? cols : ptst__min(width, most - at);
+            k0 = B.transposed ? ptst_rng_below(&r, LD / 32) * 32 : ptst_rng_below(&r, ROWS);
+            kc = 1 + ptst_rng_below(&r, (uint32_t)((B.transposed ? LD : ROWS) - k0));
+            memset(panel, 1, sizeof panel);
+            memset(wanted, 1, sizeof wanted);
+            ptst__pack_panel(c->kernels, panel, width, B, at, cols, k0, kc);
+            ptst__pack_panel(&plain, wanted, width, B, at, cols, k0, kc);
+            differ += memcmp(panel, wanted, sizeof panel) != 0;
+            used += c->kernels->pack_blocks != NULL;
+        }
+        ptst_close(c);
+    }
+    CHECK(differ == 0);
+    CHECK(used == 0 || used >= 2000);
+}
+
 /* A number of all 24 bits (the last one is 1), with one of `powers` powers of 2 around 1. */
 static float kernels_any(ptst_rng *r, uint32_t powers) {
     float x = (float)(0x800001u | (ptst_rng_u32(r) & 0x7FFFFFu));
@@ -1065,6 +1104,7 @@ static void suite_kernels(void) {
     RUN(convert_blocks);
     RUN(matmul_sizes);
     RUN(matmul_blocks);
+    RUN(matmul_pack_blocks);
     RUN(matmul_bits);
     RUN(matmul_single);
     RUN(matmul_error);
