@@ -21772,7 +21772,7 @@ static size_t ptst__scratch_floats(const struct ptst__kernels *kernels, int thre
     return ptst__shared_floats(kernels) + (size_t)threads * ptst__own_floats(kernels);
 }
 
-/* The same of I8 and I4, which become F32 in between. */
+/* The same of I8 and I4, which become F32 in between if the kernels have no way of their own. */
 static void ptst__pack_blocks(const struct ptst__kernels *kernels, float *dst, size_t width,
                               ptst__matrix B, size_t at, size_t cols, size_t k0, size_t kc) {
     float piece[PTST__PANEL * 2 * PTST__BLOCK];
