@@ -19422,18 +19422,34 @@ PTST__AVX2 PTST__INLINE void ptst__block32__avx2(const void *block, ptst_dtype d
     x[3] = ptst__whole8__avx2(high, true);
 }
 
+/* 16 numbers of a block with scale d: bytes of I8, or the lower or upper halves of bytes of I4. */
+PTST__AVX2 PTST__INLINE void ptst__whole16_to_f32__avx2(__m256 *x, __m256 *y, __m256 d,
+                                                        __m128i bytes, ptst_dtype dtype,
+                                                        bool upper) {
+    if (dtype == PTST_I4) {
+        bytes = _mm_and_si128(upper ? _mm_srli_epi16(bytes, 4) : bytes, _mm_set1_epi8(15));
+        bytes = _mm_sub_epi8(bytes, _mm_set1_epi8(8));
+    }
+    *x = _mm256_mul_ps(d, ptst__whole8__avx2(bytes, false));
+    *y = _mm256_mul_ps(d, ptst__whole8__avx2(bytes, true));
+    if (dtype == PTST_I4) { /* + 0, as d q - 8 d is never -0 */
+        *x = _mm256_add_ps(*x, _mm256_setzero_ps());
+        *y = _mm256_add_ps(*y, _mm256_setzero_ps());
+    }
+}
+
 PTST__AVX2 static void ptst__blocks_to_f32__avx2(float *dst, const void *src, ptst_dtype dtype,
                                                  size_t n) {
     size_t i = 0;
     int k;
     for (; n - i >= PTST__BLOCK; i += PTST__BLOCK) {
         const void *block = ptst__element(src, dtype, i);
+        const __m128i *q = (const __m128i *)(const void *)((const char *)block + 2);
+        __m128i low = _mm_loadu_si128(q), high = dtype == PTST_I8 ? _mm_loadu_si128(q + 1) : low;
         __m256 d = ptst__block_scale__avx2(block), x[4];
-        dtype == PTST_I8 ? ptst__block32__avx2(block, PTST_I8, x)
-                         : ptst__block32__avx2(block, PTST_I4, x);
-        for (k = 0; k < 4; k++) { /* in I4 + 0, as d q - 8 d is never -0 */
-            x[k] = _mm256_mul_ps(d, x[k]);
-            x[k] = dtype == PTST_I4 ? _mm256_add_ps(x[k], _mm256_setzero_ps()) : x[k];
+        ptst__whole16_to_f32__avx2(&x[0], &x[1], d, low, dtype, false);
+        ptst__whole16_to_f32__avx2(&x[2], &x[3], d, high, dtype, true);
+        for (k = 0; k < 4; k++) {
             _mm256_storeu_ps(dst + i + 8 * k, x[k]);
         }
     }
@@ -19739,7 +19755,7 @@ enum {
     PTST__PACK_ROWS = 16,   /* of B that are packed before the next panel */
     PTST__DOTS_COLS = 256,  /* columns of Y that one task of `dots` makes at most */
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
-    PTST__SHORT = 96,       /* and up to so many rows pass by one panel of B at a time */
+    PTST__SHORT = 96,       /* and up to so many rows pass by one panel of B's columns at a time */
     PTST__PARTS_FEW = 64,   /* up to so many rows are made by `few_parts`; of BF16 half as many */
     PTST__PARTS_M = 1024,   /* rows of A that are split into parts at once, for so much of K; */
     PTST__PARTS_K = 768,    /* of each thread, in floats: room for 192 columns (rows) in 3 parts */
@@ -20067,22 +20083,6 @@ PTST__AVX2 PTST__INLINE void ptst__turn_bytes__avx2(__m128i t[4], const char *co
     t[1] = _mm_unpackhi_epi32(y0, y2);
     t[2] = _mm_unpacklo_epi32(y1, y3);
     t[3] = _mm_unpackhi_epi32(y1, y3);
-}
-
-/* What to_f32 makes of 16 whole numbers of I8, or of the lower or upper half of bytes of I4. */
-PTST__AVX2 PTST__INLINE void ptst__whole16_to_f32__avx2(__m256 *x, __m256 *y, __m256 d,
-                                                        __m128i bytes, ptst_dtype dtype,
-                                                        bool upper) {
-    if (dtype == PTST_I4) {
-        bytes = _mm_and_si128(upper ? _mm_srli_epi16(bytes, 4) : bytes, _mm_set1_epi8(15));
-        bytes = _mm_sub_epi8(bytes, _mm_set1_epi8(8));
-    }
-    *x = _mm256_mul_ps(d, ptst__whole8__avx2(bytes, false));
-    *y = _mm256_mul_ps(d, ptst__whole8__avx2(bytes, true));
-    if (dtype == PTST_I4) { /* never -0 */
-        *x = _mm256_add_ps(*x, _mm256_setzero_ps());
-        *y = _mm256_add_ps(*y, _mm256_setzero_ps());
-    }
 }
 
 /* Up to 8 rows of 8 columns, which t holds and d scales. */
