@@ -19121,6 +19121,10 @@ struct ptst__kernels {
     void (*pack_blocks)(float *dst, size_t width, const struct ptst__matrix *B, size_t at,
                         size_t cols, size_t k0, size_t K);
     void (*tile)(size_t K, const ptst__tile *t);
+    /* The same for up to 4 x 3 of Y and a B of rows, A(i, k) = a[i * a_ld + k] and B(k, j) =
+       b[j * b_step + k]; the sums are those of `dots`. It asks ahead once in 16 k. NULL: few rows
+       are made by `dots` or `tile`. */
+    void (*tile_dots)(size_t K, const ptst__tile *t);
     /* sums[4 * i + j] = sum_k a[i][k] w[j][k] for i < rows, j < 4, and behind these 4 * rows sums
        those of the next group, and so on. */
     void (*dots)(float *sums, size_t K, const ptst__dots *d);
@@ -19735,10 +19739,11 @@ PTST__UNUSED static void ptst__convert_from_f32(const ptst_ctx *c, void *dst, co
    follow each other in a fixed order, so each sum has one order: the same bits for any number of
    threads.
 
-   Three kinds of product:
+   Kinds of product:
        packed   as above; for few rows of A, a B of F32 that lies row by row is not even packed
        parts    with AMX: as sums of products of 16-bit parts; for few rows B is split while it is
                 multiplied
+       few      some rows (decoding of batches), AVX2: 4 x 3 scalar products of rows, blocked
        dots     very few rows (decoding) or columns (adapters of low rank): `dots` makes 4 x 4
                 scalar products of rows as they lie in memory. If they are I8 or I4 and the caller
                 allows it, the other rows are in whole numbers, see ptst__whole__scalar. */
@@ -19755,6 +19760,8 @@ enum {
     PTST__PACK_ROWS = 16,   /* of B that are packed before the next panel */
     PTST__DOTS_COLS = 256,  /* columns of Y that one task of `dots` makes at most */
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
+    PTST__FEW_ROWS = 24,        /* more than 4 rows and up to so many are made by `tile_dots`, if */
+    PTST__FEW_OWN = 32 * 1024,  /* there is one; a task of these takes so many numbers of w */
     PTST__SHORT = 96,       /* and up to so many rows pass by one panel of B's columns at a time */
     PTST__PARTS_FEW = 64,   /* up to so many rows are made by `few_parts`; of BF16 half as many */
     PTST__PARTS_M = 1024,   /* rows of A that are split into parts at once, for so much of K; */
@@ -20180,10 +20187,18 @@ PTST__AVX2 PTST__INLINE void ptst__put8__avx2(float *y, __m256 sum, float alpha,
     }
 }
 
+typedef struct ptst__eight {
+    float x[8];
+} ptst__eight;
+
 /* sum += x y. Of the intrinsic gcc makes the forms that overwrite x or y, and then moves registers
    about: with 15 of 16 in use that is one instruction in ten. */
 #define PTST__FMA(sum, x, y)                                                                       \
     __asm__("vfmadd231ps {%2, %1, %0|%0, %1, %2}" : "+x"(sum) : "x"(x), "x"(y))
+#define PTST__FMA_AT(sum, x, from) /* the same with 8 numbers in memory */                         \
+    __asm__("vfmadd231ps {%2, %1, %0|%0, %1, %2}"                                                  \
+            : "+x"(sum)                                                                            \
+            : "x"(x), "m"(*(const ptst__eight *)(const void *)(from)))
 
 /* As __scalar, up to 6 x 16 sums in 12 registers, FMA; `count` and `packed` are constants. Four k
    at a time and a pointer for each row of A: where another thread uses the same core, each
@@ -20266,12 +20281,94 @@ PTST__AVX2 PTST__INLINE __m128 ptst__sum4__avx2(__m256 s0, __m256 s1, __m256 s2,
     return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 }
 
-/* As __scalar for 4 x 2 (w[0], w[1]): 8 lanes per sum; what is left of K is added at the end. */
+/* y = beta y + alpha sum for 4 x 3 sums, of which p, q and r are columns. */
+PTST__AVX2 PTST__INLINE void ptst__put_4x3__avx2(float *y, size_t ldy, __m128 p, __m128 q, __m128 r,
+                                                 float alpha, float beta) {
+    __m128 a = _mm_set1_ps(alpha), b = _mm_set1_ps(beta), zero = _mm_setzero_ps();
+    __m128 upper = _mm_mul_ps(a, _mm_unpacklo_ps(p, q));
+    __m128 lower = _mm_mul_ps(a, _mm_unpackhi_ps(p, q));
+    float *y0 = y, *y1 = y0 + ldy, *y2 = y1 + ldy, *y3 = y2 + ldy;
+    r = _mm_mul_ps(a, r);
+    if (beta != 0) {
+        __m128 first = _mm_loadl_pi(zero, (const __m64 *)(const void *)y0);
+        __m128 third = _mm_loadl_pi(zero, (const __m64 *)(const void *)y2);
+        first = _mm_loadh_pi(first, (const __m64 *)(const void *)y1);
+        third = _mm_loadh_pi(third, (const __m64 *)(const void *)y3);
+        upper = _mm_fmadd_ps(b, first, upper);
+        lower = _mm_fmadd_ps(b, third, lower);
+        r = _mm_fmadd_ps(b, _mm_setr_ps(y0[2], y1[2], y2[2], y3[2]), r);
+    }
+    _mm_storel_pi((__m64 *)(void *)y0, upper);
+    _mm_storeh_pi((__m64 *)(void *)y1, upper);
+    _mm_storel_pi((__m64 *)(void *)y2, lower);
+    _mm_storeh_pi((__m64 *)(void *)y3, lower);
+    _mm_store_ss(y0 + 2, r);
+    _mm_store_ss(y1 + 2, _mm_shuffle_ps(r, r, 1));
+    _mm_store_ss(y2 + 2, _mm_shuffle_ps(r, r, 2));
+    _mm_store_ss(y3 + 2, _mm_shuffle_ps(r, r, 3));
+}
+
+/* Up to 4 rows of A and 3 of w, 8 lanes per sum. Rows that are too many are others once more. */
+PTST__AVX2 static void ptst__tile_dots__avx2(size_t K, const ptst__tile *t) {
+    size_t k = 0, ld = t->a_ld, step = t->ahead_step, second = step > 64 ? 64 : 0;
+    const float *a0 = t->a, *a1 = a0 + (t->rows < 2 ? 0 : ld), *a2 = a1 + (t->rows < 3 ? 0 : ld);
+    const float *a3 = a2 + (t->rows < 4 ? 0 : ld);
+    const float *w0 = t->b, *w1 = w0 + (t->cols < 2 ? 0 : t->b_step);
+    const float *w2 = w1 + (t->cols < 3 ? 0 : t->b_step);
+    const char *ahead = t->ahead;
+    bool whole = t->rows == 4 && t->cols == 3;
+    float rest[8], edge[4 * 3];
+    __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), mask;
+#define PTST__X(i)                                                                                 \
+    __m256 p##i = _mm256_setzero_ps(), q##i = _mm256_setzero_ps(), r##i = _mm256_setzero_ps();
+    PTST__ROWS_4(PTST__X)
+#undef PTST__X
+#define PTST__X(i)                                                                                 \
+    ai = PTST__GET(a##i + k);                                                                      \
+    PTST__FMA(p##i, ai, x0);                                                                       \
+    PTST__FMA(q##i, ai, x1);                                                                       \
+    PTST__FMA_AT(r##i, ai, x2);
+#define PTST__STEP(third)                                                                          \
+    {                                                                                              \
+        __m256 x0 = PTST__GET(w0 + k), x1 = PTST__GET(w1 + k), ai;                                 \
+        const float *x2 = third;                                                                   \
+        PTST__ROWS_4(PTST__X)                                                                      \
+        k += 8;                                                                                    \
+    }
+#define PTST__GET _mm256_loadu_ps
+    for (; K - k >= 16; ahead += step) {
+        _mm_prefetch(ahead, _MM_HINT_T1);
+        _mm_prefetch(ahead + second, _MM_HINT_T1);
+        PTST__STEP(w2 + k)
+        PTST__STEP(w2 + k)
+    }
+    if (K - k >= 8) {
+        PTST__STEP(w2 + k)
+    }
+#undef PTST__GET
+#define PTST__GET(x) _mm256_maskload_ps(x, mask)
+    if (k < K) {
+        mask = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(K - k)), lane);
+        _mm256_storeu_ps(rest, _mm256_maskload_ps(w2 + k, mask));
+        PTST__STEP(rest)
+    }
+#undef PTST__GET
+#undef PTST__STEP
+#undef PTST__X
+    ptst__put_4x3__avx2(whole ? t->y : edge, whole ? t->ldy : 3, ptst__sum4__avx2(p0, p1, p2, p3),
+                        ptst__sum4__avx2(q0, q1, q2, q3), ptst__sum4__avx2(r0, r1, r2, r3),
+                        whole ? t->alpha : 1, whole ? t->beta : 0);
+    if (!whole) {
+        ptst__tile_put(t, edge, 3);
+    }
+}
+
+/* As __scalar for 4 x 2 (w[0], w[1]): 8 lanes per sum. */
 PTST__AVX2 PTST__INLINE void ptst__dots_2__avx2(float *sums, size_t K, const float *const a[4],
                                                 const void *const w[2], ptst_dtype dtype,
                                                 size_t ahead) {
     float part[8];
-    size_t i, j, k;
+    size_t i, k;
 #define PTST__X(i) __m256 p##i = _mm256_setzero_ps(), q##i = _mm256_setzero_ps();
     PTST__ROWS_4(PTST__X)
 #undef PTST__X
@@ -20286,18 +20383,21 @@ PTST__AVX2 PTST__INLINE void ptst__dots_2__avx2(float *sums, size_t K, const flo
         PTST__ROWS_4(PTST__X)
 #undef PTST__X
     }
+    if (k < K) {
+        __m256 w0 = ptst__load_part__avx2(ptst__element(w[0], dtype, k), dtype, K - k), ai;
+        __m256 w1 = ptst__load_part__avx2(ptst__element(w[1], dtype, k), dtype, K - k);
+#define PTST__X(i)                                                                                 \
+    ai = ptst__load_part__avx2(a[i] + k, PTST_F32, K - k);                                         \
+    p##i = _mm256_fmadd_ps(ai, w0, p##i);                                                          \
+    q##i = _mm256_fmadd_ps(ai, w1, q##i);
+        PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    }
     _mm_storeu_ps(part, ptst__sum4__avx2(p0, p1, p2, p3));
     _mm_storeu_ps(part + 4, ptst__sum4__avx2(q0, q1, q2, q3));
-    for (j = 0; j < 2; j++) {
-        float rest[8];
-        ptst__to_f32__scalar(rest, ptst__element(w[j], dtype, k), dtype, K - k);
-        for (i = 0; i < 4; i++) {
-            size_t r;
-            sums[4 * i + j] = part[4 * j + i];
-            for (r = 0; r < K - k; r++) {
-                sums[4 * i + j] += a[i][k + r] * rest[r];
-            }
-        }
+    for (i = 0; i < 4; i++) {
+        sums[4 * i] = part[i];
+        sums[4 * i + 1] = part[4 + i];
     }
 }
 
@@ -20305,7 +20405,7 @@ PTST__AVX2 PTST__INLINE void ptst__dots_2__avx2(float *sums, size_t K, const flo
 PTST__AVX2 PTST__INLINE void ptst__dots_1__avx2(float *sums, size_t K, const float *a,
                                                 const void *const w[4], ptst_dtype dtype,
                                                 size_t ahead) {
-    size_t j, k;
+    size_t k;
 #define PTST__X(i) __m256 p##i = _mm256_setzero_ps();
     PTST__ROWS_4(PTST__X)
 #undef PTST__X
@@ -20320,15 +20420,15 @@ PTST__AVX2 PTST__INLINE void ptst__dots_1__avx2(float *sums, size_t K, const flo
         PTST__ROWS_4(PTST__X)
 #undef PTST__X
     }
-    _mm_storeu_ps(sums, ptst__sum4__avx2(p0, p1, p2, p3));
-    for (j = 0; j < 4; j++) {
-        float rest[8];
-        size_t r;
-        ptst__to_f32__scalar(rest, ptst__element(w[j], dtype, k), dtype, K - k);
-        for (r = 0; r < K - k; r++) {
-            sums[j] += a[k + r] * rest[r];
-        }
+    if (k < K) {
+        __m256 a0 = ptst__load_part__avx2(a + k, PTST_F32, K - k);
+#define PTST__X(i)                                                                                 \
+    p##i = _mm256_fmadd_ps(                                                                        \
+        a0, ptst__load_part__avx2(ptst__element(w[i], dtype, k), dtype, K - k), p##i);
+        PTST__ROWS_4(PTST__X)
+#undef PTST__X
     }
+    _mm_storeu_ps(sums, ptst__sum4__avx2(p0, p1, p2, p3));
 }
 
 /* sum + d (a b): 32 elements of A and the whole numbers of a block. */
@@ -22117,6 +22217,76 @@ static void ptst__gemm_turned(ptst_ctx *c, ptst__product *p) {
     ptst__product_for(c, ptst__ceil_div(p->M, 64), ptst__turn_task, p);
 }
 
+/* ---- products of few rows ----
+   Scalar products of rows as `dots` makes them, but of four rows of A with three of w, and so that
+   both are near: the columns of a task, and of K a block. Numbers that are not F32 become so
+   before. While a task multiplies, its thread asks for the rows of w of the next one, which follow
+   in memory. */
+
+/* Whether that is the way: with less rows w is used once, with more packing it pays, and so does
+   `dots` where w must be converted and rows are long. Blocks have other sums in `dots`. */
+static bool ptst__few_rows_fit(const ptst__product *p) {
+    bool near = p->B.dtype == PTST_F32 ? 3 * p->K <= (size_t)PTST__OWN * PTST__BLOCK_K
+                                       : p->K <= 128 * p->M && !ptst__is_block(p->B.dtype);
+    return p->kernels->tile_dots != NULL && p->A.transposed && p->B.transposed && p->M > 4 &&
+           p->M <= PTST__FEW_ROWS && near;
+}
+
+/* Rows [n, end) of w as rows of F32, and how far they are apart: where they lie, or in `own`. */
+static const float *ptst__few_rows_w(const ptst__product *p, float *own, size_t n, size_t end,
+                                     size_t k, size_t kc, size_t *ld) {
+    size_t i;
+    *ld = p->B.dtype == PTST_F32 ? p->B.ld : ptst__ceil_div(kc, 16) * 16;
+    if (p->B.dtype == PTST_F32) {
+        return (const float *)p->B.data + n * p->B.ld + k;
+    }
+    for (i = n; i < end; i++) {
+        ptst__read_f32(p->kernels, own + (i - n) * *ld, p->B.data, p->B.dtype, i * p->B.ld + k, kc);
+    }
+    return own;
+}
+
+/* Task: task_cols rows of w times all rows of A. Up to DOTS rows K is one block, as in `dots`. */
+static void ptst__few_rows_task(void *arg, size_t task, int thread) {
+    const ptst__product *p = (const ptst__product *)arg;
+    float *own = p->own + (size_t)thread * ptst__own_floats(p->kernels);
+    size_t first = task * p->task_cols, end = ptst__min(first + p->task_cols, p->N);
+    size_t line = ptst__dtype_bytes(p->B.dtype, p->B.ld), k, kc, m, n;
+    size_t next = ptst__min(p->task_cols, p->N - end) * line;
+    size_t asks = ptst__ceil_div(p->M, 4) * ptst__ceil_div(end - first, 3) * (p->K / 16);
+    ptst__tile t;
+    memset(&t, 0, sizeof t);
+    t.a_ld = p->A.ld;
+    t.alpha = p->alpha;
+    t.ldy = p->ldy;
+    t.ahead = (const char *)p->B.data + (next == 0 ? first : end) * line;
+    t.ahead_step = asks == 0 ? 0 : ptst__min(128, ptst__ceil_div(next, asks));
+    for (k = 0; k < p->K; k += kc) {
+        const float *w;
+        kc = p->M <= PTST__DOTS ? p->K : ptst__min(p->k_step, p->K - k);
+        w = ptst__few_rows_w(p, own, first, end, k, kc, &t.b_step);
+        t.beta = k == 0 ? p->beta : 1;
+        for (m = 0; m < p->M; m += 4) {
+            t.rows = ptst__min(4, p->M - m);
+            t.a = (const float *)p->A.data + m * p->A.ld + k;
+            for (n = first; n < end; n += 3, t.ahead += kc / 16 * t.ahead_step) {
+                t.cols = ptst__min(3, end - n);
+                t.b = w + (n - first) * t.b_step;
+                t.y = p->Y + m * p->ldy + n;
+                p->kernels->tile_dots(kc, &t);
+            }
+        }
+    }
+}
+
+/* Cuts w into tasks; how many. */
+static size_t ptst__few_rows_cut(ptst__product *p) {
+    size_t fair = ptst__ceil_div(ptst__ceil_div(p->N, 8 * p->threads), 3) * 3;
+    size_t most = PTST__FEW_OWN / p->K / 3 * 3;
+    p->task_cols = ptst__min(fair < 12 ? 12 : fair, most < 3 ? 3 : most);
+    return ptst__ceil_div(p->N, p->task_cols);
+}
+
 /* ---- products of scalar products ---- */
 
 /* A group of four rows of w from row j on, beyond the end the last one again, and what is needed
@@ -22542,14 +22712,17 @@ static void ptst__scale_task(void *arg, size_t m, int thread) {
     }
 }
 
-enum { PTST__BY_SCALE, PTST__BY_DOTS, PTST__BY_DOTS_TURNED, PTST__BY_TURNED, PTST__BY_PACKED,
-       PTST__BY_PARTS };
+enum { PTST__BY_SCALE, PTST__BY_DOTS, PTST__BY_DOTS_TURNED, PTST__BY_FEW, PTST__BY_TURNED,
+       PTST__BY_PACKED, PTST__BY_PARTS };
 
 /* The way that suits the shape of a product. The order of sums depends on the shape only. */
 static int ptst__gemm_way(const ptst__product *p) {
     size_t most = PTST__ROOM;
     if (p->K == 0 || p->alpha == 0) {
         return PTST__BY_SCALE;
+    }
+    if (ptst__few_rows_fit(p)) {
+        return PTST__BY_FEW;
     }
     if (p->A.transposed && p->M <= PTST__DOTS && p->B.transposed) {
         return PTST__BY_DOTS;
@@ -22573,6 +22746,8 @@ static void ptst__gemm_run(ptst_ctx *c, ptst__product *p) {
     way = ptst__gemm_way(p);
     if (way == PTST__BY_SCALE) {
         ptst__product_for(c, p->M, ptst__scale_task, p);
+    } else if (way == PTST__BY_FEW) {
+        ptst__product_for(c, ptst__few_rows_cut(p), ptst__few_rows_task, p);
     } else if (way == PTST__BY_DOTS) {
         ptst__dots_begin(p);
         ptst__product_for(c, ptst__dots_cut(p), ptst__dots_task, p);
@@ -22621,6 +22796,8 @@ static bool ptst__group_cut(ptst_ctx *c, ptst__group *g) {
             return false;
         } else if (way == PTST__BY_DOTS) {
             tasks += ptst__dots_cut(p);
+        } else if (way == PTST__BY_FEW) {
+            tasks += ptst__few_rows_cut(p);
         } else if (way == PTST__BY_PARTS && p->K <= PTST__PARTS_K &&
                    p->M <= ptst__parts_rows(p, p->K)) {
             p->keep = ptst__parts_keep(p) == PTST__KEEP_A ? PTST__KEEP_A : PTST__KEEP_NONE;
@@ -22634,6 +22811,7 @@ static bool ptst__group_cut(ptst_ctx *c, ptst__group *g) {
         g->ends[i] = tasks;
     }
     g->run = way == PTST__BY_DOTS    ? ptst__dots_task
+             : way == PTST__BY_FEW ? ptst__few_rows_task
              : way == PTST__BY_PACKED ? ptst__packed_task
                                      : ptst__parts_task;
     if (way == PTST__BY_DOTS) {
@@ -25602,6 +25780,7 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     ptst__pack_cols__scalar,
     NULL,
     ptst__tile__scalar,
+    NULL,
     ptst__dots__scalar,
     PTST__DOTS,
     ptst__whole__scalar,
@@ -25644,6 +25823,7 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     ptst__pack_cols__avx2,
     ptst__pack_blocks__avx2,
     ptst__tile__avx2,
+    ptst__tile_dots__avx2,
     ptst__dots__avx2,
     PTST__DOTS,
     ptst__whole__avx2,
@@ -25685,6 +25865,7 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     ptst__pack_cols__avx512,
     ptst__pack_blocks__avx2,
     ptst__tile__avx512,
+    NULL,
     ptst__dots__avx512,
     1,
     ptst__whole__avx2,
@@ -25727,6 +25908,7 @@ static const struct ptst__kernels ptst__kernels_amx = {
     ptst__pack_cols__avx512,
     ptst__pack_blocks__avx2,
     ptst__tile__avx512,
+    NULL,
     ptst__dots__avx512,
     1,
     ptst__whole__avx2,
@@ -25770,6 +25952,7 @@ static const struct ptst__kernels ptst__kernels_neon = {
     ptst__pack_cols__neon,
     NULL,
     ptst__tile__neon,
+    NULL,
     ptst__dots__neon,
     PTST__DOTS,
     ptst__whole__neon,

@@ -367,7 +367,11 @@ static void matmul_sizes(void) {
 
 /* Beyond one block of K, N and M, and beyond one task, for each kind of product. */
 static void matmul_blocks(void) {
-    static const size_t shapes[][3] = {{20, 33, PTST__BLOCK_K + 1}, /* packed, few rows */
+    static const size_t shapes[][3] = {{PTST__FEW_ROWS + 6, 33, PTST__BLOCK_K + 1}, /* packed */
+                                       {PTST__FEW_ROWS - 3, 50, 2 * PTST__BLOCK_K + 23}, /* few */
+                                       {PTST__DOTS - 1, 29, PTST__BLOCK_K + 11},
+                                       {11, 2060, 50},
+                                       {6, 5, PTST__OWN * PTST__BLOCK_K / 3 + 9}, /* but too long */
                                        {2, 40, 2 * PTST__BLOCK_K + 7},
                                        {PTST__SHORT, 17, 14 * PTST__BLOCK_K + 3},
                                        {PTST__DOTS, 3, PTST__BLOCK_K * 3 + 5}, /* dots */
@@ -387,7 +391,8 @@ static void matmul_blocks(void) {
     for (s = 0; kernels_simds[s] != NULL; s++) {
         ptst_ctx *c = kernels_open(kernels_simds[s], 2);
         for (i = 0; i < sizeof shapes / sizeof shapes[0] && c != NULL; i++) {
-            for (v = 0; v < 20; v += getenv("TEST_QUICK") != NULL ? 7 : 1) {
+            bool quick = getenv("TEST_QUICK") != NULL; /* each order of A and B once */
+            for (v = quick ? 2 : 0; v < 20; v += quick ? 5 : 1) {
                 kernels_case k;
                 k.M = shapes[i][0];
                 k.N = shapes[i][1];
