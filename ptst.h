@@ -19760,9 +19760,9 @@ enum {
     PTST__PACK_ROWS = 16,   /* of B that are packed before the next panel */
     PTST__DOTS_COLS = 256,  /* columns of Y that one task of `dots` makes at most */
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
-    PTST__FEW_ROWS = 24,        /* more than 4 rows and up to so many are made by `tile_dots`, if */
-    PTST__FEW_OWN = 32 * 1024,  /* there is one; a task of these takes so many numbers of w */
     PTST__SHORT = 96,       /* and up to so many rows pass by one panel of B's columns at a time */
+    PTST__FEW_ROWS = 24,    /* 5 up to so many rows are made by `tile_dots`, if there is one; */
+    PTST__FEW_OWN = 32 * 1024, /* a task of these takes so many numbers of w */
     PTST__PARTS_FEW = 64,   /* up to so many rows are made by `few_parts`; of BF16 half as many */
     PTST__PARTS_M = 1024,   /* rows of A that are split into parts at once, for so much of K; */
     PTST__PARTS_K = 768,    /* of each thread, in floats: room for 192 columns (rows) in 3 parts */
@@ -22000,9 +22000,10 @@ typedef struct ptst__packed_part {
     const float *b;
     bool direct;                      /* b is B itself, which lies as the micro-kernel wants it */
     size_t next_n, next_cols, next_k; /* of B, counted from its first row; no column: none */
-    size_t tiles;                     /* of the part; each asks for some of what is next, */
-    size_t every, asks, step;         /* each so many k, so often, so many bytes further on; */
-    size_t lines, bands, high;        /* of rows: cache lines of a row, rows in bands so high */
+    const char *next;                 /* where it begins; what each of the tiles of the part asks */
+    size_t tiles, share, end;         /* for (in bytes, up to `end`): a share of columns, or, of */
+    size_t lines, bands, high;        /* rows, one of their cache lines in a band so high; */
+    size_t every, asks, step;         /* each so many k, so often, so many bytes further on */
 } ptst__packed_part;
 
 /* What the thread packs after this: the rest of K, or else the columns of the next task of its
@@ -22030,41 +22031,40 @@ static void ptst__packed_next(const ptst__product *p, ptst__packed_part *part, s
    for one of them, of rows for one cache line of each: if it asks for each k, the first ones for
    all, or else each from its band on, so that the last ones reach the last row. */
 static void ptst__packed_asks(const ptst__product *p, ptst__packed_part *part) {
-    size_t line = ptst__dtype_bytes(p->B.dtype, p->B.ld), all = part->next_cols * line, lines;
-    size_t row = ptst__dtype_bytes(p->B.dtype, part->next_cols);
-    bool together = p->B.transposed && p->B.ld == part->kc;
+    const ptst__matrix *B = &p->B;
+    size_t line = ptst__dtype_bytes(B->dtype, B->ld), all = part->next_cols * line, lines;
+    size_t row = ptst__dtype_bytes(B->dtype, part->next_cols);
+    bool together = B->transposed && B->ld == part->kc;
     part->lines = row == 0 ? 1 : ptst__ceil_div(row, 64); /* blocks may be longer */
-    lines = !p->B.transposed ? part->lines * part->kc : together ? all / 64 : 0;
+    lines = !B->transposed ? part->lines * part->kc : together ? all / 64 : 0;
     part->every = p->kernels->asks_every;
     if (part->direct || part->tiles * (part->kc / part->every) <= lines) {
         part->every = 1;
     }
     part->asks = part->kc / part->every;
     part->bands = part->every == 1 ? 1 : ptst__ceil_div(part->tiles, part->lines);
-    part->high = ptst__ceil_div(part->kc, part->bands);
-    part->step = together          ? ptst__min(64, ptst__ceil_div(all, part->tiles * part->asks))
-                 : p->B.transposed ? ptst__ceil_div(line, p->B.ld) * part->every
-                                   : line;
+    part->high = ptst__ceil_div(part->kc, part->bands) * line;
+    part->step = together        ? ptst__min(64, ptst__ceil_div(all, part->tiles * part->asks))
+                 : B->transposed ? ptst__ceil_div(line, B->ld) * part->every
+                                 : line;
+    part->share = together ? part->asks * part->step : B->transposed ? line : 0;
+    part->end = all;
+    part->next = (const char *)B->data + (B->transposed ? part->next_n : part->next_k) * line;
+    if (!together) {
+        part->next += ptst__dtype_bytes(B->dtype, B->transposed ? part->next_k : part->next_n);
+    }
 }
 
 /* What the i-th of all tiles of a part asks for. */
-static void ptst__tile_ahead(const ptst__product *p, const ptst__packed_part *part, ptst__tile *t,
-                             size_t i) {
-    const ptst__matrix *B = &p->B;
-    size_t line = ptst__dtype_bytes(B->dtype, B->ld), at = part->next_n * line;
-    bool any = part->next_cols != 0;
-    if (B->transposed && B->ld == part->kc) {
-        any = any && i * part->asks * part->step < part->next_cols * line;
-        at += i * part->asks * part->step;
-    } else if (B->transposed) {
-        any = any && i < part->next_cols;
-        at += i * line + ptst__dtype_bytes(B->dtype, part->next_k);
-    } else {
-        any = any && i / part->lines < part->bands;
-        at = (part->next_k + i / part->lines * part->high) * line;
-        at += ptst__dtype_bytes(B->dtype, part->next_n) + i % part->lines * 64;
+static void ptst__tile_ahead(const ptst__packed_part *part, ptst__tile *t, size_t i) {
+    size_t at = i * part->share;
+    bool any = at < part->end;
+    if (part->share == 0) {
+        size_t band = i / part->lines;
+        any = any && band < part->bands;
+        at = band * part->high + (i - band * part->lines) * 64;
     }
-    t->ahead = any ? (const char *)B->data + at : (const char *)t->b;
+    t->ahead = any ? part->next + at : (const char *)t->b;
     t->ahead_step = any ? part->step : 0;
 }
 
@@ -22076,18 +22076,18 @@ static void ptst__packed_tiles(const ptst__product *p, const ptst__packed_part *
     size_t kc = part->kc;
     t->ahead_every = part->every;
     for (m = part->m_first; m < part->m_end; m += rows) {
+        t->rows = ptst__min(rows, part->m_end - m);
+        ptst__tile_a(p, t, m, part->k, kc);
         for (n = part->n_first; n < part->n_end; n += cols, count++) {
-            t->rows = ptst__min(rows, part->m_end - m);
             t->cols = ptst__min(cols, part->n_end - n);
             t->b = part->b + (n - part->n_first) * (part->direct ? 1 : kc);
             t->y = p->Y + (p->m0 + m) * p->ldy + n;
-            ptst__tile_a(p, t, m, part->k, kc);
             if (part->direct) {
                 t->ahead_step = t->b_step * sizeof *t->b;
                 t->ahead = (const char *)t->b;
                 t->ahead += p->k0 + part->k + kc + 8 <= p->K ? 8 * t->ahead_step : 0;
             } else {
-                ptst__tile_ahead(p, part, t, count);
+                ptst__tile_ahead(part, t, count);
             }
             p->kernels->tile(kc, t);
         }
