@@ -19761,7 +19761,7 @@ enum {
     PTST__DOTS_COLS = 256,  /* columns of Y that one task of `dots` makes at most */
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
     PTST__SHORT = 96,       /* and up to so many rows pass by one panel of B's columns at a time */
-    PTST__FEW_ROWS = 24,    /* 5 up to so many rows are made by `tile_dots`, if there is one; */
+    PTST__FEW_ROWS = 24,    /* 5 up to so many rows at most are made by `tile_dots`; */
     PTST__FEW_OWN = 32 * 1024, /* a task of these takes so many numbers of w */
     PTST__PARTS_FEW = 64,   /* up to so many rows are made by `few_parts`; of BF16 half as many */
     PTST__PARTS_M = 1024,   /* rows of A that are split into parts at once, for so much of K; */
@@ -22223,13 +22223,15 @@ static void ptst__gemm_turned(ptst_ctx *c, ptst__product *p) {
    before. While a task multiplies, its thread asks for the rows of w of the next one, which follow
    in memory. */
 
-/* Whether that is the way: with less rows w is used once, with more packing it pays, and so does
-   `dots` where w must be converted and rows are long. Blocks have other sums in `dots`. */
+/* Whether that is the way: with less rows w is used once; with more, or long ones, packing it
+   pays, and so does `dots` where w must be converted and rows are long. Blocks have other sums in
+   `dots`. */
 static bool ptst__few_rows_fit(const ptst__product *p) {
+    size_t most = p->K <= 1536 ? (size_t)PTST__FEW_ROWS : 16;
     bool near = p->B.dtype == PTST_F32 ? 3 * p->K <= (size_t)PTST__OWN * PTST__BLOCK_K
                                        : p->K <= 128 * p->M && !ptst__is_block(p->B.dtype);
     return p->kernels->tile_dots != NULL && p->A.transposed && p->B.transposed && p->M > 4 &&
-           p->M <= PTST__FEW_ROWS && near;
+           p->M <= most && near;
 }
 
 /* Rows [n, end) of w as rows of F32, and how far they are apart: where they lie, or in `own`. */

@@ -368,7 +368,8 @@ static void matmul_sizes(void) {
 /* Beyond one block of K, N and M, and beyond one task, for each kind of product. */
 static void matmul_blocks(void) {
     static const size_t shapes[][3] = {{PTST__FEW_ROWS + 6, 33, PTST__BLOCK_K + 1}, /* packed */
-                                       {PTST__FEW_ROWS - 3, 50, 2 * PTST__BLOCK_K + 23}, /* few */
+                                       {PTST__FEW_ROWS - 3, 50, PTST__BLOCK_K + 23}, /* few */
+                                       {16, 37, 3 * PTST__BLOCK_K + 9},
                                        {PTST__DOTS - 1, 29, PTST__BLOCK_K + 11},
                                        {11, 2060, 50},
                                        {6, 5, PTST__OWN * PTST__BLOCK_K / 3 + 9}, /* but too long */
