@@ -19079,13 +19079,14 @@ struct ptst__whole;
 
 /* Scalar products of `rows` rows of A (1 or 4) with groups of four rows w of dtype: each w[j] of a
    group lies step bytes behind that of the group before. A hint: what lies `ahead` bytes behind
-   each w[j] is needed next. */
+   each w[j] is needed next. far: the four rows of a group do not follow each other. */
 typedef struct ptst__dots {
     const float *a[4];
     const struct ptst__whole *whole[4]; /* for dots_whole, instead of a */
     const void *w[4];
     size_t rows, groups, step, ahead;
     ptst_dtype dtype;
+    bool far;
 } ptst__dots;
 
 struct ptst__adamw_factors;
@@ -19108,6 +19109,7 @@ struct ptst__kernels {
     size_t unpacked; /* rows of A are taken as they lie in memory for up to so many columns of Y */
     size_t block_k, own_cols; /* of K and of B's columns at most: so many floats stay near a core */
     size_t asks_every; /* the tile asks ahead once in so many k, if it is not told to each time */
+    bool far; /* one row of A is multiplied by four rows of w that are far apart, see ptst__far */
     /* Panel of K rows: dst[k * width + j] = src[k * ld + j], j < cols; 0 for cols <= j < width.
        width is a_width or tile_cols. */
     void (*pack_rows)(float *dst, size_t width, const void *src, ptst_dtype dtype, size_t ld,
@@ -19755,6 +19757,7 @@ enum {
     PTST__ROOM = 2048 * PTST__BLOCK_K, /* floats for A in parts, or products with few columns */
     PTST__PANEL = 64,       /* no panel is wider */
     PTST__AHEAD = 8192,     /* bytes of weights that `dots` asks for ahead of time */
+    PTST__FAR_AHEAD = 2048, /* the same for each of four rows that are far apart */
     PTST__STREAM = 1 << 20, /* elements of Y that no cache near a core keeps */
     PTST__TURN_AHEAD = 128, /* elements of a row that packing asks for ahead of time */
     PTST__PACK_ROWS = 16,   /* of B that are packed before the next panel */
@@ -20605,17 +20608,20 @@ PTST__AVX2 PTST__INLINE __m256 ptst__dot_whole__avx2(__m256 sum, const ptst__who
     return _mm256_fmadd_ps(_mm256_mul_ps(_mm256_set1_ps(a->d), e), _mm256_cvtepi32_ps(s), sum);
 }
 
-/* As __scalar for one row and four w, 8 lanes per sum. dtype is a constant. */
+/* As __scalar for one row and four w, 8 lanes per sum. dtype and far are constants. If w follow
+   each other, what is needed next is asked for in the order of memory, else of two w in turn. */
 PTST__AVX2 PTST__INLINE void ptst__dots_1_whole__avx2(float *sums, size_t K, const ptst__whole *a,
                                                       const void *const w[4], ptst_dtype dtype,
-                                                      size_t ahead) {
+                                                      bool far, size_t ahead) {
+    ptrdiff_t next_w = (const char *)w[2] - (const char *)w[0];
+    ptrdiff_t other = far ? next_w : dtype == PTST_I8 ? 46 : 36;
     size_t k;
 #define PTST__X(i) __m256 p##i = _mm256_setzero_ps();
     PTST__ROWS_4(PTST__X)
 #undef PTST__X
     for (k = 0; k < K; k += PTST__BLOCK, a++) {
-        size_t at = ptst__dtype_bytes(dtype, k);
-        const char *next = (const char *)w[0] + 4 * at + ahead; /* rows follow each other */
+        size_t at = ptst__dtype_bytes(dtype, k), two = far ? k / PTST__BLOCK % 2 : 0;
+        const char *next = (const char *)w[two] + (far ? 1 : 4) * at + ahead;
         __m256i x, y;
 #define PTST__X(i)                                                                                 \
     ptst__whole32__avx2((const char *)w[i] + at, dtype, &x, &y);                                   \
@@ -20624,8 +20630,8 @@ PTST__AVX2 PTST__INLINE void ptst__dots_1_whole__avx2(float *sums, size_t K, con
         PTST__ROWS_4(PTST__X)
 #undef PTST__X
         _mm_prefetch(next, _MM_HINT_T1);
-        _mm_prefetch(next + (dtype == PTST_I8 ? 46 : 36), _MM_HINT_T1);
-        if (dtype == PTST_I8) {
+        _mm_prefetch(next + other, _MM_HINT_T1);
+        if (dtype == PTST_I8 && !far) {
             _mm_prefetch(next + 92, _MM_HINT_T1);
         }
     }
@@ -20663,8 +20669,11 @@ PTST__AVX2 PTST__INLINE void ptst__dots_whole_groups__avx2(float *sums, size_t K
                                                            ptst_dtype dtype) {
     ptst__dots d = *all;
     size_t j;
+    for (; d.groups > 0 && d.rows == 1 && !d.far; ptst__dots_next(&d), sums += 4) {
+        ptst__dots_1_whole__avx2(sums, K, d.whole[0], d.w, dtype, false, d.ahead);
+    }
     for (; d.groups > 0 && d.rows == 1; ptst__dots_next(&d), sums += 4) {
-        ptst__dots_1_whole__avx2(sums, K, d.whole[0], d.w, dtype, d.ahead);
+        ptst__dots_1_whole__avx2(sums, K, d.whole[0], d.w, dtype, true, d.ahead);
     }
     for (; d.groups > 0; ptst__dots_next(&d), sums += 16) {
         for (j = 0; j < 4; j++) {
@@ -22297,6 +22306,7 @@ static void ptst__dots_from(ptst__dots *d, const ptst__matrix *W, size_t j, size
     size_t r, rows;
     d->dtype = W->dtype;
     d->groups = 1;
+    d->far = false;
     d->step = ptst__dtype_bytes(W->dtype, 4 * W->ld);
     rows = d->step == 0 ? 4 : 4 * ptst__ceil_div(PTST__AHEAD, d->step);
     d->ahead = j + rows + 4 > many ? 0 : d->step / 4 * rows;
@@ -22322,71 +22332,115 @@ static ptst__whole *ptst__whole_row(const ptst__product *p, size_t m) {
     return (ptst__whole *)(void *)p->room + m * ptst__whole_blocks(p);
 }
 
-/* Rows j.. of w, up to `end`, times the only row of A (decoding): all full groups at once, except
-   that nothing is asked for behind the end of w. */
+/* How far the rows of w in a group lie apart, of `many` rows that a task has left: a quarter, or 1.
+   A processor sees by itself that rows are read one behind the other, and asks memory for what
+   comes next, at each of several places at the same time; not for four rows that lie on one page,
+   each a thousand bytes behind the other. Of blocks so little is read, except for one row of A and
+   I8, that it is no matter. */
+static size_t ptst__dots_apart(const ptst__product *p, size_t many) {
+    bool much = !ptst__is_block(p->B.dtype) || (p->M == 1 && p->B.dtype == PTST_I8);
+    return p->kernels->far && much && many >= 8 ? many / 4 : 1;
+}
+
+/* As many groups of such rows, from row j on. */
+static void ptst__dots_far(ptst__dots *d, const ptst__matrix *W, size_t j, size_t many,
+                           size_t apart) {
+    size_t r, line = ptst__dtype_bytes(W->dtype, W->ld), rows;
+    rows = line == 0 ? 1 : ptst__ceil_div(PTST__FAR_AHEAD, line);
+    d->dtype = W->dtype;
+    d->groups = apart;
+    d->step = line;
+    d->ahead = j + 4 * apart + rows > many ? 0 : rows * line;
+    d->far = true;
+    for (r = 0; r < 4; r++) {
+        d->w[r] = ptst__element(W->data, W->dtype, (j + r * apart) * W->ld);
+    }
+}
+
+/* Rows j.. of w, up to `end`, times the only row of A (decoding): all full groups at once, but
+   nothing is asked for behind the end of w. */
 static void ptst__dots_one(const ptst__product *p, size_t j, size_t end) {
     float sums[PTST__DOTS_COLS];
     bool whole = ptst__dots_whole(p);
-    size_t i, n;
+    size_t i, n, apart;
     ptst__dots d;
     for (; j < end; j += n) {
-        ptst__dots_from(&d, &p->B, j, p->N);
+        apart = ptst__dots_apart(p, end - j);
+        if (apart > 1) {
+            ptst__dots_far(&d, &p->B, j, p->N, apart);
+        } else {
+            ptst__dots_from(&d, &p->B, j, p->N);
+            d.groups = end - j > 4 ? (end - j) / 4 : 1;
+            if (d.ahead != 0) {
+                d.groups = ptst__min(d.groups, (p->N - j - 4 * d.ahead / d.step) / 4);
+            }
+        }
         d.a[0] = d.a[1] = d.a[2] = d.a[3] = (const float *)p->A.data;
         d.whole[0] = ptst__whole_row(p, 0);
         d.rows = 1;
-        if (end - j > 4) {
-            d.groups = (end - j) / 4;
-        }
-        if (d.ahead != 0) {
-            d.groups = ptst__min(d.groups, (p->N - j - 4 * d.ahead / d.step) / 4);
-        }
         whole ? p->kernels->dots_whole(sums, p->K, &d) : p->kernels->dots(sums, p->K, &d);
         n = ptst__min(4 * d.groups, end - j);
         for (i = 0; i < n; i++) {
-            float *y = p->Y + j + i, sum = p->alpha * sums[i];
+            float *y = p->Y + j + (apart > 1 ? i % 4 * apart + i / 4 : i);
+            float sum = p->alpha * sums[i];
             *y = p->beta == 0 ? sum : p->beta * *y + sum;
         }
     }
 }
 
-/* Task: task_cols rows of w times all rows of a. If there are few rows, a = A and w = B; if few
-   columns (task_rows = 0), a = B as F32 in room and w = A. */
+/* A group of rows of w times all rows of a; the first one is row j of w, the last one before `end`.
+   If there are few rows, a = A and w = B; if few columns (task_rows = 0), a = B as F32 in room and
+   w = A. */
+static void ptst__dots_group(const ptst__product *p, ptst__dots *d, size_t j, size_t apart,
+                             size_t end) {
+    bool turned = p->task_rows == 0, whole = !turned && ptst__dots_whole(p);
+    size_t few = turned ? p->N : p->M, i, r, q, a_ld = turned ? p->K : p->A.ld;
+    size_t many_ld = turned ? p->ldy : 1, few_ld = turned ? 1 : p->ldy;
+    const float *a_data = turned ? p->room : (const float *)p->A.data;
+    float sums[16];
+    for (i = 0; i < few; i += 4) {
+        for (r = 0; r < 4; r++) {
+            d->a[r] = a_data + ptst__min(i + r, few - 1) * a_ld;
+            d->whole[r] = whole ? ptst__whole_row(p, ptst__min(i + r, few - 1)) : NULL;
+        }
+        d->rows = few - i == 1 ? 1 : 4;
+        d->groups = 1;
+        whole ? p->kernels->dots_whole(sums, p->K, d) : p->kernels->dots(sums, p->K, d);
+        d->ahead = 0;
+        for (r = 0; r < ptst__min(4, few - i); r++) {
+            for (q = 0; q < 4 && j + q * apart < end; q++) {
+                float *y = p->Y + (j + q * apart) * many_ld + (i + r) * few_ld;
+                float sum = p->alpha * sums[4 * r + q];
+                *y = p->beta == 0 ? sum : p->beta * *y + sum;
+            }
+        }
+    }
+}
+
+/* Task: task_cols rows of w times all rows of a. */
 static void ptst__dots_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
-    bool turned = p->task_rows == 0, whole = !turned && ptst__dots_whole(p);
-    size_t few = turned ? p->N : p->M, many = turned ? p->M : p->N, i, j, r;
-    size_t end = ptst__min(many, (task + 1) * p->task_cols), a_ld = turned ? p->K : p->A.ld;
-    const float *a_data = turned ? p->room : (const float *)p->A.data;
+    bool turned = p->task_rows == 0;
     const ptst__matrix *W = turned ? &p->A : &p->B;
-    float sums[16], block[16];
+    size_t many = turned ? p->M : p->N, j = task * p->task_cols, g, ahead, apart;
+    size_t end = ptst__min(many, j + p->task_cols);
     ptst__dots d;
-    ptst__tile t;
     (void)thread;
-    t.ldy = p->ldy;
-    t.alpha = p->alpha;
-    t.beta = p->beta;
-    j = task * p->task_cols;
     if (p->M == 1 && !turned) {
         ptst__dots_one(p, j, end);
         return;
     }
-    for (; j < end; j += 4) {
-        ptst__dots_from(&d, W, j, many);
-        for (i = 0; i < few; i += 4) {
-            for (r = 0; r < 4; r++) {
-                d.a[r] = a_data + ptst__min(i + r, few - 1) * a_ld;
-                d.whole[r] = whole ? ptst__whole_row(p, ptst__min(i + r, few - 1)) : NULL;
-            }
-            d.rows = few - i == 1 ? 1 : 4;
-            whole ? p->kernels->dots_whole(sums, p->K, &d) : p->kernels->dots(sums, p->K, &d);
-            d.ahead = 0;
-            for (r = 0; r < 16; r++) {
-                block[r] = turned ? sums[r % 4 * 4 + r / 4] : sums[r];
-            }
-            t.y = turned ? p->Y + j * p->ldy + i : p->Y + i * p->ldy + j;
-            t.rows = ptst__min(4, turned ? end - j : few - i);
-            t.cols = ptst__min(4, turned ? few - i : end - j);
-            ptst__tile_put(&t, block, 4);
+    for (; j < end; j += 4 * apart) {
+        apart = turned ? 1 : ptst__dots_apart(p, end - j);
+        if (apart > 1) {
+            ptst__dots_far(&d, W, j, many, apart);
+        } else {
+            ptst__dots_from(&d, W, j, many);
+        }
+        ahead = d.ahead;
+        for (g = 0; g < apart; g++, ptst__dots_next(&d)) {
+            d.ahead = ahead;
+            ptst__dots_group(p, &d, j + g, apart, end);
         }
     }
 }
@@ -25771,13 +25825,14 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     "scalar",
     ptst__to_f32__scalar,
     ptst__from_f32__scalar,
-    4, /* tile_rows, a_width, tile_cols; unpacked; block_k, own_cols; asks_every */
+    4, /* tile_rows, a_width, tile_cols; unpacked; block_k, own_cols; asks_every; far */
     4,
     4,
     1536,
     256,
     128,
     1,
+    false,
     ptst__pack_rows__scalar,
     ptst__pack_cols__scalar,
     NULL,
@@ -25821,6 +25876,7 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     320,
     64,
     4,
+    true,
     ptst__pack_rows__avx2,
     ptst__pack_cols__avx2,
     ptst__pack_blocks__avx2,
@@ -25863,6 +25919,7 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     640,
     128,
     1,
+    false,
     ptst__pack_rows__avx512,
     ptst__pack_cols__avx512,
     ptst__pack_blocks__avx2,
@@ -25906,6 +25963,7 @@ static const struct ptst__kernels ptst__kernels_amx = {
     640,
     128,
     1,
+    false,
     ptst__pack_rows__avx512,
     ptst__pack_cols__avx512,
     ptst__pack_blocks__avx2,
@@ -25950,6 +26008,7 @@ static const struct ptst__kernels ptst__kernels_neon = {
     320,
     128,
     1,
+    false,
     ptst__pack_rows__neon,
     ptst__pack_cols__neon,
     NULL,
