@@ -19109,7 +19109,7 @@ struct ptst__kernels {
     size_t unpacked; /* rows of A are taken as they lie in memory for up to so many columns of Y */
     size_t block_k, own_cols; /* of K and of B's columns at most: so many floats stay near a core */
     size_t asks_every; /* the tile asks ahead once in so many k, if it is not told to each time */
-    bool far; /* one row of A is multiplied by four rows of w that are far apart, see ptst__far */
+    bool far; /* `dots` takes four rows of w that are far apart, see ptst__dots_apart */
     /* Panel of K rows: dst[k * width + j] = src[k * ld + j], j < cols; 0 for cols <= j < width.
        width is a_width or tile_cols. */
     void (*pack_rows)(float *dst, size_t width, const void *src, ptst_dtype dtype, size_t ld,
@@ -19764,7 +19764,7 @@ enum {
     PTST__DOTS_COLS = 256,  /* columns of Y that one task of `dots` makes at most */
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
     PTST__SHORT = 96,       /* and up to so many rows pass by one panel of B's columns at a time */
-    PTST__FEW_ROWS = 24,    /* 5 up to so many rows at most are made by `tile_dots`; */
+    PTST__FEW_ROWS = 24,    /* 5 to so many rows, if they are short, are made by `tile_dots`; */
     PTST__FEW_OWN = 32 * 1024, /* a task of these takes so many numbers of w */
     PTST__PARTS_FEW = 64,   /* up to so many rows are made by `few_parts`; of BF16 half as many */
     PTST__PARTS_M = 1024,   /* rows of A that are split into parts at once, for so much of K; */
@@ -22232,9 +22232,9 @@ static void ptst__gemm_turned(ptst_ctx *c, ptst__product *p) {
    before. While a task multiplies, its thread asks for the rows of w of the next one, which follow
    in memory. */
 
-/* Whether that is the way: with less rows w is used once; with more, or long ones, packing it
-   pays, and so does `dots` where w must be converted and rows are long. Blocks have other sums in
-   `dots`. */
+/* Whether that is the way. With fewer rows w is used only once; with more, or if rows are long,
+   packing pays, and so does `dots` where long rows of w must be converted. Blocks have other sums
+   in `dots`. */
 static bool ptst__few_rows_fit(const ptst__product *p) {
     size_t most = p->K <= 1536 ? (size_t)PTST__FEW_ROWS : 16;
     bool near = p->B.dtype == PTST_F32 ? 3 * p->K <= (size_t)PTST__OWN * PTST__BLOCK_K
