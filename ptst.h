@@ -22012,6 +22012,7 @@ typedef struct ptst__packed_part {
     const char *next;                 /* where it begins; what each of the tiles of the part asks */
     size_t tiles, share, end;         /* for (in bytes, up to `end`): a share of columns, or, of */
     size_t lines, bands, high;        /* rows, one of their cache lines in a band so high; */
+    size_t turn;                      /* columns begin here (in bytes), after the last the first; */
     size_t every, asks, step;         /* each so many k, so often, so many bytes further on */
 } ptst__packed_part;
 
@@ -22037,7 +22038,8 @@ static void ptst__packed_next(const ptst__product *p, ptst__packed_part *part, s
 /* How tiles ask for it: it is in memory, perhaps nowhere nearer, and packing would wait for each
    line. If that is enough, a tile asks only each some k, so that memory is asked all the time and
    never for much at once. Of columns that follow each other each tile asks for its share, of others
-   for one of them, of rows for one cache line of each: if it asks for each k, the first ones for
+   for one of them (if there are fewer tiles, for some blocks of K at once; then tiles take turns
+   with the columns), of rows for one cache line of each: if it asks for each k, the first ones for
    all, or else each from its band on, so that the last ones reach the last row. */
 static void ptst__packed_asks(const ptst__product *p, ptst__packed_part *part) {
     const ptst__matrix *B = &p->B;
@@ -22053,9 +22055,16 @@ static void ptst__packed_asks(const ptst__product *p, ptst__packed_part *part) {
     part->asks = part->kc / part->every;
     part->bands = part->every == 1 ? 1 : ptst__ceil_div(part->tiles, part->lines);
     part->high = ptst__ceil_div(part->kc, part->bands) * line;
-    part->step = together        ? ptst__min(64, ptst__ceil_div(all, part->tiles * part->asks))
-                 : B->transposed ? ptst__ceil_div(line, B->ld) * part->every
-                                 : line;
+    part->turn = 0;
+    part->step = line;
+    if (together) {
+        part->step = ptst__min(64, ptst__ceil_div(all, part->tiles * part->asks));
+    } else if (B->transposed) {
+        size_t times = ptst__ceil_div(part->next_cols, part->tiles), k = part->k / p->k_step;
+        part->step = ptst__ceil_div(line, B->ld) * part->every;
+        part->step *= part->step * times <= 64 ? times : 1;
+        part->turn = times > 1 ? k * part->tiles % part->next_cols * line : 0;
+    }
     part->share = together ? part->asks * part->step : B->transposed ? line : 0;
     part->end = all;
     part->next = (const char *)B->data + (B->transposed ? part->next_n : part->next_k) * line;
@@ -22066,8 +22075,10 @@ static void ptst__packed_asks(const ptst__product *p, ptst__packed_part *part) {
 
 /* What the i-th of all tiles of a part asks for. */
 static void ptst__tile_ahead(const ptst__packed_part *part, ptst__tile *t, size_t i) {
-    size_t at = i * part->share;
-    bool any = at < part->end;
+    size_t at = i * part->share + part->turn;
+    bool any;
+    at -= part->turn != 0 && at >= part->end ? part->end : 0;
+    any = at < part->end;
     if (part->share == 0) {
         size_t band = i / part->lines;
         any = any && band < part->bands;
