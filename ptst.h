@@ -22301,10 +22301,11 @@ static void ptst__few_rows_task(void *arg, size_t task, int thread) {
     }
 }
 
-/* Cuts w into tasks; how many. */
+/* Cuts w into tasks, whose rows fit into `own`, each as long as ptst__few_rows_w makes it; how
+   many. */
 static size_t ptst__few_rows_cut(ptst__product *p) {
     size_t fair = ptst__ceil_div(ptst__ceil_div(p->N, 8 * p->threads), 3) * 3;
-    size_t most = PTST__FEW_OWN / p->K / 3 * 3;
+    size_t most = PTST__FEW_OWN / (ptst__ceil_div(p->K, 16) * 16) / 3 * 3;
     p->task_cols = ptst__min(fair < 12 ? 12 : fair, most < 3 ? 3 : most);
     return ptst__ceil_div(p->N, p->task_cols);
 }

@@ -372,6 +372,7 @@ static void matmul_blocks(void) {
                                        {16, 37, 3 * PTST__BLOCK_K + 9},
                                        {PTST__DOTS - 1, 29, PTST__BLOCK_K + 11},
                                        {11, 2060, 50},
+                                       {9, 90000, 3}, /* more columns than a buffer has lines for */
                                        {6, 5, PTST__OWN * PTST__BLOCK_K / 3 + 9}, /* but too long */
                                        {2, 40, 2 * PTST__BLOCK_K + 7},
                                        {PTST__SHORT, 17, 14 * PTST__BLOCK_K + 3},
