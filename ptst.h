@@ -285,7 +285,7 @@ typedef enum ptst_log_level { PTST_LOG_INFO, PTST_LOG_WARNING } ptst_log_level;
 
 /* Options of ptst_open. */
 typedef struct ptst_desc {
-    ptst_allocator allocator; /* all NULL = malloc and free */
+    ptst_allocator allocator; /* all NULL = malloc (for large blocks posix_memalign) and free */
     int threads;              /* 0 = all cores, 1 = no worker threads */
     const char *simd;         /* NULL = best; "scalar", "avx2", "avx512", "amx", "neon" */
     /* As torch.set_float32_matmul_precision. NULL or "highest": products of matrices are as exact
@@ -1753,6 +1753,23 @@ PTST__UNUSED static void ptst__release_pages(const void *data, size_t size) {
     }
 }
 
+/* malloc, with huge pages for large blocks where the system has them on request: a page of 4 KB
+   costs a fault when it is first written (2 to 5 us in a virtual machine, often more than what is
+   then done with it), and misses of the TLB later. free releases it. */
+static void *ptst__malloc_huge(size_t size) {
+#ifdef MADV_HUGEPAGE
+    size_t page = (size_t)2 << 20;
+    void *p = NULL;
+    if (size >= page) {
+        if (posix_memalign(&p, page, size) == 0) {
+            (void)madvise(p, size / page * page, MADV_HUGEPAGE); /* more would be filled up */
+            return p;
+        }
+    }
+#endif
+    return malloc(size);
+}
+
 /* Bytes of memory that can be had without swapping, as far as the system says. */
 PTST__UNUSED static double ptst__memory_available(void) {
     double free_bytes = HUGE_VAL;
@@ -1952,7 +1969,7 @@ typedef struct ptst__block {
 
 static void *ptst__malloc(void *user, size_t size) {
     (void)user;
-    return malloc(size);
+    return ptst__malloc_huge(size);
 }
 
 static void ptst__mfree(void *user, void *pointer, size_t size) {
@@ -2008,6 +2025,10 @@ static void *ptst__calloc(ptst_ctx *c, size_t n, size_t size) {
 }
 
 static void ptst__free(ptst_ctx *c, void *p) { ptst__free_with(&c->allocator, p); }
+
+static size_t ptst__min(size_t a, size_t b) { return a < b ? a : b; }
+
+static size_t ptst__ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
 
 /* Makes room for `need` elements in a growable array: *data moves, *capacity at least doubles.
    On failure nothing changes. */
@@ -2437,34 +2458,33 @@ PTST__UNUSED static ptst_code ptst__path_join(ptst_ctx *c, ptst_text *out, const
 
 /* Appends a whole file to *out. Reads until the end, so pipes work as well. */
 static ptst_code ptst__read_file(ptst_ctx *c, const char *path, ptst_text *out) {
-    char buffer[16384];
     ssize_t n = 0;
     ptst_code code = PTST_OK;
     struct stat file;
     int fd = open(path, O_RDONLY);
+    size_t room = 16384;
     if (fd < 0) {
         return ptst__fail_errno(c, path, "open", errno);
     }
-    if (fstat(fd, &file) == 0 && S_ISREG(file.st_mode) && file.st_size > 0) { /* room at once */
+    if (fstat(fd, &file) == 0 && S_ISREG(file.st_mode) && file.st_size > 0) {
+        room = (size_t)file.st_size + 2; /* NUL, and one byte to see the end with */
+    }
+    do {
         void *data = out->data;
-        code = ptst__grow(c, &data, &out->capacity, out->size + (size_t)file.st_size + 1, 1);
+        code = ptst__grow(c, &data, &out->capacity, out->size + room, 1);
         out->data = (char *)data;
-    }
-    while (code == PTST_OK) {
-        n = read(fd, buffer, sizeof buffer);
-        if (n < 0 && errno == EINTR) {
-            continue;
+        if (code == PTST_OK) {
+            n = read(fd, out->data + out->size, out->capacity - out->size - 1);
+            if (n < 0 && errno != EINTR) {
+                code = ptst__fail_errno(c, path, "read", errno);
+            }
+            out->size += n > 0 ? (size_t)n : 0;
+            out->data[out->size] = 0;
         }
-        if (n < 0) {
-            code = ptst__fail_errno(c, path, "read", errno);
-        }
-        if (n <= 0) {
-            break;
-        }
-        code = ptst_text_append(c, out, buffer, (size_t)n);
-    }
+        room = 2;
+    } while (code == PTST_OK && n != 0);
     close(fd);
-    return code == PTST_OK ? ptst_text_append(c, out, "", 0) : code;
+    return code;
 }
 
 /* Is it written as it is: "-", a device, a pipe? */
@@ -3271,9 +3291,16 @@ static ptst_code ptst__json_fail(ptst__json_reader *r, const char *expected) {
 
 static void ptst__json_space(ptst__json_reader *r) {
     const char *s = r->j->text;
+    uint64_t word;
     for (; r->at < r->end; r->at++) {
         if (s[r->at] == '\n') {
             r->line++;
+            for (; r->end - r->at > 8; r->at += 8) { /* the next line is indented */
+                memcpy(&word, s + r->at + 1, sizeof word);
+                if (word != 0x2020202020202020u) {
+                    break;
+                }
+            }
         } else if (s[r->at] != ' ' && s[r->at] != '\t' && s[r->at] != '\r') {
             break;
         }
@@ -6849,6 +6876,7 @@ typedef struct ptst__token {
     const char *text, *shown; /* as in the file; as the decoder takes it */
     uint32_t size, shown_size;
     bool there, special, added;
+    bool made; /* by a merge */
 } ptst__token;
 
 /* Part of a merge while it is read. */
@@ -6980,6 +7008,7 @@ typedef struct ptst__tokenizer_reader {
     ptst_tokenizer *t;
     ptst_json *j;
     const char *name;
+    size_t longest; /* bytes of a token of the vocabulary */
 } ptst__tokenizer_reader;
 
 static ptst_code ptst__tok_fail(const ptst__tokenizer_reader *r, ptst_code code, const char *what,
@@ -7072,7 +7101,7 @@ static ptst_code ptst__tok_count(ptst__tokenizer_reader *r, int32_t vocab, int32
                                  size_t *bytes) {
     int32_t k, id;
     size_t size = 0;
-    for (*most = -1, *bytes = 0, k = ptst_json_first(r->j, vocab); k >= 0;
+    for (*most = -1, *bytes = r->longest = 0, k = ptst_json_first(r->j, vocab); k >= 0;
          k = ptst_json_next(r->j, k + 1)) {
         const char *s = ptst_json_string(r->j, k, &size);
         id = ptst__tok_id(r, k + 1);
@@ -7083,6 +7112,7 @@ static ptst_code ptst__tok_count(ptst__tokenizer_reader *r, int32_t vocab, int32
             return ptst__tok_fail(r, PTST_ERR_LIMIT, "a token of more than 65535 bytes", "");
         }
         *bytes += size + 1;
+        r->longest = size > r->longest ? size : r->longest;
         *most = id > *most ? id : *most;
     }
     if (*most < 0 || (size_t)*most > 16 * ptst_json_size(r->j, vocab) + 65536) {
@@ -7111,10 +7141,38 @@ static ptst_code ptst__tok_tables(ptst__tokenizer_reader *r, size_t count, size_
     return t->words == NULL ? PTST_ERR_MEMORY : PTST_OK;
 }
 
+/* A token of the vocabulary; its text is copied to *to, which moves. hash: of its text, held: what
+   was in its slot. */
+static ptst_code ptst__tok_put(ptst__tokenizer_reader *r, int32_t node, uint64_t hash,
+                               uint64_t held, char **to) {
+    ptst_tokenizer *t = r->t;
+    size_t size = 0, at = (size_t)hash & t->words_mask;
+    const char *s = ptst_json_string(r->j, node, &size);
+    int32_t id = ptst__tok_id(r, node + 1);
+    ptst__token *token = &t->tokens[id];
+    if (token->there && !ptst__token_is(token, s, size)) {
+        return ptst__tok_fail(r, PTST_ERR_FORMAT, "model.vocab: two tokens have one id", s);
+    }
+    if (held != 0 || t->words[at] != 0) {
+        at = ptst__vocab_place(t, s, size, hash);
+    }
+    t->words_count += t->words[at] == 0;
+    t->words[at] = (hash & 0xFFFFFFFF00000000u) | (uint64_t)(id + 1);
+    token->there = true;
+    token->text = token->shown = *to;
+    token->size = token->shown_size = (uint32_t)size;
+    memcpy(*to, s, size + 1); /* with its NUL */
+    *to += size + 1;
+    return PTST_OK;
+}
+
+enum { PTST__VOCAB_BATCH = 16 };
+
 static ptst_code ptst__tok_vocab(ptst__tokenizer_reader *r, int32_t vocab, int32_t added) {
     ptst_tokenizer *t = r->t;
-    size_t size = 0, bytes, at;
-    int32_t k, most;
+    size_t size = 0, bytes;
+    int32_t node[PTST__VOCAB_BATCH], k, most, i, n;
+    uint64_t hash[PTST__VOCAB_BATCH], held[PTST__VOCAB_BATCH];
     char *to = NULL;
     ptst_code code = ptst__tok_count(r, vocab, &most, &bytes);
     if (code == PTST_OK) {
@@ -7125,23 +7183,16 @@ static ptst_code ptst__tok_vocab(ptst__tokenizer_reader *r, int32_t vocab, int32
         to = (char *)ptst__arena_alloc(r->c, &t->arena, bytes, 1);
         code = to == NULL ? PTST_ERR_MEMORY : PTST_OK;
     }
-    for (k = ptst_json_first(r->j, vocab); k >= 0 && code == PTST_OK;
-         k = ptst_json_next(r->j, k + 1)) {
-        const char *s = ptst_json_string(r->j, k, &size);
-        uint64_t hash = ptst__word_hash(s, size);
-        int32_t id = ptst__tok_id(r, k + 1);
-        ptst__token *token = &t->tokens[id];
-        if (token->there && !ptst__token_is(token, s, size)) {
-            return ptst__tok_fail(r, PTST_ERR_FORMAT, "model.vocab: two tokens have one id", s);
+    for (k = ptst_json_first(r->j, vocab); k >= 0 && code == PTST_OK;) {
+        for (n = 0; k >= 0 && n < PTST__VOCAB_BATCH; k = ptst_json_next(r->j, k + 1), n++) {
+            const char *s = ptst_json_string(r->j, k, &size);
+            node[n] = k;
+            hash[n] = ptst__word_hash(s, size);
+            held[n] = t->words[hash[n] & t->words_mask]; /* these reads overlap */
         }
-        at = ptst__vocab_place(t, s, size, hash);
-        t->words_count += t->words[at] == 0;
-        t->words[at] = (hash & 0xFFFFFFFF00000000u) | (uint64_t)(id + 1);
-        token->there = true;
-        token->text = token->shown = to;
-        token->size = token->shown_size = (uint32_t)size;
-        memcpy(to, s, size + 1); /* with its NUL */
-        to += size + 1;
+        for (i = 0; i < n && code == PTST_OK; i++) {
+            code = ptst__tok_put(r, node[i], hash[i], held[i], &to);
+        }
     }
     return code;
 }
@@ -7264,8 +7315,32 @@ static uint64_t ptst__pair(int32_t left, int32_t right) {
     return ((uint64_t)(uint32_t)left << 32 | (uint32_t)right) + 1;
 }
 
+/* ---- merges ----
+   All threads look up the tokens of the merges, one thread then puts them into the table in their
+   order: of two merges of the same pair the later one counts. */
+
+/* What is found of one merge: token ids. */
+typedef struct ptst__found {
+    int32_t left, right;
+    int32_t id; /* that they make; -1: one of the three is no token */
+} ptst__found;
+
+/* Instead of left. */
+enum { PTST__MERGE_COMMENT = -2, PTST__MERGE_BAD = -3 };
+
+enum { PTST__MERGE_BATCH = 32, PTST__MERGE_TASK = 2048 };
+
+typedef struct ptst__merge_job {
+    const ptst_tokenizer *t;
+    const ptst_json *j;
+    ptst__found *found;
+    char *joined; /* room for the text of a token, for each thread */
+    size_t longest;
+} ptst__merge_job;
+
 /* The two halves of an entry of merges: "a b" (which has one blank) or ["a", "b"]. */
-static bool ptst__tok_halves(const ptst_json *j, const ptst__json_range2 *pair, ptst__half *half) {
+static bool ptst__merge_halves(const ptst_json *j, const ptst__json_range2 *pair,
+                               ptst__half *half) {
     const char *s = j->text + pair->start[0], *blank;
     half[0].s = s;
     half[0].size = pair->size[0];
@@ -7288,34 +7363,27 @@ static bool ptst__tok_halves(const ptst_json *j, const ptst__json_range2 *pair, 
     return true;
 }
 
-/* The token that two halves make, where the second loses the prefix of subwords that begin no word;
-   -1 if there is none (or no memory). last: token of the merge before; the next one is often the
-   same or the next token. */
-static int32_t ptst__tok_joined(ptst__tokenizer_reader *r, const ptst__half *half, int32_t last,
-                                ptst_text *joined) {
-    size_t skip = r->t->prefix_size < half[1].size ? r->t->prefix_size : half[1].size;
-    size_t n = half[0].size, size = n + half[1].size - skip;
-    int32_t k;
-    for (k = last; k < last + 2 && k < r->t->count; k++) {
-        const ptst__token *token = &r->t->tokens[k];
-        if (token->there && token->size == size && memcmp(token->text, half[0].s, n) == 0 &&
-            memcmp(token->text + n, half[1].s + skip, size - n) == 0) {
-            return k;
+/* The halves of n merges, at most PTST__MERGE_BATCH, or why a merge has none (then they are "").
+ */
+static void ptst__merge_read(const ptst_json *j, size_t first, int32_t n, ptst__half (*half)[2],
+                             ptst__found *found) {
+    int32_t i;
+    for (i = 0; i < n; i++) {
+        const ptst__json_range2 *pair = &j->pairs[first + (size_t)i];
+        bool comment = pair->start[1] == 0 && strncmp(j->text + pair->start[0], "#version", 8) == 0;
+        found[i].left = found[i].id = 0;
+        if (comment || !ptst__merge_halves(j, pair, half[i])) { /* the head of a merges.txt */
+            found[i].left = comment ? PTST__MERGE_COMMENT : PTST__MERGE_BAD;
+            memset(half[i], 0, sizeof half[i]);
+            half[i][0].s = half[i][1].s = "";
         }
     }
-    joined->size = 0;
-    return ptst_text_append(r->c, joined, half[0].s, n) != PTST_OK ||
-                   ptst_text_append(r->c, joined, half[1].s + skip, size - n) != PTST_OK
-               ? -1
-               : ptst__vocab_get(r->t, joined->data, size);
 }
-
-enum { PTST__MERGE_BATCH = 32 };
 
 /* The ids of the halves of n merges. They lie anywhere in tables that are larger than the caches:
    the slots of all are read before the first one is needed, so that these reads overlap. */
-static void ptst__tok_lookup(const ptst_tokenizer *t, ptst__half (*half)[2], int32_t n,
-                             int32_t (*ids)[2]) {
+static void ptst__merge_lookup(const ptst_tokenizer *t, ptst__half (*half)[2], int32_t n,
+                               int32_t (*ids)[2]) {
     int32_t i, k;
     for (i = 0; i < n; i++) {
         half[i][0].slot = t->words[half[i][0].hash & t->words_mask];
@@ -7332,72 +7400,124 @@ static void ptst__tok_lookup(const ptst_tokenizer *t, ptst__half (*half)[2], int
     }
 }
 
-/* Adds n merges, whose first one has rank `rank`. */
-static ptst_code ptst__tok_batch(ptst__tokenizer_reader *r, ptst__half (*half)[2], int32_t n,
-                                 int32_t rank, int32_t *last, ptst_text *joined) {
+/* The token that two halves make, where the second loses the prefix of subwords that begin no word;
+   -1 if there is none. last: token of the merge before; the next one is often the same or the next
+   token. joined has room for the longest token. */
+static int32_t ptst__merge_joined(const ptst__merge_job *job, const ptst__half *half, int32_t last,
+                                  char *joined) {
+    const ptst_tokenizer *t = job->t;
+    size_t skip = t->prefix_size < half[1].size ? t->prefix_size : half[1].size;
+    size_t n = half[0].size, size = n + half[1].size - skip;
+    int32_t k;
+    for (k = last; k < last + 2 && k < t->count; k++) {
+        const ptst__token *token = &t->tokens[k];
+        if (token->there && token->size == size && memcmp(token->text, half[0].s, n) == 0 &&
+            memcmp(token->text + n, half[1].s + skip, size - n) == 0) {
+            return k;
+        }
+    }
+    if (size > job->longest) {
+        return -1;
+    }
+    memcpy(joined, half[0].s, n);
+    memcpy(joined + n, half[1].s + skip, size - n);
+    return ptst__vocab_get(t, joined, size);
+}
+
+static void ptst__merge_task(void *arg, size_t task, int thread) {
+    const ptst__merge_job *job = (const ptst__merge_job *)arg;
+    ptst__half half[PTST__MERGE_BATCH][2];
+    int32_t ids[PTST__MERGE_BATCH][2], last = 0, i, n;
+    char *joined = job->joined + (size_t)thread * job->longest;
+    size_t k = task * PTST__MERGE_TASK, end = k + PTST__MERGE_TASK;
+    for (end = ptst__min(end, job->j->pairs_count); k < end; k += (size_t)n) {
+        ptst__found *found = job->found + k;
+        n = (int32_t)ptst__min(end - k, PTST__MERGE_BATCH);
+        ptst__merge_read(job->j, k, n, half, found);
+        ptst__merge_lookup(job->t, half, n, ids);
+        for (i = 0; i < n; i++) {
+            if (found[i].left >= 0) {
+                found[i].left = ids[i][0];
+                found[i].right = ids[i][1];
+                found[i].id = ids[i][0] < 0 || ids[i][1] < 0
+                                  ? -1
+                                  : ptst__merge_joined(job, half[i], last, joined);
+                last = found[i].id < 0 ? last : found[i].id;
+            }
+        }
+    }
+}
+
+static ptst_code ptst__merge_fail(ptst__tokenizer_reader *r, size_t k, const ptst__found *found) {
+    const ptst__json_range2 *pair = &r->j->pairs[k];
+    ptst__half half[2];
+    if (found->left == PTST__MERGE_BAD) {
+        return ptst__tok_fail(r, PTST_ERR_FORMAT, "model.merges: a pair was expected",
+                              r->j->text + pair->start[0]);
+    }
+    (void)ptst__merge_halves(r->j, pair, half);
+    return ptst__fail(r->c, PTST_ERR_FORMAT,
+                      "%s: model.merges: a part or the result is no token: %.100s %.100s", r->name,
+                      half[0].s, half[1].s);
+}
+
+/* Adds the n merges from number `first` on, at most PTST__MERGE_BATCH. Again the reads come
+   before what needs them. */
+static ptst_code ptst__merge_add(ptst__tokenizer_reader *r, size_t first, int32_t n,
+                                 const ptst__found *found, int32_t *rank) {
     ptst_tokenizer *t = r->t;
-    int32_t ids[PTST__MERGE_BATCH][2], i, id;
-    size_t at[PTST__MERGE_BATCH];
     uint64_t pair[PTST__MERGE_BATCH], held[PTST__MERGE_BATCH];
+    size_t at[PTST__MERGE_BATCH];
     ptst__merge *m;
-    ptst__tok_lookup(t, half, n, ids);
-    for (i = 0; i < n; i++) { /* again the reads first */
-        pair[i] = ptst__pair(ids[i][0], ids[i][1]);
+    int32_t i;
+    for (i = 0; i < n; i++) {
+        pair[i] = ptst__pair(found[i].left, found[i].right);
         at[i] = ptst__merge_place(t, pair[i]);
         held[i] = t->merges[at[i]].pair;
     }
     for (i = 0; i < n; i++) {
-        r->c->code = PTST_OK;
-        id = ids[i][0] < 0 || ids[i][1] < 0 ? -1 : ptst__tok_joined(r, half[i], *last, joined);
-        if (id < 0) {
-            return r->c->code == PTST_ERR_MEMORY
-                       ? PTST_ERR_MEMORY
-                       : ptst__fail(r->c, PTST_ERR_FORMAT,
-                                    "%s: model.merges: a part or the result is no token: "
-                                    "%.100s %.100s", r->name, half[i][0].s, half[i][1].s);
+        if (found[i].left == PTST__MERGE_COMMENT) {
+            continue;
         }
-        *last = id;
+        if (found[i].left < 0 || found[i].id < 0) {
+            return ptst__merge_fail(r, first + (size_t)i, &found[i]);
+        }
         m = held[i] == 0 && t->merges[at[i]].pair == 0 ? &t->merges[at[i]]
                                                        : ptst__merge_slot(t, pair[i]);
         m->pair = pair[i];
-        m->rank = rank + i;
-        m->id = id;
+        m->rank = (*rank)++;
+        m->id = found[i].id;
+        t->tokens[m->id].made = true;
     }
     return PTST_OK;
 }
 
 static ptst_code ptst__tok_merges(ptst__tokenizer_reader *r) {
-    ptst__half half[PTST__MERGE_BATCH][2];
-    ptst_text joined = {NULL, 0, 0};
+    ptst__merge_job job;
     ptst_code code = PTST_OK;
     size_t capacity = 16, n = r->j->pairs_count, k;
-    int32_t rank = 0, last = 0, waits = 0;
+    int32_t rank = 0;
     while (capacity < n + n / 2 + 2) {
         capacity *= 2;
     }
+    job.t = r->t;
+    job.j = r->j;
+    job.longest = r->longest;
+    job.found = (ptst__found *)ptst__alloc(r->c, n + 1, sizeof *job.found);
+    job.joined = (char *)ptst__alloc(r->c, (size_t)r->c->threads, r->longest);
     r->t->merges = (ptst__merge *)ptst__calloc(r->c, capacity, sizeof *r->t->merges);
-    if (r->t->merges == NULL) {
-        return PTST_ERR_MEMORY;
-    }
     r->t->merges_capacity = capacity;
-    for (k = 0; k < n && code == PTST_OK; k++) {
-        const ptst__json_range2 *pair = &r->j->pairs[k];
-        const char *s = r->j->text + pair->start[0];
-        if (pair->start[1] == 0 && strncmp(s, "#version", 8) == 0) {
-            continue; /* the first line of a merges.txt */
-        }
-        if (!ptst__tok_halves(r->j, pair, half[waits])) {
-            code = ptst__tok_fail(r, PTST_ERR_FORMAT, "model.merges: a pair was expected", s);
-        } else if (++waits == PTST__MERGE_BATCH) {
-            code = ptst__tok_batch(r, half, waits, rank, &last, &joined);
-            rank += waits;
-            waits = 0;
-        }
+    if (job.found == NULL || job.joined == NULL || r->t->merges == NULL) {
+        code = PTST_ERR_MEMORY;
+    } else {
+        ptst__parallel_for(r->c, ptst__ceil_div(n, PTST__MERGE_TASK), ptst__merge_task, &job);
     }
-    if (code == PTST_OK) {
-        code = ptst__tok_batch(r, half, waits, rank, &last, &joined);
+    for (k = 0; k < n && code == PTST_OK; k += PTST__MERGE_BATCH) {
+        int32_t some = (int32_t)ptst__min(n - k, PTST__MERGE_BATCH);
+        code = ptst__merge_add(r, k, some, job.found + k, &rank);
     }
-    ptst_text_free(r->c, &joined);
+    ptst__free(r->c, job.found);
+    ptst__free(r->c, job.joined);
     return code;
 }
 
@@ -7417,10 +7537,10 @@ static void ptst__tok_apart(ptst_tokenizer *t) {
             t->joined[x][y / 32] |= (uint32_t)!both << (y % 32);
         }
     }
-    for (i = 0; !never && i < t->merges_capacity; i++) {
-        const ptst__token *token = &t->tokens[t->merges[i].pair == 0 ? 0 : t->merges[i].id];
+    for (i = 0; !never && i < (size_t)t->count; i++) {
+        const ptst__token *token = &t->tokens[i];
         const unsigned char *s = (const unsigned char *)token->text;
-        for (k = 1; t->merges[i].pair != 0 && k < token->size; k++) {
+        for (k = 1; token->made && k < token->size; k++) {
             if ((s[k - 1] | s[k]) < 0x80) {
                 t->joined[s[k - 1]][s[k] / 32] |= 1u << (s[k] % 32);
             } else if (s[k] == 0xE2 && memcmp(s + k, "\xE2\x96\x81", 3) == 0) {
@@ -19795,9 +19915,6 @@ typedef struct ptst__whole {
     int32_t low;
 } ptst__whole;
 
-static size_t ptst__min(size_t a, size_t b) { return a < b ? a : b; }
-
-static size_t ptst__ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
 
 /* Adds a block of sums (row stride ld) to Y as the tile says. */
 static void ptst__tile_put(const ptst__tile *t, const float *sums, size_t ld) {

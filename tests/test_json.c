@@ -34,6 +34,25 @@ static void json_walk(void) {
     ptst_close(c);
 }
 
+/* Lines are counted over indentation of any width, also where the text ends in it. */
+static void json_indents(void) {
+    ptst_ctx *c = test_open(1, NULL);
+    int k;
+    for (k = 0; k < 70; k++) {
+        char text[400];
+        int n = snprintf(text, sizeof text, "[\n%*s\n%*s1\n%*s,\r\n%*s\t2]\n%*s", k, "", k, "", k,
+                         "", k, "", k, "");
+        ptst_json *j = ptst_json_parse(c, text, (size_t)n, "indents");
+        CHECK(j != NULL && ptst_json_size(j, 0) == 2);
+        CHECK(ptst_json_line(j, 1) == 3 && ptst_json_line(j, 2) == 5);
+        ptst_json_free(c, j);
+        n = snprintf(text, sizeof text, "[1,\n%*s", k, "");
+        CHECK(ptst_json_parse(c, text, (size_t)n, "cut") == NULL);
+        CHECK(strncmp(ptst_error_text(c), "cut: line 2:", 12) == 0);
+    }
+    ptst_close(c);
+}
+
 static void json_refuses(void) {
     static const char *const bad[] = {
         "",          "{",        "[1,]",      "{\"a\":1,}", "[1 2]",      "{\"a\" 1}", "{a:1}",
@@ -88,6 +107,7 @@ static void json_out_of_memory(void) { test_memory_sweep(json_work, NULL); }
 
 static void suite_json(void) {
     RUN(json_walk);
+    RUN(json_indents);
     RUN(json_refuses);
     RUN(json_quotes);
     RUN(json_out_of_memory);

@@ -417,6 +417,129 @@ static void tok_merge_spellings(void) {
     tok_check_ids(json, "abc d", "4 ");
 }
 
+/* ---- many merges: several tasks ----
+   All texts of one to three letters. Merges: all pairs, the triples (a pair and a letter) in an
+   order of their own with a comment among them, and once more the pair "a b", which counts. */
+
+enum { TOK_PAIRS = 26 * 26, TOK_TRIPLES = 26 * 26 * 26 };
+
+static int tok_triple_place(int i) { /* of a triple among the triples */
+    return i * 7919 % TOK_TRIPLES;
+}
+
+static void tok_triple_text(char *to, int i, const char *between) {
+    snprintf(to, 16, "%c%c%s%c", 'a' + i / 676, 'a' + i / 26 % 26, between, 'a' + i % 26);
+}
+
+/* bad: the merges at this place and later ones are wrong; -1 = none. */
+static char *tok_many_json(int bad) {
+    char *json = (char *)malloc(1 << 20), *to = json, text[16];
+    int *order = (int *)malloc(TOK_TRIPLES * sizeof *order), i;
+    to += sprintf(to, "{\"model\":{\"type\":\"BPE\",\"vocab\":{");
+    for (i = 0; i < 26; i++) {
+        to += sprintf(to, "\"%c\":%d,", 'a' + i, i);
+    }
+    for (i = 0; i < TOK_PAIRS; i++) {
+        to += sprintf(to, "\"%c%c\":%d,\n", 'a' + i / 26, 'a' + i % 26, 26 + i);
+    }
+    for (i = 0; i < TOK_TRIPLES; i++) {
+        order[tok_triple_place(i)] = i;
+        tok_triple_text(text, i, "");
+        to += sprintf(to, "%s\n         \"%s\":%d", i == 0 ? "" : ",", text, 26 + TOK_PAIRS + i);
+    }
+    to += sprintf(to, "},\"merges\":[");
+    for (i = 0; i < TOK_PAIRS; i++) {
+        to += sprintf(to, "\"%c %c\",", 'a' + i / 26, 'a' + i % 26);
+    }
+    for (i = 0; i < TOK_TRIPLES; i++) {
+        tok_triple_text(text, order[i], bad == i ? "!" : bad >= 0 && i > bad ? "" : " ");
+        to += sprintf(to, "\"%s\",%s", text, i == 5000 ? "\"#version: 0.2\"," : "");
+    }
+    sprintf(to, "\"a b\"]}}");
+    free(order);
+    return json;
+}
+
+/* Rank of the merge of two texts of one or two letters and of one letter; -1 = no merge. */
+static int tok_many_rank(const char *a, size_t n, const char *b, size_t m) {
+    if (n > 2 || m != 1) {
+        return -1;
+    }
+    if (n == 1) {
+        return a[0] == 'a' && b[0] == 'b' ? TOK_PAIRS + TOK_TRIPLES : (a[0] - 'a') * 26 + b[0] - 'a';
+    }
+    return TOK_PAIRS +
+           tok_triple_place((a[0] - 'a') * 676 + (a[1] - 'a') * 26 + b[0] - 'a');
+}
+
+/* BPE as it is defined: again and again the first one of the merges of lowest rank. */
+static size_t tok_many_encode(const char *s, size_t n, int32_t *ids) {
+    size_t size[64], count = n, i, at, best;
+    for (i = 0; i < n; i++) {
+        size[i] = 1;
+    }
+    for (;;) {
+        int rank, least = -1;
+        for (i = at = best = 0; i + 1 < count; at += size[i], i++) {
+            rank = tok_many_rank(s + at, size[i], s + at + size[i], size[i + 1]);
+            if (rank >= 0 && (least < 0 || rank < least)) {
+                least = rank;
+                best = i;
+            }
+        }
+        if (least < 0) {
+            break;
+        }
+        size[best] += size[best + 1];
+        memmove(size + best + 1, size + best + 2, (count - best - 2) * sizeof *size);
+        count--;
+    }
+    for (i = at = 0; i < count; at += size[i], i++) {
+        const char *t = s + at;
+        ids[i] = size[i] == 1   ? t[0] - 'a'
+                 : size[i] == 2 ? 26 + (t[0] - 'a') * 26 + t[1] - 'a'
+                                : 26 + TOK_PAIRS + (t[0] - 'a') * 676 + (t[1] - 'a') * 26 + t[2] - 'a';
+    }
+    return count;
+}
+
+static void tok_many_merges(void) {
+    int threads, round;
+    for (threads = 1; threads <= 3; threads += 2) {
+        ptst_ctx *c = test_open(threads, NULL);
+        char *json = tok_many_json(-1), *wrong = tok_many_json(9000), says[16];
+        ptst_tokenizer *t = ptst_tokenizer_parse(c, json, strlen(json), "t.json");
+        ptst_ids ids = {NULL, 0, 0};
+        uint32_t random = 1;
+        int i;
+        CHECK(t != NULL);
+        for (round = 0; round < 200 && t != NULL; round++) {
+            char text[64];
+            int32_t expected[64];
+            size_t n = 1 + (size_t)round % 60, k;
+            for (k = 0; k < n; k++) {
+                random = random * 1664525u + 1013904223u;
+                text[k] = (char)('a' + (random >> 16) % (round % 3 == 0 ? 3 : 26));
+            }
+            ids.count = 0;
+            CHECK(ptst_encode(c, t, text, n, 0, &ids) == PTST_OK);
+            k = tok_many_encode(text, n, expected);
+            CHECK(ids.count == k && memcmp(ids.data, expected, k * sizeof *expected) == 0);
+        }
+        CHECK(ptst_tokenizer_parse(c, wrong, strlen(wrong), "t.json") == NULL);
+        for (i = 0; tok_triple_place(i) != 9000; i++) {
+        }
+        tok_triple_text(says, i, "!"); /* the first one that is wrong, as it stands there */
+        CHECK(strstr(ptst_error_text(c), "a pair was expected") != NULL);
+        CHECK(strstr(ptst_error_text(c), says) != NULL);
+        ptst_ids_free(c, &ids);
+        ptst_tokenizer_free(c, t);
+        ptst_close(c);
+        free(json);
+        free(wrong);
+    }
+}
+
 /* ---- files that are wrong ---- */
 
 
@@ -602,6 +725,7 @@ static void suite_tokenizer(void) {
     RUN(tok_digits);
     RUN(tok_added_ids);
     RUN(tok_merge_spellings);
+    RUN(tok_many_merges);
     RUN(tok_idle_split);
     RUN(tok_marks);
     RUN(tok_lookup);
