@@ -20401,13 +20401,14 @@ PTST__AVX2 PTST__INLINE __m128 ptst__sum4__avx2(__m256 s0, __m256 s1, __m256 s2,
     return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 }
 
-/* y = beta y + alpha sum for 4 x 3 sums, of which p, q and r are columns. */
+/* y = beta y + alpha sum for 4 x 3 sums, of which p, q and r are columns; if not four, the last row
+   is left out. */
 PTST__AVX2 PTST__INLINE void ptst__put_4x3__avx2(float *y, size_t ldy, __m128 p, __m128 q, __m128 r,
-                                                 float alpha, float beta) {
+                                                 float alpha, float beta, bool four) {
     __m128 a = _mm_set1_ps(alpha), b = _mm_set1_ps(beta), zero = _mm_setzero_ps();
     __m128 upper = _mm_mul_ps(a, _mm_unpacklo_ps(p, q));
     __m128 lower = _mm_mul_ps(a, _mm_unpackhi_ps(p, q));
-    float *y0 = y, *y1 = y0 + ldy, *y2 = y1 + ldy, *y3 = y2 + ldy;
+    float *y0 = y, *y1 = y0 + ldy, *y2 = y1 + ldy, *y3 = y2 + (four ? ldy : 0);
     r = _mm_mul_ps(a, r);
     if (beta != 0) {
         __m128 first = _mm_loadl_pi(zero, (const __m64 *)(const void *)y0);
@@ -20421,22 +20422,25 @@ PTST__AVX2 PTST__INLINE void ptst__put_4x3__avx2(float *y, size_t ldy, __m128 p,
     _mm_storel_pi((__m64 *)(void *)y0, upper);
     _mm_storeh_pi((__m64 *)(void *)y1, upper);
     _mm_storel_pi((__m64 *)(void *)y2, lower);
-    _mm_storeh_pi((__m64 *)(void *)y3, lower);
+    if (four) {
+        _mm_storeh_pi((__m64 *)(void *)y3, lower);
+        _mm_store_ss(y3 + 2, _mm_shuffle_ps(r, r, 3));
+    }
     _mm_store_ss(y0 + 2, r);
     _mm_store_ss(y1 + 2, _mm_shuffle_ps(r, r, 1));
     _mm_store_ss(y2 + 2, _mm_shuffle_ps(r, r, 2));
-    _mm_store_ss(y3 + 2, _mm_shuffle_ps(r, r, 3));
 }
 
-/* Up to 4 rows of A and 3 of w, 8 lanes per sum. Rows that are too many are others once more. */
-PTST__AVX2 static void ptst__tile_dots__avx2(size_t K, const ptst__tile *t) {
+/* Up to `count` rows of A, 3 or 4, and 3 of w, 8 lanes per sum. Rows that are too many are others
+   once more. */
+PTST__AVX2 PTST__INLINE void ptst__tile_dots_rows__avx2(size_t K, const ptst__tile *t, int count) {
     size_t k = 0, ld = t->a_ld, step = t->ahead_step, second = step > 64 ? 64 : 0;
     const float *a0 = t->a, *a1 = a0 + (t->rows < 2 ? 0 : ld), *a2 = a1 + (t->rows < 3 ? 0 : ld);
-    const float *a3 = a2 + (t->rows < 4 ? 0 : ld);
+    const float *a3 = a2 + (count < 4 ? 0 : ld);
     const float *w0 = t->b, *w1 = w0 + (t->cols < 2 ? 0 : t->b_step);
     const float *w2 = w1 + (t->cols < 3 ? 0 : t->b_step);
     const char *ahead = t->ahead;
-    bool whole = t->rows == 4 && t->cols == 3;
+    bool whole = t->rows == (size_t)count && t->cols == 3;
     float rest[8], edge[4 * 3];
     __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), mask;
 #define PTST__X(i)                                                                                 \
@@ -20444,10 +20448,12 @@ PTST__AVX2 static void ptst__tile_dots__avx2(size_t K, const ptst__tile *t) {
     PTST__ROWS_4(PTST__X)
 #undef PTST__X
 #define PTST__X(i)                                                                                 \
-    ai = PTST__GET(a##i + k);                                                                      \
-    PTST__FMA(p##i, ai, x0);                                                                       \
-    PTST__FMA(q##i, ai, x1);                                                                       \
-    PTST__FMA_AT(r##i, ai, x2);
+    if (i < count) {                                                                               \
+        ai = PTST__GET(a##i + k);                                                                  \
+        PTST__FMA(p##i, ai, x0);                                                                   \
+        PTST__FMA(q##i, ai, x1);                                                                   \
+        PTST__FMA_AT(r##i, ai, x2);                                                                \
+    }
 #define PTST__STEP(third)                                                                          \
     {                                                                                              \
         __m256 x0 = PTST__GET(w0 + k), x1 = PTST__GET(w1 + k), ai;                                 \
@@ -20477,9 +20483,17 @@ PTST__AVX2 static void ptst__tile_dots__avx2(size_t K, const ptst__tile *t) {
 #undef PTST__X
     ptst__put_4x3__avx2(whole ? t->y : edge, whole ? t->ldy : 3, ptst__sum4__avx2(p0, p1, p2, p3),
                         ptst__sum4__avx2(q0, q1, q2, q3), ptst__sum4__avx2(r0, r1, r2, r3),
-                        whole ? t->alpha : 1, whole ? t->beta : 0);
+                        whole ? t->alpha : 1, whole ? t->beta : 0, count == 4);
     if (!whole) {
         ptst__tile_put(t, edge, 3);
+    }
+}
+
+PTST__AVX2 static void ptst__tile_dots__avx2(size_t K, const ptst__tile *t) {
+    if (t->rows == 4) {
+        ptst__tile_dots_rows__avx2(K, t, 4);
+    } else {
+        ptst__tile_dots_rows__avx2(K, t, 3);
     }
 }
 
@@ -22405,8 +22419,9 @@ static void ptst__few_rows_task(void *arg, size_t task, int thread) {
         kc = p->M <= PTST__DOTS ? p->K : ptst__min(p->k_step, p->K - k);
         w = ptst__few_rows_w(p, own, first, end, k, kc, &t.b_step);
         t.beta = k == 0 ? p->beta : 1;
-        for (m = 0; m < p->M; m += 4) {
-            t.rows = ptst__min(4, p->M - m);
+        for (m = 0; m < p->M; m += t.rows) {
+            size_t left = p->M - m; /* in tiles of 4 and 3 rows, none of which has fewer */
+            t.rows = ptst__min(left % 4 == 0 || left > 9 ? 4 : 3, left);
             t.a = (const float *)p->A.data + m * p->A.ld + k;
             for (n = first; n < end; n += 3, t.ahead += kc / 16 * t.ahead_step) {
                 t.cols = ptst__min(3, end - n);
