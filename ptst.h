@@ -6839,9 +6839,10 @@ static size_t ptst__regex_search(const ptst__regex *x, const char *s, size_t siz
 /* >>tokenizer ===================================================================================
    tokenizer.json to ids and back, with the results of Hugging Face tokenizers. Text goes through
    added tokens, normalizer, pre-tokenizer, byte-pair merges and post-processor; ids go back through
-   the decoder. Owns all tables; relies on >>json, >>unicode and >>regex. Afterwards a tokenizer is
-   constant: encoding keeps its working memory to itself. Tested by tests/test_tokenizer.c against
-   ids that Hugging Face tokenizers gave, and by tools/tokenizer_fuzz.py on random text. */
+   the decoder. Owns all tables; relies on >>threads, >>json, >>unicode and >>regex. Afterwards a
+   tokenizer is constant: encoding keeps its working memory to itself. Tested by
+   tests/test_tokenizer.c against ids that Hugging Face tokenizers gave, and by
+   tools/tokenizer_fuzz.py on random text. */
 
 enum { PTST__STEPS_MAX = 16, PTST__AROUND_MAX = 8 };
 
@@ -7371,7 +7372,7 @@ static void ptst__merge_read(const ptst_json *j, size_t first, int32_t n, ptst__
     for (i = 0; i < n; i++) {
         const ptst__json_range2 *pair = &j->pairs[first + (size_t)i];
         bool comment = pair->start[1] == 0 && strncmp(j->text + pair->start[0], "#version", 8) == 0;
-        found[i].left = found[i].id = 0;
+        found[i].left = found[i].right = found[i].id = 0;
         if (comment || !ptst__merge_halves(j, pair, half[i])) { /* the head of a merges.txt */
             found[i].left = comment ? PTST__MERGE_COMMENT : PTST__MERGE_BAD;
             memset(half[i], 0, sizeof half[i]);
