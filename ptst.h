@@ -1540,8 +1540,8 @@ PTST_API ptst_code ptst_report_write(ptst_ctx *c, const char *folder);
 
 /* >>platform ====================================================================================
    What differs between compilers, processors and operating systems: attributes, CPU features,
-   files, memory mapping, the clock. Relies on POSIX.1-2008. Afterwards no other section mentions
-   a system call. Tested by tests/test_core.c. */
+   files, memory and its mapping, the clock. Relies on POSIX.1-2008. Afterwards no other section
+   mentions a system call. Tested by tests/test_core.c. */
 
 #include <errno.h>
 #include <fcntl.h>
@@ -1754,8 +1754,8 @@ PTST__UNUSED static void ptst__release_pages(const void *data, size_t size) {
 }
 
 /* malloc, with huge pages for large blocks where the system has them on request: a page of 4 KB
-   costs a fault when it is first written (2 to 5 us in a virtual machine, often more than what is
-   then done with it), and misses of the TLB later. free releases it. */
+   costs a fault when it is first written (up to 5 us in a virtual machine, tools/SPEED.md), often
+   more than what is then done with it, and misses of the TLB later. free releases it. */
 static void *ptst__malloc_huge(size_t size) {
 #ifdef MADV_HUGEPAGE
     size_t page = (size_t)2 << 20;
@@ -1863,7 +1863,7 @@ static void ptst__sync_folder_of(const char *path) {
 /* >>core ========================================================================================
    The context and what everything is built from: errors, allocation, checked arithmetic, arenas,
    growable text and ids, a hash map, reading and atomically writing whole files. Relies on
-   >>platform. Afterwards no other section calls malloc, free or fopen. Tested by
+   >>platform. Afterwards no later section calls malloc, free or fopen. Tested by
    tests/test_core.c. */
 
 typedef struct ptst__pool ptst__pool;
@@ -7156,6 +7156,9 @@ static ptst_code ptst__tok_put(ptst__tokenizer_reader *r, int32_t node, uint64_t
     }
     if (held != 0 || t->words[at] != 0) {
         at = ptst__vocab_place(t, s, size, hash);
+    }
+    if (t->words[at] != 0) { /* a text that comes again: only its last id counts */
+        t->tokens[(t->words[at] & 0xFFFFFFFFu) - 1].there = false;
     }
     t->words_count += t->words[at] == 0;
     t->words[at] = (hash & 0xFFFFFFFF00000000u) | (uint64_t)(id + 1);
@@ -19916,7 +19919,6 @@ typedef struct ptst__whole {
     int32_t low;
 } ptst__whole;
 
-
 /* Adds a block of sums (row stride ld) to Y as the tile says. */
 static void ptst__tile_put(const ptst__tile *t, const float *sums, size_t ld) {
     size_t i, j;
@@ -22370,8 +22372,8 @@ static void ptst__gemm_turned(ptst_ctx *c, ptst__product *p) {
 }
 
 /* ---- products of few rows ----
-   Scalar products of rows as `dots` makes them, but of four rows of A with three of w, and so that
-   both are near: the columns of a task, and of K a block. Numbers that are not F32 become so
+   Scalar products of rows as `dots` makes them, but of 4 or 3 rows of A with three of w, and so
+   that both are near: the columns of a task, and of K a block. Numbers that are not F32 become so
    before. While a task multiplies, its thread asks for the rows of w of the next one, which follow
    in memory. */
 
@@ -22421,7 +22423,7 @@ static void ptst__few_rows_task(void *arg, size_t task, int thread) {
         w = ptst__few_rows_w(p, own, first, end, k, kc, &t.b_step);
         t.beta = k == 0 ? p->beta : 1;
         for (m = 0; m < p->M; m += t.rows) {
-            size_t left = p->M - m; /* in tiles of 4 and 3 rows, none of which has fewer */
+            size_t left = p->M - m; /* in tiles of 4 and 3 rows (5 rows: 3 and 2) */
             t.rows = ptst__min(left % 4 == 0 || left > 9 ? 4 : 3, left);
             t.a = (const float *)p->A.data + m * p->A.ld + k;
             for (n = first; n < end; n += 3, t.ahead += kc / 16 * t.ahead_step) {

@@ -415,6 +415,9 @@ static void tok_merge_spellings(void) {
     snprintf(json, sizeof json, "%s[[\"a\",\"b\"],[\"c\",\" \"],[\"c \",\"d\"],[\"ab\",\"c d\"]]}}",
              vocab); /* blanks inside tokens */
     tok_check_ids(json, "abc d", "4 ");
+    tok_check_ids("{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"c\":2,\"bc\":3,\"ab\":4,"
+                  "\"ab\":5},\"merges\":[\"b c\",\"a b\"]}}",
+                  "abbc", "5 3 "); /* of two equal keys the last one counts */
 }
 
 /* ---- many merges: several tasks ----

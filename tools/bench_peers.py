@@ -576,8 +576,8 @@ def part_tokenizers(o):
 
 
 def read_again(folder):
-    """Files just written lie in the page cache page by page, and map ten times slower than after
-    they were read, in the larger pieces in which a system reads ahead."""
+    """Drops files from the page cache and reads them: those just written by a peer were measured
+    to map ten times slower (ext4, Linux 6.18), which is not what a user's model does."""
     if not hasattr(os, "posix_fadvise"):
         return
     for name in os.listdir(folder):
