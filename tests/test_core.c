@@ -1,5 +1,6 @@
 /* Tests of >>platform, >>core, >>threads and >>random. */
 #include "test.h"
+#include <sys/wait.h>
 
 static void core_errors(void) {
     ptst_ctx *c = test_open(1, NULL);
@@ -319,6 +320,42 @@ static void core_sha256(void) {
     CHECK_TEXT(text, "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
 }
 
+/* A pipe gives less than what is asked for, and has no size; what comes is appended. */
+static void core_read_pipe(void) {
+    char folder[] = "/tmp/ptst_test_XXXXXX", path[64];
+    ptst_ctx *c = test_open(1, NULL);
+    ptst_text text = {NULL, 0, 0};
+    size_t i, bad = 0, size = 300000;
+    int status = 1;
+    pid_t child;
+    CHECK(mkdtemp(folder) != NULL);
+    snprintf(path, sizeof path, "%s/pipe", folder);
+    CHECK(mkfifo(path, 0600) == 0);
+    child = fork();
+    if (child == 0) { /* writes in pieces of 1000 bytes */
+        char bytes[1000];
+        int fd = open(path, O_WRONLY);
+        for (i = 0; i < size; i++) {
+            bytes[i % 1000] = (char)(i % 251);
+            if (i % 1000 == 999 && write(fd, bytes, 1000) != 1000) {
+                _exit(1);
+            }
+        }
+        _exit(0);
+    }
+    CHECK(ptst_text_append(c, &text, "head", 4) == PTST_OK);
+    CHECK(child > 0 && ptst__read_file(c, path, &text) == PTST_OK);
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+    CHECK(text.size == 4 + size && memcmp(text.data, "head", 4) == 0 && text.data[text.size] == 0);
+    for (i = 0; i + 4 < text.size; i++) {
+        bad += text.data[4 + i] != (char)(i % 251);
+    }
+    CHECK(bad == 0);
+    ptst_text_free(c, &text);
+    CHECK(unlink(path) == 0 && rmdir(folder) == 0);
+    ptst_close(c);
+}
+
 static void core_append_and_finite(void) {
     char folder[] = "/tmp/ptst_test_XXXXXX", path[64];
     ptst_ctx *c = test_open(1, NULL);
@@ -376,6 +413,7 @@ static void suite_core(void) {
     RUN(core_numbers);
     RUN(core_atomic_file);
     RUN(core_sha256);
+    RUN(core_read_pipe);
     RUN(core_append_and_finite);
     RUN(threads_each_task_once);
     RUN(threads_in_order);
