@@ -20324,7 +20324,7 @@ typedef struct ptst__eight {
             : "x"(x), "m"(*(const ptst__eight *)(const void *)(from)))
 
 /* As __scalar, up to 6 x 16 sums in 12 registers, FMA; `count` and `packed` are constants. Four k
-   at a time and a pointer for each row of A: where another thread uses the same core, each
+   at a time and a pointer for three rows of A: where another thread uses the same core, each
    instruction that is no FMA or load costs speed. Only a packed B (b_step = 16) may have
    ahead_every = 4. */
 PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t, size_t count,
@@ -20332,9 +20332,9 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     float edge[6 * 16];
     bool whole = t->rows == count && t->cols == 16;
     float *y = whole ? t->y : edge;
-    size_t ld = packed ? 0 : t->a_ld, step = packed ? 8 : 1, b_step = t->b_step;
-    const float *a0 = t->a, *a1 = a0 + ld, *a2 = a1 + ld, *a3 = a2 + ld, *a4 = a3 + ld;
-    const float *a5 = a4 + ld, *b = t->b;
+    size_t ld = packed ? 1 : t->a_ld, step = packed ? 8 : 1, b_step = t->b_step;
+    size_t fours = t->ahead_every == 4 ? K / 4 : 0;
+    const float *a0 = t->a, *a3 = a0 + 3 * ld, *b = t->b, *b_end = b + 64 * fours;
     const char *ahead = t->ahead;
     size_t ldy = whole ? t->ldy : 16, ahead_step = t->ahead_step;
     float alpha = whole ? t->alpha : 1, beta = whole ? t->beta : 0;
@@ -20349,7 +20349,7 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
 #undef PTST__X
 #define PTST__X(i)                                                                                 \
     if (i < count) {                                                                               \
-        ai = _mm256_broadcast_ss((packed ? a0 + i : a##i) + at);                                   \
+        ai = _mm256_broadcast_ss((packed || i < 3 ? a0 : a3) + (packed ? i : i % 3 * ld) + at);    \
         PTST__FMA(p##i, ai, b0);                                                                   \
         PTST__FMA(q##i, ai, b1);                                                                   \
     }
@@ -20359,10 +20359,10 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
         const size_t at = u * step;                                                                \
         PTST__ROWS_6(PTST__X)                                                                      \
     }
-#define PTST__NEXT(n, row)                                                                         \
-    b += n * (row), a0 += n * step, a1 += n * step, a2 += n * step, a3 += n * step,                \
-        a4 += n * step, a5 += n * step
-    for (; t->ahead_every == 4 && K >= 4; K -= 4, ahead += ahead_step) {
+#define PTST__NEXT(n, row) b += n * (row), a0 += n * step, a3 += n * step
+    K -= 4 * fours;
+    for (; b != b_end; ahead += ahead_step) {
+        __asm__("" : "+r"(ld)); /* unknown: or else a pointer for each row comes back */
         _mm_prefetch(ahead, _MM_HINT_T1);
         PTST__STEP(0)
         PTST__STEP(1)
@@ -22178,9 +22178,14 @@ static void ptst__packed_next(const ptst__product *p, ptst__packed_part *part, s
 static void ptst__packed_asks(const ptst__product *p, ptst__packed_part *part) {
     const ptst__matrix *B = &p->B;
     size_t line = ptst__dtype_bytes(B->dtype, B->ld), all = part->next_cols * line, lines;
-    size_t row = ptst__dtype_bytes(B->dtype, part->next_cols);
+    size_t row = ptst__dtype_bytes(B->dtype, part->next_cols), first;
     bool together = B->transposed && B->ld == part->kc;
-    part->lines = row == 0 ? 1 : ptst__ceil_div(row, 64); /* blocks may be longer */
+    part->next = (const char *)B->data + (B->transposed ? part->next_n : part->next_k) * line;
+    if (!together) {
+        part->next += ptst__dtype_bytes(B->dtype, B->transposed ? part->next_k : part->next_n);
+    }
+    first = line % 64 == 0 ? (uintptr_t)part->next % 64 : 63; /* where a row begins in a line */
+    part->lines = row == 0 ? 1 : ptst__ceil_div(first + row, 64); /* blocks may be longer */
     lines = !B->transposed ? part->lines * part->kc : together ? all / 64 : 0;
     part->every = p->kernels->asks_every;
     if (part->direct || part->tiles * (part->kc / part->every) <= lines) {
@@ -22201,10 +22206,6 @@ static void ptst__packed_asks(const ptst__product *p, ptst__packed_part *part) {
     }
     part->share = together ? part->asks * part->step : B->transposed ? line : 0;
     part->end = all;
-    part->next = (const char *)B->data + (B->transposed ? part->next_n : part->next_k) * line;
-    if (!together) {
-        part->next += ptst__dtype_bytes(B->dtype, B->transposed ? part->next_k : part->next_n);
-    }
 }
 
 /* What the i-th of all tiles of a part asks for. */
@@ -24392,10 +24393,11 @@ PTST__UNUSED static void ptst__softmax_tile_backward__scalar(size_t J, size_t R,
    has n lanes. R, V and n >= 8 are constants where this is used, so the sums are registers. */
 PTST__AVX2 PTST__INLINE void ptst__multiply_part__avx2(const ptst__patch *t, size_t i0, size_t j0,
                                                        size_t R, size_t V, size_t n) {
-    const float *A = t->A + i0 * t->a_row, *B = t->B + j0;
+    size_t k = ptst__patch_begin(t, PTST__CUT_LEFT, i0), end = ptst__patch_end(t, i0, R);
+    size_t row = t->a_row, a_col = t->a_col, ldb = t->ldb;
+    const float *A = t->A + i0 * row + k * a_col, *A3 = A + 3 * row, *B = t->B + k * ldb + j0;
+    const float *B_end = B + (end > k ? end - k : 0) * ldb;
     const __m256i mask = ptst__mask8__avx2(n);
-    size_t row = t->a_row, k = ptst__patch_begin(t, PTST__CUT_LEFT, i0);
-    size_t end = ptst__patch_end(t, i0, R);
 #define PTST__X(i) __m256 p##i = _mm256_setzero_ps(), q##i = p##i;
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
@@ -24411,12 +24413,13 @@ PTST__AVX2 PTST__INLINE void ptst__multiply_part__avx2(const ptst__patch *t, siz
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
     }
-    for (A += k * t->a_col, B += k * t->ldb; k < end; k++, A += t->a_col, B += t->ldb) {
+    for (; B != B_end; A += a_col, A3 += a_col, B += ldb) {
         __m256 b0 = n < 8 ? _mm256_maskload_ps(B, mask) : _mm256_loadu_ps(B), a;
         __m256 b1 = V > 1 ? _mm256_loadu_ps(B + 8) : b0;
+        __asm__("" : "+r"(row)); /* unknown: or else a pointer for each row comes back */
 #define PTST__X(i)                                                                                 \
     if (i < R) {                                                                                   \
-        a = _mm256_broadcast_ss(A + i * row);                                                      \
+        a = _mm256_broadcast_ss((i < 3 ? A : A3) + i % 3 * row);                                   \
         p##i = _mm256_fmadd_ps(a, b0, p##i);                                                       \
         q##i = V > 1 ? _mm256_fmadd_ps(a, b1, q##i) : q##i;                                        \
     }
@@ -24820,13 +24823,14 @@ static size_t ptst__view_group(const ptst_attention *a) {
 /* Puts n rows of D floats side by side: rows that are a power of two apart would fight for the
    same few lines of the cache. Returns where they are now and changes ld; heads that are too long
    stay where they are. */
-static const float *ptst__tile_copy(const float *rows, size_t *ld, size_t n, size_t D, float *to) {
+static const float *ptst__tile_copy(const struct ptst__kernels *kernels, const float *rows,
+                                    size_t *ld, size_t n, size_t D, float *to) {
     size_t r;
     if (D > PTST__DEPTH) {
         return rows;
     }
     for (r = 0; r < n; r++) {
-        memcpy(to + r * D, rows + r * *ld, D * sizeof *to);
+        kernels->to_f32(to + r * D, rows + r * *ld, PTST_F32, D); /* gcc's memcpy: "rep movsq" */
     }
     *ld = D;
     return to;
@@ -25035,7 +25039,7 @@ static void ptst__attention_group(const ptst__attention_job *job, ptst__room *ro
         }
         for (j = v[0].begin; j < v[n - 1].end; j += PTST__KEYS) {
             ld_v = a->kv_ld;
-            values = ptst__tile_copy(s->v[b] + j * ld_v + at, &ld_v,
+            values = ptst__tile_copy(job->kernels, s->v[b] + j * ld_v + at, &ld_v,
                                      ptst__min(PTST__KEYS, v[n - 1].end - j), a->D, room->keys);
             for (i = 0; i < n; i++) {
                 ptst__rows *rows = &room->rows[i];
@@ -25419,8 +25423,8 @@ static void ptst__tile_load(const ptst__attention_job *job, ptst__room *room, si
                               : 0;
     }
     if (a->D <= PTST__DEPTH) {
-        q = ptst__tile_copy(q, &ld_q, v->R, a->D, room->q + to);
-        (void)ptst__tile_copy(job->dout + at, &ld, v->R, a->D, room->dout + to);
+        q = ptst__tile_copy(job->kernels, q, &ld_q, v->R, a->D, room->q + to);
+        (void)ptst__tile_copy(job->kernels, job->dout + at, &ld, v->R, a->D, room->dout + to);
         job->kernels->pack_cols(room->q_turned + to, PTST__QUERIES, q, PTST_F32, a->D, v->R, a->D);
         job->kernels->pack_cols(room->dout_turned + to, PTST__QUERIES, room->dout + to, PTST_F32,
                                 a->D, v->R, a->D);
@@ -25505,7 +25509,7 @@ static void ptst__span_backward(const ptst__attention_job *job, ptst__room *room
         }
         for (j = v[0].begin; j < v[n - 1].end; j += PTST__KEYS) {
             ld_k = a->kv_ld;
-            k = ptst__tile_copy(s->k[b] + j * ld_k + at, &ld_k,
+            k = ptst__tile_copy(job->kernels, s->k[b] + j * ld_k + at, &ld_k,
                                 ptst__min(PTST__KEYS, v[n - 1].end - j), a->D, room->keys);
             for (i = 0; i < n; i++) {
                 if (ptst__view_keys(&v[i], j)) {
@@ -26019,9 +26023,9 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     6,
     8,
     16,
-    768,
-    320,
-    64,
+    4096,
+    640,
+    48,
     4,
     true,
     ptst__pack_rows__avx2,
