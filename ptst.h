@@ -19884,7 +19884,8 @@ enum {
     PTST__FAR_AHEAD = 2048, /* the same for each of four rows that are far apart */
     PTST__STREAM = 1 << 20, /* elements of Y that no cache near a core keeps */
     PTST__TURN_AHEAD = 128, /* elements of a row that packing asks for ahead of time */
-    PTST__PACK_ROWS = 16,   /* of B that are packed before the next panel */
+    PTST__PACK_ROWS = 64,   /* of A or B that are packed before the next panel; */
+    PTST__PACK_PANELS = 4,  /* panels of A that are packed together then */
     PTST__DOTS_COLS = 256,  /* columns of Y that one task of `dots` makes at most */
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
     PTST__SHORT = 96,       /* and up to so many rows pass by one panel of B's columns at a time */
@@ -20132,6 +20133,8 @@ PTST__AVX2 static void ptst__pack_rows__avx2(float *dst, size_t width, const voi
                                              ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
     if (dtype == PTST_F32 && cols == 16) {
         ptst__rows__avx2(dst, 16, src, PTST_F32, ld, 16, K);
+    } else if (dtype == PTST_F32 && cols == 8 && width == 8) {
+        ptst__rows__avx2(dst, 8, src, PTST_F32, ld, 8, K);
     } else if (dtype == PTST_F32) {
         ptst__rows__avx2(dst, width, src, PTST_F32, ld, cols, K);
     } else if (dtype == PTST_F16) {
@@ -22098,16 +22101,40 @@ static size_t ptst__a_packed(const ptst__product *p) {
     return ptst__a_unpacked(p) ? p->mc % rows != 0 : ptst__ceil_div(p->mc, rows);
 }
 
-/* Task: packs one panel of one block of A. */
+/* Panels of A that a task packs: if A lies row by row, as many as some cache lines of it hold. */
+static size_t ptst__a_together(const ptst__product *p) {
+    return p->A.transposed ? 1 : (size_t)PTST__PACK_PANELS;
+}
+
+/* Packs columns [at, end) of X, rows [k, k + kc), into panels of `cols` columns side by side. If X
+   lies row by row, a few rows of all panels at a time: a panel at a time would jump from page to
+   page; and a panel that is wider than its columns gets the ones behind them, up to `most`, since
+   whole vectors are copied faster. */
+static void ptst__pack_panels(const struct ptst__kernels *kernels, float *dst, size_t cols,
+                              size_t width, ptst__matrix X, size_t at, size_t end, size_t most,
+                              size_t k, size_t kc) {
+    size_t step = X.transposed ? kc : (size_t)PTST__PACK_ROWS, i, n, panel;
+    for (i = 0; i < kc; i += step) {
+        for (n = at, panel = 0; n < end; n += cols, panel++) {
+            size_t have = X.transposed ? ptst__min(cols, end - n) : ptst__min(width, most - n);
+            ptst__pack_panel(kernels, dst + (panel * kc + i) * width, width, X, n, have, k + i,
+                             ptst__min(step, kc - i));
+        }
+    }
+}
+
+/* Task: packs a panel, or some side by side, of one block of A. */
 static void ptst__pack_a_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
-    size_t rows = p->kernels->tile_rows, panels = ptst__ceil_div(p->mc, rows);
-    size_t panel = panels - p->a_tasks + task % p->a_tasks, at = panel * rows;
-    size_t k = task / p->a_tasks * p->k_step, kc = ptst__min(p->k_step, p->kc - k);
-    float *dst = p->packed_a + (panels * k + panel * kc) * p->kernels->a_width;
+    size_t rows = p->kernels->tile_rows, width = p->kernels->a_width;
+    size_t panels = ptst__ceil_div(p->mc, rows), together = ptst__a_together(p);
+    size_t tasks = ptst__ceil_div(p->a_tasks, together);
+    size_t panel = panels - p->a_tasks + task % tasks * together, at = panel * rows;
+    size_t k = task / tasks * p->k_step, kc = ptst__min(p->k_step, p->kc - k);
     (void)thread;
-    ptst__pack_panel(p->kernels, dst, p->kernels->a_width, p->A, p->m0 + at,
-                     ptst__min(rows, p->mc - at), p->k0 + k, kc);
+    ptst__pack_panels(p->kernels, p->packed_a + (panels * k + panel * kc) * width, rows, width,
+                      p->A, p->m0 + at, p->m0 + ptst__min(p->mc, at + together * rows), p->M,
+                      p->k0 + k, kc);
 }
 
 /* Where the tile finds its rows [m, m + rows) of the block of A, k of it and more. */
@@ -22119,20 +22146,6 @@ static void ptst__tile_a(const ptst__product *p, ptst__tile *t, size_t m, size_t
     } else {
         t->a_ld = 0;
         t->a = p->packed_a + (panels * k + m / rows * kc) * p->kernels->a_width;
-    }
-}
-
-/* Packs columns [n, end) of B, rows [k, k + kc), into panels side by side. If B lies row by row, a
-   few rows of all panels at a time: a panel at a time would jump from page to page. */
-static void ptst__pack_b(const ptst__product *p, float *dst, size_t n, size_t end, size_t k,
-                         size_t kc) {
-    size_t step = p->B.transposed ? kc : (size_t)PTST__PACK_ROWS;
-    size_t width = p->kernels->tile_cols, i, at;
-    for (i = 0; i < kc; i += step) {
-        for (at = n; at < end; at += width) {
-            ptst__pack_panel(p->kernels, dst + (at - n) * kc + i * width, width, p->B, at,
-                             ptst__min(width, end - at), k + i, ptst__min(step, kc - i));
-        }
     }
 }
 
@@ -22253,6 +22266,7 @@ static void ptst__packed_tiles(const ptst__product *p, const ptst__packed_part *
 static void ptst__packed_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
     float *own = p->own + (size_t)thread * ptst__own_floats(p->kernels);
+    size_t cols = p->kernels->tile_cols;
     ptst__packed_part part;
     ptst__tile t;
     memset(&t, 0, sizeof t);
@@ -22262,8 +22276,8 @@ static void ptst__packed_task(void *arg, size_t task, int thread) {
     part.m_end = ptst__min(part.m_first + p->task_rows, p->mc);
     part.direct = p->B.dtype == PTST_F32 && !p->B.transposed &&
                   p->mc <= 2 * p->kernels->tile_rows &&
-                  (part.n_end - part.n_first) % p->kernels->tile_cols == 0;
-    t.b_step = part.direct ? p->B.ld : p->kernels->tile_cols;
+                  (part.n_end - part.n_first) % cols == 0;
+    t.b_step = part.direct ? p->B.ld : cols;
     t.alpha = p->alpha;
     t.ldy = p->ldy;
     for (part.k = 0; part.k < p->kc; part.k += part.kc) {
@@ -22272,7 +22286,8 @@ static void ptst__packed_task(void *arg, size_t task, int thread) {
         if (part.direct) {
             part.b = (const float *)p->B.data + (p->k0 + part.k) * p->B.ld + part.n_first;
         } else {
-            ptst__pack_b(p, own, part.n_first, part.n_end, p->k0 + part.k, part.kc);
+            ptst__pack_panels(p->kernels, own, cols, cols, p->B, part.n_first, part.n_end, p->N,
+                              p->k0 + part.k, part.kc);
         }
         ptst__packed_next(p, &part, task, (size_t)thread);
         ptst__packed_asks(p, &part);
@@ -22326,8 +22341,10 @@ static size_t ptst__packed_room(const ptst__product *p) {
 }
 
 static void ptst__pack_a(ptst_ctx *c, ptst__product *p) {
+    size_t steps = ptst__ceil_div(p->kc, p->k_step);
     p->a_tasks = ptst__a_packed(p);
-    ptst__product_for(c, p->a_tasks * ptst__ceil_div(p->kc, p->k_step), ptst__pack_a_task, p);
+    ptst__product_for(c, ptst__ceil_div(p->a_tasks, ptst__a_together(p)) * steps,
+                      ptst__pack_a_task, p);
 }
 
 /* Packs A for as many blocks of K as there is room for, then multiplies. */
