@@ -19869,7 +19869,7 @@ PTST__UNUSED static void ptst__convert_from_f32(const ptst_ctx *c, void *dst, co
        packed   as above; for few rows of A, a B of F32 that lies row by row is not even packed
        parts    with AMX: as sums of products of 16-bit parts; for few rows B is split while it is
                 multiplied
-       few      some rows (decoding of batches), AVX2: 4 x 3 scalar products of rows, blocked
+       few      some rows times F32, AVX2: 4 x 3 scalar products of rows, blocked
        dots     very few rows (decoding) or columns (adapters of low rank): `dots` makes 4 x 4
                 scalar products of rows as they lie in memory. If they are I8 or I4 and the caller
                 allows it, the other rows are in whole numbers, see ptst__whole__scalar. */
@@ -19889,8 +19889,9 @@ enum {
     PTST__DOTS_COLS = 256,  /* columns of Y that one task of `dots` makes at most */
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
     PTST__SHORT = 96,       /* and up to so many rows pass by one panel of B's columns at a time */
-    PTST__FEW_ROWS = 24,    /* 5 to so many rows, if they are short, are made by `tile_dots`; */
-    PTST__FEW_OWN = 32 * 1024, /* a task of these takes so many numbers of w */
+    PTST__FEW_LEAST = 6,    /* so many rows times F32 are made by `tile_dots`; */
+    PTST__FEW_MOST = 16,    /* with more packing pays */
+    PTST__FEW_NEAR = 32 * 1024, /* a task of these takes so many numbers of w */
     PTST__PARTS_FEW = 64,   /* up to so many rows are made by `few_parts`; of BF16 half as many */
     PTST__PARTS_M = 1024,   /* rows of A that are split into parts at once, for so much of K; */
     PTST__PARTS_K = 768,    /* of each thread, in floats: room for 192 columns (rows) in 3 parts */
@@ -20326,17 +20327,46 @@ typedef struct ptst__eight {
             : "+x"(sum)                                                                            \
             : "x"(x), "m"(*(const ptst__eight *)(const void *)(from)))
 
-/* As __scalar, up to 6 x 16 sums in 12 registers, FMA; `count` and `packed` are constants. Four k
-   at a time and a pointer for three rows of A: where another thread uses the same core, each
-   instruction that is no FMA or load costs speed. Only a packed B (b_step = 16) may have
-   ahead_every = 4. */
+/* Pieces of ptst__tile_rows__avx2: one k of row i; one k; going on by n of them; asking ahead once;
+   four k at a time. */
+#define PTST__TILE_ROW(i)                                                                          \
+    if (i < count) {                                                                               \
+        ai = _mm256_broadcast_ss((packed || i < 3 ? a0 : a3) + (packed ? i : i % 3 * ld) + at);    \
+        PTST__FMA(p##i, ai, b0);                                                                   \
+        PTST__FMA(q##i, ai, b1);                                                                   \
+    }
+#define PTST__TILE_STEP(u)                                                                         \
+    {                                                                                              \
+        __m256 b0 = _mm256_loadu_ps(b + 16 * u), b1 = _mm256_loadu_ps(b + 16 * u + 8), ai;         \
+        const size_t at = u * step;                                                                \
+        PTST__ROWS_6(PTST__TILE_ROW)                                                               \
+    }
+#define PTST__TILE_NEXT(n, row) b += n * (row), a0 += n * step, a3 += n * step
+#define PTST__TILE_ASK _mm_prefetch(ahead, _MM_HINT_T1), ahead += ahead_step
+#define PTST__TILE_FOURS(ask)                                                                      \
+    for (; b != b_end;) {                                                                          \
+        __asm__("" : "+r"(ld)); /* unknown: or else a pointer for each row comes back */           \
+        PTST__TILE_ASK;                                                                            \
+        PTST__TILE_STEP(0)                                                                         \
+        ask;                                                                                       \
+        PTST__TILE_STEP(1)                                                                         \
+        ask;                                                                                       \
+        PTST__TILE_STEP(2)                                                                         \
+        ask;                                                                                       \
+        PTST__TILE_STEP(3)                                                                         \
+        PTST__TILE_NEXT(4, 16);                                                                    \
+    }
+
+/* As __scalar, up to 6 x 16 sums in 12 registers, FMA; `count` and `packed` are constants. Of a
+   packed B (b_step = 16) four k at a time, and a pointer for three rows of A: where another thread
+   uses the same core, each instruction that is no FMA or load costs speed. */
 PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t, size_t count,
                                                    bool packed) {
     float edge[6 * 16];
     bool whole = t->rows == count && t->cols == 16;
     float *y = whole ? t->y : edge;
     size_t ld = packed ? 1 : t->a_ld, step = packed ? 8 : 1, b_step = t->b_step;
-    size_t fours = t->ahead_every == 4 ? K / 4 : 0;
+    size_t fours = b_step == 16 ? K / 4 : 0;
     const float *a0 = t->a, *a3 = a0 + 3 * ld, *b = t->b, *b_end = b + 64 * fours;
     const char *ahead = t->ahead;
     size_t ldy = whole ? t->ldy : 16, ahead_step = t->ahead_step;
@@ -20350,37 +20380,16 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     }
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
-#define PTST__X(i)                                                                                 \
-    if (i < count) {                                                                               \
-        ai = _mm256_broadcast_ss((packed || i < 3 ? a0 : a3) + (packed ? i : i % 3 * ld) + at);    \
-        PTST__FMA(p##i, ai, b0);                                                                   \
-        PTST__FMA(q##i, ai, b1);                                                                   \
+    if (t->ahead_every == 4) {
+        PTST__TILE_FOURS((void)0)
+    } else {
+        PTST__TILE_FOURS(PTST__TILE_ASK)
     }
-#define PTST__STEP(u)                                                                              \
-    {                                                                                              \
-        __m256 b0 = _mm256_loadu_ps(b + 16 * u), b1 = _mm256_loadu_ps(b + 16 * u + 8), ai;         \
-        const size_t at = u * step;                                                                \
-        PTST__ROWS_6(PTST__X)                                                                      \
+    for (K -= 4 * fours; K > 0; K--) {
+        PTST__TILE_ASK;
+        PTST__TILE_STEP(0)
+        PTST__TILE_NEXT(1, b_step);
     }
-#define PTST__NEXT(n, row) b += n * (row), a0 += n * step, a3 += n * step
-    K -= 4 * fours;
-    for (; b != b_end; ahead += ahead_step) {
-        __asm__("" : "+r"(ld)); /* unknown: or else a pointer for each row comes back */
-        _mm_prefetch(ahead, _MM_HINT_T1);
-        PTST__STEP(0)
-        PTST__STEP(1)
-        PTST__STEP(2)
-        PTST__STEP(3)
-        PTST__NEXT(4, 16);
-    }
-    for (; K > 0; K--, ahead += ahead_step) {
-        _mm_prefetch(ahead, _MM_HINT_T1);
-        PTST__STEP(0)
-        PTST__NEXT(1, b_step);
-    }
-#undef PTST__NEXT
-#undef PTST__STEP
-#undef PTST__X
 #define PTST__X(i)                                                                                 \
     if (i < count) {                                                                               \
         ptst__put8__avx2(y + i * ldy, p##i, alpha, beta, stream);                                  \
@@ -22156,77 +22165,74 @@ typedef struct ptst__packed_part {
     const float *b;
     bool direct;                      /* b is B itself, which lies as the micro-kernel wants it */
     size_t next_n, next_cols, next_k; /* of B, counted from its first row; no column: none */
-    const char *next;                 /* where it begins; what each of the tiles of the part asks */
-    size_t tiles, share, end;         /* for (in bytes, up to `end`): a share of columns, or, of */
-    size_t lines, bands, high;        /* rows, one of their cache lines in a band so high; */
-    size_t turn;                      /* columns begin here (in bytes), after the last the first; */
-    size_t every, asks, step;         /* each so many k, so often, so many bytes further on */
-} ptst__packed_part;
+    bool next_whole;                  /* all blocks of K, which lie one behind the other */
+    const char *next;                 /* where it begins; what each of the tiles of the part, */
+    size_t tiles, before, share, end; /* `before` others came first, asks for (in bytes, up to */
+    size_t lines, bands, high;        /* `end`): a share of columns, or, of rows, one of their */
+    size_t every, asks, step;         /* cache lines in a band so high; each so many k, so often, */
+} ptst__packed_part;                  /* so many bytes further on */
 
 /* What the thread packs after this: the rest of K, or else the columns of the next task of its
-   share (see ptst__parallel_for), or, after the last one, of the first one in the next block. */
+   share (see ptst__parallel_for), or, after the last one, of the first one in the next block. With
+   fewer tiles than columns the next task is thought of from the first block of K on. */
 static void ptst__packed_next(const ptst__product *p, ptst__packed_part *part, size_t task,
                               size_t thread) {
     size_t rows = p->kernels->tile_rows, cols = p->kernels->tile_cols;
     size_t tasks = ptst__ceil_div(p->mc, p->task_rows) * p->col_tasks, next = task + 1;
+    part->tiles = ptst__ceil_div(part->m_end - part->m_first, rows) *
+                  ptst__ceil_div(part->n_end - part->n_first, cols);
+    part->next_whole = p->B.transposed && p->B.ld == p->K && p->kc == p->K &&
+                       (part->kc == p->K || part->tiles < part->n_end - part->n_first);
     part->next_n = part->n_first;
     part->next_k = p->k0 + part->k + part->kc;
-    if (part->k + part->kc == p->kc) {
+    if (part->next_whole || part->k + part->kc == p->kc) {
         bool again = p->k0 + p->kc < p->K && next == (thread + 1) * tasks / p->threads;
         next = again ? thread * tasks / p->threads : next;
         part->next_n = next < tasks ? next % p->col_tasks * p->task_cols : p->N;
         part->next_k = again ? p->k0 + p->kc : p->k0;
     }
     part->next_cols = ptst__min(p->task_cols, p->N - part->next_n);
-    part->tiles = ptst__ceil_div(part->m_end - part->m_first, rows) *
-                  ptst__ceil_div(part->n_end - part->n_first, cols);
 }
 
 /* How tiles ask for it: it is in memory, perhaps nowhere nearer, and packing would wait for each
    line. If that is enough, a tile asks only each some k, so that memory is asked all the time and
    never for much at once. Of columns that follow each other each tile asks for its share, of others
-   for one of them (if there are fewer tiles, for some blocks of K at once; then tiles take turns
-   with the columns), of rows for one cache line of each: if it asks for each k, the first ones for
+   for one of them, of rows for one cache line of each: if it asks for each k, the first ones for
    all, or else each from its band on, so that the last ones reach the last row. */
 static void ptst__packed_asks(const ptst__product *p, ptst__packed_part *part) {
     const ptst__matrix *B = &p->B;
-    size_t line = ptst__dtype_bytes(B->dtype, B->ld), all = part->next_cols * line, lines;
-    size_t row = ptst__dtype_bytes(B->dtype, part->next_cols), first;
-    bool together = B->transposed && B->ld == part->kc;
+    size_t line = ptst__dtype_bytes(B->dtype, B->ld), all = part->next_cols * line, lines = 0;
+    size_t row = ptst__dtype_bytes(B->dtype, part->next_cols), first, calls;
     part->next = (const char *)B->data + (B->transposed ? part->next_n : part->next_k) * line;
-    if (!together) {
-        part->next += ptst__dtype_bytes(B->dtype, B->transposed ? part->next_k : part->next_n);
-    }
+    part->next += ptst__dtype_bytes(B->dtype, B->transposed ? part->next_k : part->next_n);
     first = line % 64 == 0 ? (uintptr_t)part->next % 64 : 63; /* where a row begins in a line */
     part->lines = row == 0 ? 1 : ptst__ceil_div(first + row, 64); /* blocks may be longer */
-    lines = !B->transposed ? part->lines * part->kc : together ? all / 64 : 0;
+    calls = part->tiles * (part->next_whole ? ptst__ceil_div(p->K, p->k_step) : 1);
+    lines = part->next_whole ? all / 64 : B->transposed ? 0 : part->lines * part->kc;
     part->every = p->kernels->asks_every;
-    if (part->direct || part->tiles * (part->kc / part->every) <= lines) {
+    if (part->direct || calls * (part->kc / part->every) <= lines) {
         part->every = 1;
     }
     part->asks = part->kc / part->every;
     part->bands = part->every == 1 ? 1 : ptst__ceil_div(part->tiles, part->lines);
     part->high = ptst__ceil_div(part->kc, part->bands) * line;
-    part->turn = 0;
+    part->before = 0;
+    part->share = B->transposed ? line : 0;
     part->step = line;
-    if (together) {
-        part->step = ptst__min(64, ptst__ceil_div(all, part->tiles * part->asks));
+    if (part->next_whole) {
+        part->before = part->k / p->k_step * part->tiles;
+        part->share = ptst__ceil_div(ptst__ceil_div(all, calls), 64) * 64;
+        part->step = part->asks == 0 ? 0 : ptst__min(64, ptst__ceil_div(part->share, part->asks));
     } else if (B->transposed) {
-        size_t times = ptst__ceil_div(part->next_cols, part->tiles), k = part->k / p->k_step;
         part->step = ptst__ceil_div(line, B->ld) * part->every;
-        part->step *= part->step * times <= 64 ? times : 1;
-        part->turn = times > 1 ? k * part->tiles % part->next_cols * line : 0;
     }
-    part->share = together ? part->asks * part->step : B->transposed ? line : 0;
     part->end = all;
 }
 
 /* What the i-th of all tiles of a part asks for. */
 static void ptst__tile_ahead(const ptst__packed_part *part, ptst__tile *t, size_t i) {
-    size_t at = i * part->share + part->turn;
-    bool any;
-    at -= part->turn != 0 && at >= part->end ? part->end : 0;
-    any = at < part->end;
+    size_t at = (part->before + i) * part->share;
+    bool any = at < part->end;
     if (part->share == 0) {
         size_t band = i / part->lines;
         any = any && band < part->bands;
@@ -22391,62 +22397,44 @@ static void ptst__gemm_turned(ptst_ctx *c, ptst__product *p) {
 
 /* ---- products of few rows ----
    Scalar products of rows as `dots` makes them, but of 4 or 3 rows of A with three of w, and so
-   that both are near: the columns of a task, and of K a block. Numbers that are not F32 become so
-   before. While a task multiplies, its thread asks for the rows of w of the next one, which follow
-   in memory. */
+   that both are near: the columns of a task, and of K a block. While a task multiplies, its thread
+   asks for the rows of w of the next one, which follow in memory. */
 
-/* Whether that is the way. With fewer rows w is used only once; with more, or if rows are long,
-   packing pays, and so does `dots` where long rows of w must be converted. Blocks have other sums
-   in `dots`. */
+/* Whether that is the way. With fewer rows w is used only once; with more, or where numbers must be
+   converted, packing pays. */
 static bool ptst__few_rows_fit(const ptst__product *p) {
-    size_t most = p->K <= 1536 ? (size_t)PTST__FEW_ROWS : 16;
-    bool near = p->B.dtype == PTST_F32 ? 3 * p->K <= (size_t)PTST__OWN * PTST__BLOCK_K
-                                       : p->K <= 128 * p->M && !ptst__is_block(p->B.dtype);
-    return p->kernels->tile_dots != NULL && p->A.transposed && p->B.transposed && p->M > 4 &&
-           p->M <= most && near;
-}
-
-/* Rows [n, end) of w as rows of F32, and how far they are apart: where they lie, or in `own`. */
-static const float *ptst__few_rows_w(const ptst__product *p, float *own, size_t n, size_t end,
-                                     size_t k, size_t kc, size_t *ld) {
-    size_t i;
-    *ld = p->B.dtype == PTST_F32 ? p->B.ld : ptst__ceil_div(kc, 16) * 16;
-    if (p->B.dtype == PTST_F32) {
-        return (const float *)p->B.data + n * p->B.ld + k;
-    }
-    for (i = n; i < end; i++) {
-        ptst__read_f32(p->kernels, own + (i - n) * *ld, p->B.data, p->B.dtype, i * p->B.ld + k, kc);
-    }
-    return own;
+    return p->kernels->tile_dots != NULL && p->B.dtype == PTST_F32 && p->A.transposed &&
+           p->B.transposed && p->M >= PTST__FEW_LEAST && p->M <= PTST__FEW_MOST &&
+           3 * p->K <= (size_t)PTST__OWN * PTST__BLOCK_K;
 }
 
 /* Task: task_cols rows of w times all rows of A. Up to DOTS rows K is one block, as in `dots`. */
 static void ptst__few_rows_task(void *arg, size_t task, int thread) {
     const ptst__product *p = (const ptst__product *)arg;
-    float *own = p->own + (size_t)thread * ptst__own_floats(p->kernels);
+    const float *A = (const float *)p->A.data, *w = (const float *)p->B.data;
     size_t first = task * p->task_cols, end = ptst__min(first + p->task_cols, p->N);
-    size_t line = ptst__dtype_bytes(p->B.dtype, p->B.ld), k, kc, m, n;
-    size_t next = ptst__min(p->task_cols, p->N - end) * line;
+    size_t line = p->B.ld * sizeof *w, next = ptst__min(p->task_cols, p->N - end) * line;
     size_t asks = ptst__ceil_div(p->M, 4) * ptst__ceil_div(end - first, 3) * (p->K / 16);
+    size_t k, kc, m, n;
     ptst__tile t;
+    (void)thread;
     memset(&t, 0, sizeof t);
     t.a_ld = p->A.ld;
+    t.b_step = p->B.ld;
     t.alpha = p->alpha;
     t.ldy = p->ldy;
-    t.ahead = (const char *)p->B.data + (next == 0 ? first : end) * line;
+    t.ahead = (const char *)w + (next == 0 ? first : end) * line;
     t.ahead_step = asks == 0 ? 0 : ptst__min(128, ptst__ceil_div(next, asks));
     for (k = 0; k < p->K; k += kc) {
-        const float *w;
         kc = p->M <= PTST__DOTS ? p->K : ptst__min(p->k_step, p->K - k);
-        w = ptst__few_rows_w(p, own, first, end, k, kc, &t.b_step);
         t.beta = k == 0 ? p->beta : 1;
         for (m = 0; m < p->M; m += t.rows) {
-            size_t left = p->M - m; /* in tiles of 4 and 3 rows (5 rows: 3 and 2) */
+            size_t left = p->M - m; /* in tiles of 4 and 3 rows */
             t.rows = ptst__min(left % 4 == 0 || left > 9 ? 4 : 3, left);
-            t.a = (const float *)p->A.data + m * p->A.ld + k;
+            t.a = A + m * p->A.ld + k;
             for (n = first; n < end; n += 3, t.ahead += kc / 16 * t.ahead_step) {
                 t.cols = ptst__min(3, end - n);
-                t.b = w + (n - first) * t.b_step;
+                t.b = w + n * p->B.ld + k;
                 t.y = p->Y + m * p->ldy + n;
                 p->kernels->tile_dots(kc, &t);
             }
@@ -22454,11 +22442,10 @@ static void ptst__few_rows_task(void *arg, size_t task, int thread) {
     }
 }
 
-/* Cuts w into tasks, whose rows fit into `own`, each as long as ptst__few_rows_w makes it; how
-   many. */
+/* Cuts w into tasks, whose rows stay near the core; how many. */
 static size_t ptst__few_rows_cut(ptst__product *p) {
     size_t fair = ptst__ceil_div(ptst__ceil_div(p->N, 8 * p->threads), 3) * 3;
-    size_t most = PTST__FEW_OWN / (ptst__ceil_div(p->K, 16) * 16) / 3 * 3;
+    size_t most = PTST__FEW_NEAR / p->K / 3 * 3;
     p->task_cols = ptst__min(fair < 12 ? 12 : fair, most < 3 ? 3 : most);
     return ptst__ceil_div(p->N, p->task_cols);
 }

@@ -367,8 +367,8 @@ static void matmul_sizes(void) {
 
 /* Beyond one block of K, N and M, and beyond one task, for each kind of product. */
 static void matmul_blocks(void) {
-    static const size_t shapes[][3] = {{PTST__FEW_ROWS + 6, 33, PTST__BLOCK_K + 1}, /* packed */
-                                       {PTST__FEW_ROWS - 3, 50, PTST__BLOCK_K + 23}, /* few */
+    static const size_t shapes[][3] = {{PTST__FEW_MOST + 6, 33, PTST__BLOCK_K + 1}, /* packed */
+                                       {PTST__FEW_MOST - 3, 50, PTST__BLOCK_K + 23}, /* few */
                                        {16, 37, 3 * PTST__BLOCK_K + 9},
                                        {PTST__DOTS - 1, 29, PTST__BLOCK_K + 11},
                                        {11, 2060, 50},
@@ -385,7 +385,7 @@ static void matmul_blocks(void) {
                                        {PTST__BLOCK_M + 3, 21, 23},
                                        {171, 70, PTST__BLOCK_K + 18},
                                        {280, PTST__OWN + 50, 2 * PTST__BLOCK_K + 5},
-                                       {PTST__BLOCK_M, 1540, 30}, /* A packed by all kernels */
+                                       {PTST__BLOCK_M, 4100, 30}, /* A packed by all kernels */
                                        {PTST__PARTS_M + 17, 70, 60}, /* or in parts */
                                        {40, 230, 2 * PTST__PARTS_K + 33}};
     int s;
