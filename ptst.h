@@ -20160,7 +20160,42 @@ PTST__AVX2 PTST__INLINE __m256 ptst__lanes__avx2(const void *const column[8], pt
                              : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 
-/* As __scalar, 8 columns and 4 k at a time: squares of 4 x 4 are turned within the lanes. */
+/* Elements k..k+3 of columns i and i + 4, and k+4..k+7 of both. */
+PTST__AVX2 PTST__INLINE void ptst__two_lanes__avx2(__m256 *x, __m256 *y,
+                                                   const void *const column[8], ptst_dtype dtype,
+                                                   size_t i, size_t k) {
+    const void *p = ptst__element(column[i], dtype, k), *q = ptst__element(column[i + 4], dtype, k);
+    __m128i low, high;
+    if (dtype == PTST_F32) {
+        *x = ptst__lanes__avx2(column, dtype, i, k);
+        *y = ptst__lanes__avx2(column, dtype, i, k + 4);
+        return;
+    }
+    low = _mm_loadu_si128((const __m128i *)p);
+    high = _mm_loadu_si128((const __m128i *)q);
+    if (dtype == PTST_F16) {
+        __m256 a = _mm256_cvtph_ps(low), b = _mm256_cvtph_ps(high);
+        *x = _mm256_permute2f128_ps(a, b, 0x20);
+        *y = _mm256_permute2f128_ps(a, b, 0x31);
+    } else { /* the numbers become the upper halves of others */
+        __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+        *x = _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), both));
+        *y = _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), both));
+    }
+}
+
+/* Turns squares of 4 x 4 within the lanes: four rows of 8 columns. */
+PTST__AVX2 PTST__INLINE void ptst__put_turned__avx2(float *d, size_t width, __m256 x0, __m256 x1,
+                                                    __m256 x2, __m256 x3) {
+    __m256 y0 = _mm256_unpacklo_ps(x0, x2), y1 = _mm256_unpackhi_ps(x0, x2);
+    __m256 y2 = _mm256_unpacklo_ps(x1, x3), y3 = _mm256_unpackhi_ps(x1, x3);
+    _mm256_storeu_ps(d, _mm256_unpacklo_ps(y0, y2));
+    _mm256_storeu_ps(d + width, _mm256_unpackhi_ps(y0, y2));
+    _mm256_storeu_ps(d + 2 * width, _mm256_unpacklo_ps(y1, y3));
+    _mm256_storeu_ps(d + 3 * width, _mm256_unpackhi_ps(y1, y3));
+}
+
+/* As __scalar, 8 columns and 8 k at a time. */
 PTST__AVX2 PTST__INLINE void ptst__turn__avx2(float *dst, size_t width, const void *src,
                                               ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
     const void *column[8];
@@ -20169,18 +20204,15 @@ PTST__AVX2 PTST__INLINE void ptst__turn__avx2(float *dst, size_t width, const vo
         for (i = 0; i < 8; i++) {
             column[i] = ptst__element(src, dtype, (j + i < cols ? j + i : cols - 1) * ld);
         }
-        for (k = 0; K - k >= 4; k += 4) {
-            __m256 x0 = ptst__lanes__avx2(column, dtype, 0, k);
-            __m256 x1 = ptst__lanes__avx2(column, dtype, 1, k);
-            __m256 x2 = ptst__lanes__avx2(column, dtype, 2, k);
-            __m256 x3 = ptst__lanes__avx2(column, dtype, 3, k);
-            __m256 y0 = _mm256_unpacklo_ps(x0, x2), y1 = _mm256_unpackhi_ps(x0, x2);
-            __m256 y2 = _mm256_unpacklo_ps(x1, x3), y3 = _mm256_unpackhi_ps(x1, x3);
+        for (k = 0; K - k >= 8; k += 8) {
             float *d = dst + k * width + j;
-            _mm256_storeu_ps(d, _mm256_unpacklo_ps(y0, y2));
-            _mm256_storeu_ps(d + width, _mm256_unpackhi_ps(y0, y2));
-            _mm256_storeu_ps(d + 2 * width, _mm256_unpacklo_ps(y1, y3));
-            _mm256_storeu_ps(d + 3 * width, _mm256_unpackhi_ps(y1, y3));
+            __m256 x0, x1, x2, x3, y0, y1, y2, y3;
+            ptst__two_lanes__avx2(&x0, &y0, column, dtype, 0, k);
+            ptst__two_lanes__avx2(&x1, &y1, column, dtype, 1, k);
+            ptst__two_lanes__avx2(&x2, &y2, column, dtype, 2, k);
+            ptst__two_lanes__avx2(&x3, &y3, column, dtype, 3, k);
+            ptst__put_turned__avx2(d, width, x0, x1, x2, x3);
+            ptst__put_turned__avx2(d + 4 * width, width, y0, y1, y2, y3);
         }
         for (; k < K; k++) {
             for (i = 0; i < 8; i++) {
