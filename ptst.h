@@ -193,7 +193,7 @@
        >>data         jsonl, json, csv, txt
        >>judge        refusal lists, GSM8K answers, judge files, intervals
        >>experiment   train-template x test-template matrix and its report
-       >>end          clean-up of private macros, licence
+       >>end          private macros, licence
 */
 #ifndef PTST_H
 #define PTST_H
@@ -20434,6 +20434,12 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     }
 }
 
+#undef PTST__TILE_FOURS
+#undef PTST__TILE_ASK
+#undef PTST__TILE_NEXT
+#undef PTST__TILE_STEP
+#undef PTST__TILE_ROW
+
 PTST__AVX2 static void ptst__tile__avx2(size_t K, const ptst__tile *t) {
     if (t->a_ld != 0) {
         ptst__tile_rows__avx2(K, t, 6, false);
@@ -39665,7 +39671,8 @@ PTST_API ptst_code ptst_experiment_run(ptst_ctx *c, const ptst_experiment *e,
 }
 
 /* >>end =========================================================================================
-   Private helper macros end here, so that a file that includes this one keeps its own names.
+   What is left of private helper macros begins with PTST__, so that a file that includes this one
+   keeps its own names.
 
    Licence: MIT, see the file LICENSE. */
 
