@@ -24431,46 +24431,70 @@ PTST__UNUSED static void ptst__softmax_tile_backward__scalar(size_t J, size_t R,
 
 #if PTST__X86
 
+/* Pieces of ptst__multiply_part__avx2: row i at the u-th k; the u-th k; going on by n of them. */
+#define PTST__PART_ROW(i)                                                                          \
+    if (i < R) {                                                                                   \
+        size_t along = turned ? i : at, across = turned ? at : i;                                  \
+        a = _mm256_broadcast_ss((across < 3 ? A : A3) + across % 3 * ld + along);                  \
+        PTST__FMA(p##i, a, b0);                                                                    \
+        if (V > 1) {                                                                               \
+            PTST__FMA(q##i, a, b1);                                                                \
+        }                                                                                          \
+    }
+#define PTST__PART_STEP(u)                                                                         \
+    {                                                                                              \
+        const size_t at = u;                                                                       \
+        const float *from = (at < 3 ? B : B3) + at % 3 * ldb;                                      \
+        __m256 b0 = n < 8 ? _mm256_maskload_ps(from, mask) : _mm256_loadu_ps(from), a;             \
+        __m256 b1 = V > 1 ? _mm256_loadu_ps(from + 8) : b0;                                        \
+        PTST__ROWS_6(PTST__PART_ROW)                                                               \
+    }
+#define PTST__PART_NEXT(n) A += n * a_col, A3 += n * a_col, B += n * ldb
+
 /* R rows (6, 2 or 1) of V vectors (2 or 1), from row i and column j on; with n < 8 the only vector
-   has n lanes. R, V and n >= 8 are constants where this is used, so the sums are registers. */
+   has n lanes. turned: rows of A follow each other (a_row is 1), or else its columns do (a_col is
+   1). R, V, turned and n >= 8 are constants where this is used, so the sums are registers. */
 PTST__AVX2 PTST__INLINE void ptst__multiply_part__avx2(const ptst__patch *t, size_t i0, size_t j0,
-                                                       size_t R, size_t V, size_t n) {
+                                                       size_t R, size_t V, size_t n, bool turned) {
     size_t k = ptst__patch_begin(t, PTST__CUT_LEFT, i0), end = ptst__patch_end(t, i0, R);
-    size_t row = t->a_row, a_col = t->a_col, ldb = t->ldb;
-    const float *A = t->A + i0 * row + k * a_col, *A3 = A + 3 * row, *B = t->B + k * ldb + j0;
-    const float *B_end = B + (end > k ? end - k : 0) * ldb;
+    size_t a_col = turned ? t->a_col : 1, ld = turned ? a_col : t->a_row, ldb = t->ldb;
+    const float *A = t->A + i0 * (turned ? 1 : ld) + k * a_col, *A3 = A + 3 * ld;
+    const float *B = t->B + k * ldb + j0, *B3 = B + 3 * ldb, *keep = t->keep;
+    size_t ldc = t->ldc;
+    float *c0 = t->C + i0 * ldc + j0, *c3 = c0 + 3 * ldc;
+    size_t count = end > k ? end - k : 0, fours = R == 6 && V > 1 ? count / 4 : 0;
     const __m256i mask = ptst__mask8__avx2(n);
 #define PTST__X(i) __m256 p##i = _mm256_setzero_ps(), q##i = p##i;
     PTST__ROWS_6(PTST__X)
 #undef PTST__X
-    if (t->keep != NULL) {
+    if (keep != NULL) {
 #define PTST__X(i)                                                                                 \
     if (i < R) {                                                                                   \
-        const float *c = t->C + (i0 + i) * t->ldc + j0;                                            \
-        __m256 keep = _mm256_broadcast_ss(t->keep + i0 + i);                                       \
+        const float *c = (i < 3 ? c0 : c3) + i % 3 * ldc;                                          \
+        __m256 part = _mm256_broadcast_ss(keep + i0 + i);                                          \
         p##i = n < 8 ? _mm256_maskload_ps(c, mask) : _mm256_loadu_ps(c);                           \
-        p##i = _mm256_mul_ps(keep, p##i);                                                          \
-        q##i = V > 1 ? _mm256_mul_ps(keep, _mm256_loadu_ps(c + 8)) : q##i;                         \
+        p##i = _mm256_mul_ps(part, p##i);                                                          \
+        q##i = V > 1 ? _mm256_mul_ps(part, _mm256_loadu_ps(c + 8)) : q##i;                         \
     }
         PTST__ROWS_6(PTST__X)
 #undef PTST__X
     }
-    for (; B != B_end; A += a_col, A3 += a_col, B += ldb) {
-        __m256 b0 = n < 8 ? _mm256_maskload_ps(B, mask) : _mm256_loadu_ps(B), a;
-        __m256 b1 = V > 1 ? _mm256_loadu_ps(B + 8) : b0;
-        __asm__("" : "+r"(row)); /* unknown: or else a pointer for each row comes back */
+    for (count -= 4 * fours; fours > 0; fours--) {
+        __asm__("" : "+r"(ld), "+r"(ldb)); /* unknown: or else more pointers come back */
+        PTST__PART_STEP(0)
+        PTST__PART_STEP(1)
+        PTST__PART_STEP(2)
+        PTST__PART_STEP(3)
+        PTST__PART_NEXT(4), B3 += 4 * ldb;
+    }
+    for (; count > 0; count--) {
+        __asm__("" : "+r"(ld));
+        PTST__PART_STEP(0)
+        PTST__PART_NEXT(1);
+    }
 #define PTST__X(i)                                                                                 \
     if (i < R) {                                                                                   \
-        a = _mm256_broadcast_ss((i < 3 ? A : A3) + i % 3 * row);                                   \
-        p##i = _mm256_fmadd_ps(a, b0, p##i);                                                       \
-        q##i = V > 1 ? _mm256_fmadd_ps(a, b1, q##i) : q##i;                                        \
-    }
-        PTST__ROWS_6(PTST__X)
-#undef PTST__X
-    }
-#define PTST__X(i)                                                                                 \
-    if (i < R) {                                                                                   \
-        float *c = t->C + (i0 + i) * t->ldc + j0;                                                  \
+        float *c = (i < 3 ? c0 : c3) + i % 3 * ldc;                                                \
         if (n < 8) {                                                                               \
             _mm256_maskstore_ps(c, mask, p##i);                                                    \
         } else {                                                                                   \
@@ -24484,6 +24508,28 @@ PTST__AVX2 PTST__INLINE void ptst__multiply_part__avx2(const ptst__patch *t, siz
 #undef PTST__X
 }
 
+#undef PTST__PART_NEXT
+#undef PTST__PART_STEP
+#undef PTST__PART_ROW
+
+/* n of the columns of R rows, 6, 2 or 1. */
+PTST__AVX2 PTST__INLINE void ptst__multiply_cols__avx2(const ptst__patch *t, size_t i, size_t j,
+                                                       size_t R, size_t n, bool turned) {
+    if (n == 16) {
+        R == 6   ? ptst__multiply_part__avx2(t, i, j, 6, 2, 8, turned)
+        : R == 2 ? ptst__multiply_part__avx2(t, i, j, 2, 2, 8, turned)
+                 : ptst__multiply_part__avx2(t, i, j, 1, 2, 8, turned);
+    } else if (R == 6) {
+        n == 8 ? ptst__multiply_part__avx2(t, i, j, 6, 1, 8, turned)
+               : ptst__multiply_part__avx2(t, i, j, 6, 1, n, turned);
+    } else {
+        ptst__multiply_part__avx2(t, i, j, 1, 1, n, turned);
+        if (R == 2) {
+            ptst__multiply_part__avx2(t, i + 1, j, 1, 1, n, turned);
+        }
+    }
+}
+
 /* As __scalar, float32 sums, in strips of 6 x 16. */
 PTST__AVX2 static void ptst__multiply__avx2(const ptst__patch *t) {
     size_t i, j, n;
@@ -24492,26 +24538,8 @@ PTST__AVX2 static void ptst__multiply__avx2(const ptst__patch *t) {
         for (j = ptst__patch_begin(t, PTST__CUT_C, i) / 16 * 16; j < t->N; j += n) {
             n = t->N - j;
             n = n >= 16 ? 16 : n >= 8 ? 8 : n;
-            if (R == 6) {
-                if (n == 16) {
-                    ptst__multiply_part__avx2(t, i, j, 6, 2, 8);
-                } else if (n == 8) {
-                    ptst__multiply_part__avx2(t, i, j, 6, 1, 8);
-                } else {
-                    ptst__multiply_part__avx2(t, i, j, 6, 1, n);
-                }
-            } else if (n == 16) {
-                if (R == 2) {
-                    ptst__multiply_part__avx2(t, i, j, 2, 2, 8);
-                } else {
-                    ptst__multiply_part__avx2(t, i, j, 1, 2, 8);
-                }
-            } else {
-                ptst__multiply_part__avx2(t, i, j, 1, 1, n);
-                if (R == 2) {
-                    ptst__multiply_part__avx2(t, i + 1, j, 1, 1, n);
-                }
-            }
+            t->a_row == 1 ? ptst__multiply_cols__avx2(t, i, j, R, n, true)
+                          : ptst__multiply_cols__avx2(t, i, j, R, n, false);
         }
         i += R;
     }
