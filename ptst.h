@@ -24265,6 +24265,7 @@ enum {
     PTST__KEYS = 48,    /* 8 strips of 6 */
     PTST__GROUP = 4,    /* tiles of queries that meet a tile of keys while it is in the cache */
     PTST__DEPTH = 512,  /* floats of a head, over the tiles of a group, that have room */
+    PTST__ROWS_AHEAD = 8, /* so many rows of queries before one is copied it is asked for */
     PTST__FEW = 3,      /* spans of so few queries go another way (decoding), with so many heads */
     PTST__FEW_HEADS = 4096,
     PTST__FEW_KEYS = 32,        /* keys of all heads at a time */
@@ -24884,6 +24885,34 @@ static bool ptst__view_keys(ptst__view *v, size_t j) {
     return v->J != 0;
 }
 
+/* Asks for n rows of `floats` floats, ld apart. */
+static void ptst__prefetch(const float *x, size_t n, size_t floats, size_t ld) {
+#if defined(__GNUC__) || defined(__clang__)
+    size_t r, i;
+    for (r = 0; r < n; r++) {
+        for (i = 0; i < floats; i += 16) {
+            __builtin_prefetch(x + r * ld + i);
+        }
+    }
+#else
+    (void)x;
+    (void)n;
+    (void)floats;
+    (void)ld;
+#endif
+}
+
+/* Asks for part i of n of the keys and values of a tile that begins at key j, as far as the end;
+   `at` floats into their rows. */
+static void ptst__keys_ahead(const ptst_attention *a, const ptst_span *s, int b, size_t at,
+                             size_t j, size_t end, size_t i, size_t n) {
+    size_t first = j + PTST__KEYS * i / n, last = ptst__min(j + PTST__KEYS * (i + 1) / n, end);
+    if (first < last) {
+        ptst__prefetch(s->k[b] + first * a->kv_ld + at, last - first, a->D, a->kv_ld);
+        ptst__prefetch(s->v[b] + first * a->kv_ld + at, last - first, a->D, a->kv_ld);
+    }
+}
+
 /* Tiles of queries that go through the keys together. */
 static size_t ptst__view_group(const ptst_attention *a) {
     size_t n = a->D == 0 ? 1 : ptst__min(PTST__DEPTH / a->D, PTST__GROUP);
@@ -25114,6 +25143,7 @@ static void ptst__attention_group(const ptst__attention_job *job, ptst__room *ro
             for (i = 0; i < n; i++) {
                 ptst__rows *rows = &room->rows[i];
                 size_t first = i * PTST__QUERIES;
+                ptst__keys_ahead(a, s, b, at, j + PTST__KEYS, v[n - 1].end, i, n);
                 if (!ptst__view_keys(&v[i], j)) {
                     continue;
                 }
@@ -25157,23 +25187,6 @@ static void ptst__shared_task(void *arg, size_t task, int thread) {
    If many rows see the same block 0 (answers to prompts with one head), they are tiles of queries
    for these keys, and each row goes on from there with its own (as in Juravsky et al. 2024,
    "Hydragen"). */
-
-/* Asks for n rows of `floats` floats, ld apart. */
-static void ptst__prefetch(const float *x, size_t n, size_t floats, size_t ld) {
-#if defined(__GNUC__) || defined(__clang__)
-    size_t r, i;
-    for (r = 0; r < n; r++) {
-        for (i = 0; i < floats; i += 16) {
-            __builtin_prefetch(x + r * ld + i);
-        }
-    }
-#else
-    (void)x;
-    (void)n;
-    (void)floats;
-    (void)ld;
-#endif
-}
 
 /* room->s [n, FEW_KEYS] = q [n, D] times the first FEW_KEYS of `left` keys k, n <= 4. Asks for the
    keys behind them and their values v, a little with each step: memory is the limit. */
@@ -25486,7 +25499,13 @@ static void ptst__tile_load(const ptst__attention_job *job, ptst__room *room, si
     const float *q = job->q + row * a->q_ld + v->h * a->D;
     for (r = 0; r < PTST__QUERIES; r++) {
         bool used = r < v->R;
+        size_t next = r + PTST__ROWS_AHEAD;
         float lse = used ? job->lse_in[(row + r) * a->H + v->h] : 0;
+        if (next < v->R) {
+            ptst__prefetch(job->dout + at + next * ld, 1, a->D, ld);
+            ptst__prefetch(job->out_in + at + next * ld, 1, a->D, ld);
+            ptst__prefetch(q + next * ld_q, 1, a->D, ld_q);
+        }
         rows->lse[r] = lse == -INFINITY ? 0 : lse; /* such a row sees nothing */
         rows->delta[r] = used ? (float)job->kernels->dot(a->D, job->dout + at + r * ld,
                                                          job->out_in + at + r * ld)
@@ -25582,6 +25601,7 @@ static void ptst__span_backward(const ptst__attention_job *job, ptst__room *room
             k = ptst__tile_copy(job->kernels, s->k[b] + j * ld_k + at, &ld_k,
                                 ptst__min(PTST__KEYS, v[n - 1].end - j), a->D, room->keys);
             for (i = 0; i < n; i++) {
+                ptst__keys_ahead(a, s, b, at, j + PTST__KEYS, v[n - 1].end, i, n);
                 if (ptst__view_keys(&v[i], j)) {
                     ptst__tile_backward(job, room, i, &v[i], k + (v[i].j - j) * ld_k, ld_k, &t[i],
                                         out);
