@@ -24354,8 +24354,8 @@ static void ptst__attention_backward_task__scalar(void *arg, size_t task, int th
    arithmetic. Keys and values are read where they lie. All products are of one form, a patch. */
 
 /* C(i, j) = keep[i] C(i, j) + sum_k A(i, k) B[k * ldb + j] for i < M, j < N, k < K, where
-   A(i, k) = A[i * a_row + k * a_col] and C(i, j) = C[i * ldc + j]. keep NULL: C is not read. On
-   the diagonal of a causal block work can be left out: with d = diagonal,
+   A(i, k) = A[i * a_row + k * a_col], one of these 1, and C(i, j) = C[i * ldc + j]. keep NULL: C is
+   not read. On the diagonal of a causal block work can be left out: with d = diagonal,
        PTST__CUT_C      C(i, j) is not wanted for j < i - d,
        PTST__CUT_LEFT   A(i, k) = 0 for k < i - d,
        PTST__CUT_RIGHT  A(i, k) = 0 for k > i + d. */
@@ -24433,7 +24433,7 @@ PTST__UNUSED static void ptst__softmax_tile_backward__scalar(size_t J, size_t R,
 #if PTST__X86
 
 /* Pieces of ptst__multiply_part__avx2: row i at the u-th k; the u-th k; going on by n of them. */
-#define PTST__PART_ROW(i)                                                                          \
+#define PTST__STRIP_ROW(i)                                                                         \
     if (i < R) {                                                                                   \
         size_t along = turned ? i : at, across = turned ? at : i;                                  \
         a = _mm256_broadcast_ss((across < 3 ? A : A3) + across % 3 * ld + along);                  \
@@ -24442,15 +24442,15 @@ PTST__UNUSED static void ptst__softmax_tile_backward__scalar(size_t J, size_t R,
             PTST__FMA(q##i, a, b1);                                                                \
         }                                                                                          \
     }
-#define PTST__PART_STEP(u)                                                                         \
+#define PTST__STRIP_STEP(u)                                                                        \
     {                                                                                              \
         const size_t at = u;                                                                       \
         const float *from = (at < 3 ? B : B3) + at % 3 * ldb;                                      \
         __m256 b0 = n < 8 ? _mm256_maskload_ps(from, mask) : _mm256_loadu_ps(from), a;             \
         __m256 b1 = V > 1 ? _mm256_loadu_ps(from + 8) : b0;                                        \
-        PTST__ROWS_6(PTST__PART_ROW)                                                               \
+        PTST__ROWS_6(PTST__STRIP_ROW)                                                              \
     }
-#define PTST__PART_NEXT(n) A += n * a_col, A3 += n * a_col, B += n * ldb
+#define PTST__STRIP_NEXT(n) A += n * a_col, A3 += n * a_col, B += n * ldb
 
 /* R rows (6, 2 or 1) of V vectors (2 or 1), from row i and column j on; with n < 8 the only vector
    has n lanes. turned: rows of A follow each other (a_row is 1), or else its columns do (a_col is
@@ -24482,16 +24482,16 @@ PTST__AVX2 PTST__INLINE void ptst__multiply_part__avx2(const ptst__patch *t, siz
     }
     for (count -= 4 * fours; fours > 0; fours--) {
         __asm__("" : "+r"(ld), "+r"(ldb)); /* unknown: or else more pointers come back */
-        PTST__PART_STEP(0)
-        PTST__PART_STEP(1)
-        PTST__PART_STEP(2)
-        PTST__PART_STEP(3)
-        PTST__PART_NEXT(4), B3 += 4 * ldb;
+        PTST__STRIP_STEP(0)
+        PTST__STRIP_STEP(1)
+        PTST__STRIP_STEP(2)
+        PTST__STRIP_STEP(3)
+        PTST__STRIP_NEXT(4), B3 += 4 * ldb;
     }
     for (; count > 0; count--) {
         __asm__("" : "+r"(ld));
-        PTST__PART_STEP(0)
-        PTST__PART_NEXT(1);
+        PTST__STRIP_STEP(0)
+        PTST__STRIP_NEXT(1);
     }
 #define PTST__X(i)                                                                                 \
     if (i < R) {                                                                                   \
@@ -24509,9 +24509,9 @@ PTST__AVX2 PTST__INLINE void ptst__multiply_part__avx2(const ptst__patch *t, siz
 #undef PTST__X
 }
 
-#undef PTST__PART_NEXT
-#undef PTST__PART_STEP
-#undef PTST__PART_ROW
+#undef PTST__STRIP_NEXT
+#undef PTST__STRIP_STEP
+#undef PTST__STRIP_ROW
 
 /* n of the columns of R rows, 6, 2 or 1. */
 PTST__AVX2 PTST__INLINE void ptst__multiply_cols__avx2(const ptst__patch *t, size_t i, size_t j,
