@@ -24351,7 +24351,8 @@ static void ptst__attention_backward_task__scalar(void *arg, size_t task, int th
    The SIMD versions work on tiles of QUERIES rows of one head times KEYS keys. The queries of a
    tile are turned once to [D, QUERIES], so that the scores of all its keys come out as
    [key, query]: lanes are queries, and everything the softmax does to a row is plain vertical
-   arithmetic. Keys and values are read where they lie. All products are of one form, a patch. */
+   arithmetic. Keys (forward) and values (backward) are read where they lie, the others are put side
+   by side first. All products are of one form, a patch. */
 
 /* C(i, j) = keep[i] C(i, j) + sum_k A(i, k) B[k * ldb + j] for i < M, j < N, k < K, where
    A(i, k) = A[i * a_row + k * a_col], one of these 1, and C(i, j) = C[i * ldc + j]. keep NULL: C is
