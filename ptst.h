@@ -19231,7 +19231,9 @@ struct ptst__kernels {
        each row of B), also if it makes less. */
     size_t tile_rows, a_width, tile_cols;
     size_t unpacked; /* rows of A are taken as they lie in memory for up to so many columns of Y */
-    size_t block_k, own_cols; /* of K and of B's columns at most: so many floats stay near a core */
+    bool direct;     /* so are rows of B, for few rows of A */
+    size_t block_k;  /* of K at most, and of B's columns: so many floats stay near a core; */
+    size_t own_cols, own_turned; /* the latter for a B that packing turns */
     size_t asks_every; /* the tile asks ahead once in so many k, if it is not told to each time */
     bool far; /* `dots` takes four rows of w that are far apart, see ptst__dots_apart */
     /* Panel of K rows: dst[k * width + j] = src[k * ld + j], j < cols; 0 for cols <= j < width.
@@ -19241,9 +19243,9 @@ struct ptst__kernels {
     /* The same from columns: dst[k * width + j] = src[min(j, cols - 1) * ld + k]. */
     void (*pack_cols)(float *dst, size_t width, const void *src, ptst_dtype dtype, size_t ld,
                       size_t cols, size_t K);
-    /* The same of I8 or I4: columns [at, at + cols) of rows [k0, k0 + K) of B. If B is transposed,
-       a block begins at k0 and cols may be less than width, else at is a multiple of 16 and width
-       is cols. NULL: by way of to_f32. */
+    /* The same of I8 or I4: columns [at, at + cols) of rows [k0, k0 + K) of B. width is a multiple
+       of 8. If B is transposed, a block begins at k0 and cols may be less than width, else at is a
+       multiple of 8 and cols is width. NULL: by way of to_f32. */
     void (*pack_blocks)(float *dst, size_t width, const struct ptst__matrix *B, size_t at,
                         size_t cols, size_t k0, size_t K);
     void (*tile)(size_t K, const ptst__tile *t);
@@ -19866,7 +19868,8 @@ PTST__UNUSED static void ptst__convert_from_f32(const ptst_ctx *c, void *dst, co
    threads.
 
    Kinds of product:
-       packed   as above; for few rows of A, a B of F32 that lies row by row is not even packed
+       packed   as above; for few rows of A, a B of F32 that lies row by row is not even packed,
+                except with AVX2, where that is slower
        parts    with AMX: as sums of products of 16-bit parts; for few rows B is split while it is
                 multiplied
        few      some rows times F32, AVX2: 4 x 3 scalar products of rows, blocked
@@ -19875,10 +19878,10 @@ PTST__UNUSED static void ptst__convert_from_f32(const ptst_ctx *c, void *dst, co
                 allows it, the other rows are in whole numbers, see ptst__whole__scalar. */
 
 enum {
-    PTST__BLOCK_K = 640,  /* the largest block_k */
+    PTST__BLOCK_K = 800,  /* the largest block_k */
     PTST__BLOCK_M = 1024, /* rows of A that are packed at once, */
-    PTST__OWN = 128,      /* the largest own_cols */
-    PTST__ROOM = 2048 * PTST__BLOCK_K, /* floats for A in parts, or products with few columns */
+    PTST__OWN = 128,      /* the largest own_cols or own_turned */
+    PTST__ROOM = 2048 * 640, /* floats for A in parts, or products with few columns */
     PTST__PANEL = 64,       /* no panel is wider */
     PTST__AHEAD = 8192,     /* bytes of weights that `dots` asks for ahead of time */
     PTST__FAR_AHEAD = 2048, /* the same for each of four rows that are far apart */
@@ -20130,18 +20133,38 @@ PTST__AVX2 PTST__INLINE void ptst__rows__avx2(float *dst, size_t width, const vo
     }
 }
 
+/* The same of four columns, or fewer. */
+PTST__AVX2 static void ptst__rows_of_4__avx2(float *dst, const void *src, ptst_dtype dtype,
+                                             size_t ld, size_t cols, size_t K) {
+    size_t j, line = ptst__dtype_bytes(dtype, ld);
+    const char *row = (const char *)src;
+    for (; K > 0; K--, row += line, dst += 4) {
+        _mm_prefetch((const char *)((uintptr_t)row + 16 * line), _MM_HINT_T0);
+        if (dtype == PTST_F32 && cols == 4) {
+            _mm_storeu_ps(dst, _mm_loadu_ps((const float *)(const void *)row));
+        } else {
+            ptst__to_f32__scalar(dst, row, dtype, cols);
+            for (j = cols; j < 4; j++) {
+                dst[j] = 0;
+            }
+        }
+    }
+}
+
 PTST__AVX2 static void ptst__pack_rows__avx2(float *dst, size_t width, const void *src,
                                              ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
-    if (dtype == PTST_F32 && cols == 16) {
-        ptst__rows__avx2(dst, 16, src, PTST_F32, ld, 16, K);
-    } else if (dtype == PTST_F32 && cols == 8 && width == 8) {
-        ptst__rows__avx2(dst, 8, src, PTST_F32, ld, 8, K);
+    if (width == 4) {
+        ptst__rows_of_4__avx2(dst, src, dtype, ld, cols, K);
+    } else if (dtype == PTST_F32 && cols == 24) {
+        ptst__rows__avx2(dst, 24, src, PTST_F32, ld, 24, K);
     } else if (dtype == PTST_F32) {
         ptst__rows__avx2(dst, width, src, PTST_F32, ld, cols, K);
     } else if (dtype == PTST_F16) {
-        ptst__rows__avx2(dst, width, src, PTST_F16, ld, cols, K);
+        cols == 24 ? ptst__rows__avx2(dst, 24, src, PTST_F16, ld, 24, K)
+                   : ptst__rows__avx2(dst, width, src, PTST_F16, ld, cols, K);
     } else {
-        ptst__rows__avx2(dst, width, src, PTST_BF16, ld, cols, K);
+        cols == 24 ? ptst__rows__avx2(dst, 24, src, PTST_BF16, ld, 24, K)
+                   : ptst__rows__avx2(dst, width, src, PTST_BF16, ld, cols, K);
     }
 }
 
@@ -20223,10 +20246,42 @@ PTST__AVX2 PTST__INLINE void ptst__turn__avx2(float *dst, size_t width, const vo
     }
 }
 
+/* The same, 4 columns of F32. */
+PTST__AVX2 static void ptst__turn_4__avx2(float *dst, const float *src, size_t ld, size_t cols,
+                                          size_t K) {
+    const float *x0 = src, *x1 = x0 + (cols > 1 ? ld : 0), *x2 = x1 + (cols > 2 ? ld : 0);
+    const float *x3 = x2 + (cols > 3 ? ld : 0);
+    size_t k;
+    for (k = 0; K - k >= 8; k += 8, dst += 32) {
+        __m256 a0 = _mm256_loadu_ps(x0 + k), a1 = _mm256_loadu_ps(x1 + k);
+        __m256 a2 = _mm256_loadu_ps(x2 + k), a3 = _mm256_loadu_ps(x3 + k);
+        __m256 y0 = _mm256_unpacklo_ps(a0, a2), y1 = _mm256_unpackhi_ps(a0, a2);
+        __m256 y2 = _mm256_unpacklo_ps(a1, a3), y3 = _mm256_unpackhi_ps(a1, a3);
+        a0 = _mm256_unpacklo_ps(y0, y2);
+        a1 = _mm256_unpackhi_ps(y0, y2);
+        a2 = _mm256_unpacklo_ps(y1, y3);
+        a3 = _mm256_unpackhi_ps(y1, y3);
+        _mm256_storeu_ps(dst, _mm256_permute2f128_ps(a0, a1, 0x20));
+        _mm256_storeu_ps(dst + 8, _mm256_permute2f128_ps(a2, a3, 0x20));
+        _mm256_storeu_ps(dst + 16, _mm256_permute2f128_ps(a0, a1, 0x31));
+        _mm256_storeu_ps(dst + 24, _mm256_permute2f128_ps(a2, a3, 0x31));
+    }
+    for (; k < K; k++, dst += 4) {
+        dst[0] = x0[k];
+        dst[1] = x1[k];
+        dst[2] = x2[k];
+        dst[3] = x3[k];
+    }
+}
+
 /* The dtype is made a constant of the loop. */
 PTST__AVX2 static void ptst__pack_cols__avx2(float *dst, size_t width, const void *src,
                                              ptst_dtype dtype, size_t ld, size_t cols, size_t K) {
-    if (dtype == PTST_F32) {
+    if (width == 4 && dtype == PTST_F32) {
+        ptst__turn_4__avx2(dst, (const float *)src, ld, cols, K);
+    } else if (width == 4) {
+        ptst__pack_cols__scalar(dst, width, src, dtype, ld, cols, K);
+    } else if (dtype == PTST_F32) {
         ptst__turn__avx2(dst, width, src, PTST_F32, ld, cols, K);
     } else if (dtype == PTST_F16) {
         ptst__turn__avx2(dst, width, src, PTST_F16, ld, cols, K);
@@ -20294,21 +20349,42 @@ PTST__AVX2 PTST__INLINE void ptst__turn_blocks__avx2(float *dst, size_t width,
     }
 }
 
-/* Rows of blocks, 16 columns at a time, which are half a block. dtype is a constant. */
+/* Rows of blocks, 8 columns at a time or 16, which are half a block. dtype and wide are
+   constants. */
 PTST__AVX2 PTST__INLINE void ptst__block_rows__avx2(float *dst, size_t width, const char *block,
                                                     size_t line, size_t at, size_t K,
-                                                    ptst_dtype dtype) {
-    bool upper = at % PTST__BLOCK != 0;
-    const char *bytes = block + (upper && dtype == PTST_I8 ? 18 : 2);
+                                                    ptst_dtype dtype, bool wide) {
+    bool upper = at % PTST__BLOCK >= 16;
+    const char *bytes = block + 2 + at % (dtype == PTST_I8 ? PTST__BLOCK : 16);
     __m256 x, y, d;
+    __m128i w;
     for (; K > 0; K--, dst += width, block += line, bytes += line) {
         _mm_prefetch((const char *)((uintptr_t)block + 16 * line), _MM_HINT_T0);
         d = ptst__block_scale__avx2(block);
-        ptst__whole16_to_f32__avx2(
-            &x, &y, d, _mm_loadu_si128((const __m128i *)(const void *)bytes), dtype, upper);
+        w = wide ? _mm_loadu_si128((const __m128i *)(const void *)bytes)
+                 : _mm_loadl_epi64((const __m128i *)(const void *)bytes);
+        ptst__whole16_to_f32__avx2(&x, &y, d, w, dtype, upper);
         _mm256_storeu_ps(dst, x);
-        _mm256_storeu_ps(dst + 8, y);
+        if (wide) {
+            _mm256_storeu_ps(dst + 8, y);
+        }
     }
+}
+
+/* As many columns as that takes at once, of those from `at` on. */
+PTST__AVX2 PTST__INLINE size_t ptst__block_piece__avx2(float *dst, size_t width,
+                                                       const ptst__matrix *B, size_t at,
+                                                       size_t most, size_t k0, size_t K,
+                                                       ptst_dtype dtype) {
+    size_t line = ptst__dtype_bytes(dtype, B->ld);
+    const char *block = (const char *)B->data + k0 * line;
+    block += ptst__dtype_bytes(dtype, at / PTST__BLOCK * PTST__BLOCK);
+    if (at % 16 == 0 && most >= 16) {
+        ptst__block_rows__avx2(dst, width, block, line, at, K, dtype, true);
+        return 16;
+    }
+    ptst__block_rows__avx2(dst, width, block, line, at, K, dtype, false);
+    return 8;
 }
 
 PTST__AVX2 static void ptst__pack_blocks__avx2(float *dst, size_t width, const ptst__matrix *B,
@@ -20323,27 +20399,20 @@ PTST__AVX2 static void ptst__pack_blocks__avx2(float *dst, size_t width, const p
         B->dtype == PTST_I8 ? ptst__turn_blocks__avx2(dst + j, width, column, K, PTST_I8)
                             : ptst__turn_blocks__avx2(dst + j, width, column, K, PTST_I4);
     }
-    for (j = 0; !B->transposed && j < width; j += 16) {
-        size_t from = at + j, first = from / PTST__BLOCK * PTST__BLOCK;
-        const char *block = data + k0 * line + ptst__dtype_bytes(B->dtype, first);
-        B->dtype == PTST_I8 ? ptst__block_rows__avx2(dst + j, width, block, line, from, K, PTST_I8)
-                            : ptst__block_rows__avx2(dst + j, width, block, line, from, K, PTST_I4);
+    for (j = 0; !B->transposed && j < width;) {
+        j += B->dtype == PTST_I8
+                 ? ptst__block_piece__avx2(dst + j, width, B, at + j, width - j, k0, K, PTST_I8)
+                 : ptst__block_piece__avx2(dst + j, width, B, at + j, width - j, k0, K, PTST_I4);
     }
 }
 
-/* y = beta y + alpha sum, 8 numbers; both halves of a cache line of a stream go to memory without
-   being read first. */
-PTST__AVX2 PTST__INLINE void ptst__put8__avx2(float *y, __m256 sum, float alpha, float beta,
-                                              bool stream) {
+/* y = beta y + alpha sum, 8 numbers. */
+PTST__AVX2 PTST__INLINE void ptst__put8__avx2(float *y, __m256 sum, float alpha, float beta) {
     sum = _mm256_mul_ps(sum, _mm256_set1_ps(alpha));
     if (beta != 0) {
         sum = _mm256_fmadd_ps(_mm256_set1_ps(beta), _mm256_loadu_ps(y), sum);
     }
-    if (stream) {
-        _mm256_stream_ps(y, sum);
-    } else {
-        _mm256_storeu_ps(y, sum);
-    }
+    _mm256_storeu_ps(y, sum);
 }
 
 typedef struct ptst__eight {
@@ -20359,25 +20428,28 @@ typedef struct ptst__eight {
             : "+x"(sum)                                                                            \
             : "x"(x), "m"(*(const ptst__eight *)(const void *)(from)))
 
-/* Pieces of ptst__tile_rows__avx2: one k of row i; one k; going on by n of them; asking ahead once;
-   four k at a time. */
+/* Pieces of ptst__tile_rows__avx2: one k of row i, one k, four k. */
 #define PTST__TILE_ROW(i)                                                                          \
     if (i < count) {                                                                               \
-        ai = _mm256_broadcast_ss((packed || i < 3 ? a0 : a3) + (packed ? i : i % 3 * ld) + at);    \
+        ai = _mm256_broadcast_ss(at + i);                                                          \
         PTST__FMA(p##i, ai, b0);                                                                   \
-        PTST__FMA(q##i, ai, b1);                                                                   \
+        if (vectors > 1) {                                                                         \
+            PTST__FMA(q##i, ai, b1);                                                               \
+        }                                                                                          \
+        if (vectors > 2) {                                                                         \
+            PTST__FMA(r##i, ai, b2);                                                               \
+        }                                                                                          \
     }
 #define PTST__TILE_STEP(u)                                                                         \
     {                                                                                              \
-        __m256 b0 = _mm256_loadu_ps(b + 16 * u), b1 = _mm256_loadu_ps(b + 16 * u + 8), ai;         \
-        const size_t at = u * step;                                                                \
-        PTST__ROWS_6(PTST__TILE_ROW)                                                               \
+        const float *at = a + 4 * u, *from = b + 24 * u;                                           \
+        __m256 b0 = _mm256_loadu_ps(from), b1 = vectors > 1 ? _mm256_loadu_ps(from + 8) : b0;      \
+        __m256 b2 = vectors > 2 ? _mm256_loadu_ps(from + 16) : b0, ai;                             \
+        PTST__ROWS_4(PTST__TILE_ROW)                                                               \
     }
-#define PTST__TILE_NEXT(n, row) b += n * (row), a0 += n * step, a3 += n * step
 #define PTST__TILE_ASK _mm_prefetch(ahead, _MM_HINT_T1), ahead += ahead_step
 #define PTST__TILE_FOURS(ask)                                                                      \
-    for (; b != b_end;) {                                                                          \
-        __asm__("" : "+r"(ld)); /* unknown: or else a pointer for each row comes back */           \
+    for (; b != b_end; b += 96, a += 16) {                                                         \
         PTST__TILE_ASK;                                                                            \
         PTST__TILE_STEP(0)                                                                         \
         ask;                                                                                       \
@@ -20386,65 +20458,70 @@ typedef struct ptst__eight {
         PTST__TILE_STEP(2)                                                                         \
         ask;                                                                                       \
         PTST__TILE_STEP(3)                                                                         \
-        PTST__TILE_NEXT(4, 16);                                                                    \
     }
 
-/* As __scalar, up to 6 x 16 sums in 12 registers, FMA; `count` and `packed` are constants. Of a
-   packed B (b_step = 16) four k at a time, and a pointer for three rows of A: where another thread
-   uses the same core, each instruction that is no FMA or load costs speed. */
+/* As __scalar, up to 4 x 24 sums in 12 registers, FMA; `count` of rows and `vectors` of 8 columns
+   are constants. Four k at a time: where another thread uses the same core, each instruction that
+   is no FMA or load costs speed. 4 x 24 takes fewer loads than 6 x 16, and four packed rows are one
+   stream from the last cache, which the processor reads ahead. Half a cache line of Y is another
+   tile's, so nothing is written past the caches: that was 12 % slower. */
 PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t, size_t count,
-                                                   bool packed) {
-    float edge[6 * 16];
-    bool whole = t->rows == count && t->cols == 16;
+                                                   size_t vectors) {
+    float edge[4 * 24];
+    bool whole = t->rows == count && t->cols == 8 * vectors;
     float *y = whole ? t->y : edge;
-    size_t ld = packed ? 1 : t->a_ld, step = packed ? 8 : 1, b_step = t->b_step;
-    size_t fours = b_step == 16 ? K / 4 : 0;
-    const float *a0 = t->a, *a3 = a0 + 3 * ld, *b = t->b, *b_end = b + 64 * fours;
+    const float *a = t->a, *b = t->b, *b_end = b + 96 * (K / 4);
     const char *ahead = t->ahead;
-    size_t ldy = whole ? t->ldy : 16, ahead_step = t->ahead_step;
+    size_t ldy = whole ? t->ldy : 24, ahead_step = t->ahead_step;
     float alpha = whole ? t->alpha : 1, beta = whole ? t->beta : 0;
-    bool stream = t->stream && whole && ((uintptr_t)y | ldy * sizeof *y) % 64 == 0;
 #define PTST__X(i)                                                                                 \
-    __m256 p##i = _mm256_setzero_ps(), q##i = _mm256_setzero_ps();                                 \
-    if (whole && i < count && !stream) {                                                           \
+    __m256 p##i = _mm256_setzero_ps(), q##i = p##i, r##i = p##i;                                   \
+    if (whole && i < count) {                                                                      \
         _mm_prefetch((const char *)(y + i * ldy), _MM_HINT_T0);                                    \
-        _mm_prefetch((const char *)(y + i * ldy + 15), _MM_HINT_T0);                               \
+        _mm_prefetch((const char *)(y + i * ldy + 8 * vectors - 1), _MM_HINT_T0);                  \
     }
-    PTST__ROWS_6(PTST__X)
+    PTST__ROWS_4(PTST__X)
 #undef PTST__X
     if (t->ahead_every == 4) {
         PTST__TILE_FOURS((void)0)
     } else {
         PTST__TILE_FOURS(PTST__TILE_ASK)
     }
-    for (K -= 4 * fours; K > 0; K--) {
+    for (K %= 4; K > 0; K--, b += 24, a += 4) {
         PTST__TILE_ASK;
         PTST__TILE_STEP(0)
-        PTST__TILE_NEXT(1, b_step);
     }
 #define PTST__X(i)                                                                                 \
     if (i < count) {                                                                               \
-        ptst__put8__avx2(y + i * ldy, p##i, alpha, beta, stream);                                  \
-        ptst__put8__avx2(y + i * ldy + 8, q##i, alpha, beta, stream);                              \
+        ptst__put8__avx2(y + i * ldy, p##i, alpha, beta);                                          \
+        if (vectors > 1) {                                                                         \
+            ptst__put8__avx2(y + i * ldy + 8, q##i, alpha, beta);                                  \
+        }                                                                                          \
+        if (vectors > 2) {                                                                         \
+            ptst__put8__avx2(y + i * ldy + 16, r##i, alpha, beta);                                 \
+        }                                                                                          \
     }
-    PTST__ROWS_6(PTST__X)
+    PTST__ROWS_4(PTST__X)
 #undef PTST__X
     if (!whole) {
-        ptst__tile_put(t, edge, 16);
+        ptst__tile_put(t, edge, 24);
     }
 }
 
 #undef PTST__TILE_FOURS
 #undef PTST__TILE_ASK
-#undef PTST__TILE_NEXT
 #undef PTST__TILE_STEP
 #undef PTST__TILE_ROW
 
 PTST__AVX2 static void ptst__tile__avx2(size_t K, const ptst__tile *t) {
-    if (t->a_ld != 0) {
-        ptst__tile_rows__avx2(K, t, 6, false);
+    if (t->rows <= 2) {
+        ptst__tile_rows__avx2(K, t, 2, 3);
+    } else if (t->cols > 16) {
+        ptst__tile_rows__avx2(K, t, 4, 3);
+    } else if (t->cols > 8) {
+        ptst__tile_rows__avx2(K, t, 4, 2);
     } else {
-        t->rows > 4 ? ptst__tile_rows__avx2(K, t, 6, true) : ptst__tile_rows__avx2(K, t, 4, true);
+        ptst__tile_rows__avx2(K, t, 4, 1);
     }
 }
 
@@ -22070,8 +22147,8 @@ static void ptst__pack_blocks(const struct ptst__kernels *kernels, float *dst, s
                               ptst__matrix B, size_t at, size_t cols, size_t k0, size_t kc) {
     float piece[PTST__PANEL * 2 * PTST__BLOCK];
     size_t k, n, j;
-    if (kernels->pack_blocks != NULL &&
-        (B.transposed ? k0 % PTST__BLOCK == 0 : cols == width && width % 16 == 0 && at % 16 == 0)) {
+    if (kernels->pack_blocks != NULL && width % 8 == 0 &&
+        (B.transposed ? k0 % PTST__BLOCK == 0 : cols == width && at % 8 == 0)) {
         kernels->pack_blocks(dst, width, &B, at, cols, k0, kc);
         return;
     }
@@ -22318,9 +22395,8 @@ static void ptst__packed_task(void *arg, size_t task, int thread) {
     part.n_end = ptst__min(part.n_first + p->task_cols, p->N);
     part.m_first = task / p->col_tasks * p->task_rows;
     part.m_end = ptst__min(part.m_first + p->task_rows, p->mc);
-    part.direct = p->B.dtype == PTST_F32 && !p->B.transposed &&
-                  p->mc <= 2 * p->kernels->tile_rows &&
-                  (part.n_end - part.n_first) % cols == 0;
+    part.direct = p->kernels->direct && p->B.dtype == PTST_F32 && !p->B.transposed &&
+                  p->mc <= 2 * p->kernels->tile_rows && (part.n_end - part.n_first) % cols == 0;
     t.b_step = part.direct ? p->B.ld : cols;
     t.alpha = p->alpha;
     t.ldy = p->ldy;
@@ -22352,7 +22428,8 @@ static void ptst__packed_task(void *arg, size_t task, int thread) {
 static size_t ptst__packed_cut(ptst__product *p) {
     size_t rows = p->kernels->tile_rows, cols = p->kernels->tile_cols;
     size_t panels = ptst__ceil_div(p->N, cols), blocks = ptst__ceil_div(p->mc, rows);
-    size_t widest = ptst__min(p->kernels->own_cols / cols, panels);
+    size_t own = p->B.transposed ? p->kernels->own_turned : p->kernels->own_cols;
+    size_t widest = ptst__min(own / cols, panels);
     size_t cut, width, best = SIZE_MAX, tasks = 0;
     widest = p->mc <= PTST__SHORT && p->B.transposed ? 1 : widest;
     for (cut = 1; cut == 1 || (cut <= blocks / 4 && cut <= 2 * p->threads); cut++) {
@@ -26067,11 +26144,14 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     "scalar",
     ptst__to_f32__scalar,
     ptst__from_f32__scalar,
-    4, /* tile_rows, a_width, tile_cols; unpacked; block_k, own_cols; asks_every; far */
+    4, /* tile_rows, a_width, tile_cols; unpacked, direct; block_k, own_cols, own_turned;
+          asks_every; far */
     4,
     4,
     1536,
+    true,
     256,
+    128,
     128,
     1,
     false,
@@ -26111,12 +26191,14 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     "avx2",
     ptst__to_f32__avx2,
     ptst__from_f32__avx2,
-    6,
-    8,
-    16,
-    4096,
-    640,
+    4,
+    4,
+    24,
+    0,
+    false,
+    800,
     48,
+    24,
     4,
     true,
     ptst__pack_rows__avx2,
@@ -26158,7 +26240,9 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     16,
     32,
     1536,
+    true,
     640,
+    128,
     128,
     1,
     false,
@@ -26202,7 +26286,9 @@ static const struct ptst__kernels ptst__kernels_amx = {
     16,
     32,
     1536,
+    true,
     640,
+    128,
     128,
     1,
     false,
@@ -26247,7 +26333,9 @@ static const struct ptst__kernels ptst__kernels_neon = {
     8,
     12,
     0,
+    true,
     320,
+    128,
     128,
     1,
     false,
