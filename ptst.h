@@ -20431,7 +20431,7 @@ typedef struct ptst__eight {
 /* Pieces of ptst__tile_rows__avx2: one k of row i, one k, four k. */
 #define PTST__TILE_ROW(i)                                                                          \
     if (i < count) {                                                                               \
-        ai = _mm256_broadcast_ss(at + i);                                                          \
+        ai = _mm256_broadcast_ss(packed ? a + 4 * at + i : (i < 3 ? a + i * ld : a3) + at);        \
         PTST__FMA(p##i, ai, b0);                                                                   \
         if (vectors > 1) {                                                                         \
             PTST__FMA(q##i, ai, b1);                                                               \
@@ -20442,14 +20442,16 @@ typedef struct ptst__eight {
     }
 #define PTST__TILE_STEP(u)                                                                         \
     {                                                                                              \
-        const float *at = a + 4 * u, *from = b + 24 * u;                                           \
+        const float *from = b + 24 * u;                                                            \
+        const size_t at = u;                                                                       \
         __m256 b0 = _mm256_loadu_ps(from), b1 = vectors > 1 ? _mm256_loadu_ps(from + 8) : b0;      \
         __m256 b2 = vectors > 2 ? _mm256_loadu_ps(from + 16) : b0, ai;                             \
         PTST__ROWS_4(PTST__TILE_ROW)                                                               \
     }
 #define PTST__TILE_ASK _mm_prefetch(ahead, _MM_HINT_T1), ahead += ahead_step
 #define PTST__TILE_FOURS(ask)                                                                      \
-    for (; b != b_end; b += 96, a += 16) {                                                         \
+    for (; b != b_end; b += 96, a += 4 * step, a3 += 4) {                                          \
+        __asm__("" : "+r"(ld)); /* unknown: or else a pointer for each row comes back */           \
         PTST__TILE_ASK;                                                                            \
         PTST__TILE_STEP(0)                                                                         \
         ask;                                                                                       \
@@ -20460,17 +20462,18 @@ typedef struct ptst__eight {
         PTST__TILE_STEP(3)                                                                         \
     }
 
-/* As __scalar, up to 4 x 24 sums in 12 registers, FMA; `count` of rows and `vectors` of 8 columns
-   are constants. Four k at a time: where another thread uses the same core, each instruction that
-   is no FMA or load costs speed. 4 x 24 takes fewer loads than 6 x 16, and four packed rows are one
-   stream from the last cache, which the processor reads ahead. Half a cache line of Y is another
-   tile's, so nothing is written past the caches: that was 12 % slower. */
+/* As __scalar, up to 4 x 24 sums in 12 registers, FMA; `count` of rows, `vectors` of 8 columns and
+   whether A is packed are constants. Four k at a time: where another thread uses the same core,
+   each instruction that is no FMA or load costs speed. 4 x 24 takes fewer loads than 6 x 16, and
+   four packed rows are one stream from the last cache, which the processor reads ahead. Half a
+   cache line of Y is another tile's, so nothing is written past the caches: 12 % slower. */
 PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t, size_t count,
-                                                   size_t vectors) {
+                                                   size_t vectors, bool packed) {
     float edge[4 * 24];
     bool whole = t->rows == count && t->cols == 8 * vectors;
     float *y = whole ? t->y : edge;
-    const float *a = t->a, *b = t->b, *b_end = b + 96 * (K / 4);
+    size_t ld = t->a_ld, step = packed ? 4 : 1;
+    const float *a = t->a, *a3 = a + 3 * ld, *b = t->b, *b_end = b + 96 * (K / 4);
     const char *ahead = t->ahead;
     size_t ldy = whole ? t->ldy : 24, ahead_step = t->ahead_step;
     float alpha = whole ? t->alpha : 1, beta = whole ? t->beta : 0;
@@ -20487,7 +20490,7 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     } else {
         PTST__TILE_FOURS(PTST__TILE_ASK)
     }
-    for (K %= 4; K > 0; K--, b += 24, a += 4) {
+    for (K %= 4; K > 0; K--, b += 24, a += step, a3++) {
         PTST__TILE_ASK;
         PTST__TILE_STEP(0)
     }
@@ -20514,14 +20517,16 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
 #undef PTST__TILE_ROW
 
 PTST__AVX2 static void ptst__tile__avx2(size_t K, const ptst__tile *t) {
-    if (t->rows <= 2) {
-        ptst__tile_rows__avx2(K, t, 2, 3);
+    if (t->a_ld != 0) {
+        ptst__tile_rows__avx2(K, t, 4, 3, false);
+    } else if (t->rows <= 2) {
+        ptst__tile_rows__avx2(K, t, 2, 3, true);
     } else if (t->cols > 16) {
-        ptst__tile_rows__avx2(K, t, 4, 3);
+        ptst__tile_rows__avx2(K, t, 4, 3, true);
     } else if (t->cols > 8) {
-        ptst__tile_rows__avx2(K, t, 4, 2);
+        ptst__tile_rows__avx2(K, t, 4, 2, true);
     } else {
-        ptst__tile_rows__avx2(K, t, 4, 1);
+        ptst__tile_rows__avx2(K, t, 4, 1, true);
     }
 }
 
@@ -22120,6 +22125,7 @@ typedef struct ptst__product {
        k_step of B for each thread. */
     float *packed_a, *room, *own;
     size_t m0, mc, k0, kc, k_step;
+    size_t a_reads;                         /* most columns of Y, of all products with this A */
     size_t a_tasks;                         /* panels of A to pack, for each k_step of K */
     size_t id;                              /* of the block, see ptst__kept, */
     int keep;                               /* and what of it threads keep */
@@ -22215,7 +22221,7 @@ static void ptst__streamed(void) {
    is a stream of its own), so packing pays where it is read by many panels of B, and where rows are
    a multiple of 8 KB apart: too many of them share the same few places of a cache. */
 static bool ptst__a_unpacked(const ptst__product *p) {
-    return p->A.transposed && p->A.dtype == PTST_F32 && p->N <= p->kernels->unpacked &&
+    return p->A.transposed && p->A.dtype == PTST_F32 && p->a_reads <= p->kernels->unpacked &&
            p->A.ld % 2048 != 0;
 }
 
@@ -22500,6 +22506,7 @@ static void ptst__gemm_turned(ptst_ctx *c, ptst__product *p) {
     ptst__product q = *p;
     q.M = p->N;
     q.N = p->M;
+    q.a_reads = q.N;
     q.A = p->B;
     q.B = p->A;
     q.alpha = 1;
@@ -23108,9 +23115,13 @@ static void ptst__group_task(void *arg, size_t task, int thread) {
    before. False if they are not of that kind: then nothing is done. */
 static bool ptst__group_cut(ptst_ctx *c, ptst__group *g) {
     int way = ptst__gemm_way(&g->p[0]);
-    size_t i, tasks = 0;
+    size_t i, tasks = 0, reads = 0;
+    for (i = 0; i < g->count; i++) {
+        reads = reads > g->p[i].N ? reads : g->p[i].N;
+    }
     for (i = 0; i < g->count; i++) {
         ptst__product *p = &g->p[i];
+        p->a_reads = reads;
         p->mc = p->M;
         p->kc = p->K;
         p->a_tasks = ptst__a_packed(p);
@@ -23178,6 +23189,7 @@ static ptst__product ptst__product_make(const ptst_ctx *c, size_t M, size_t N, s
     p.precision = c->precision;
     p.M = M;
     p.N = N;
+    p.a_reads = N;
     p.K = K;
     p.k_step = K == 0 ? 0 : ptst__ceil_div(K, ptst__ceil_div(K, p.kernels->block_k));
     p.k_step = ptst__ceil_div(p.k_step, PTST__BLOCK) * PTST__BLOCK; /* I8, I4: whole blocks */
@@ -26194,7 +26206,7 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     4,
     4,
     24,
-    0,
+    700,
     false,
     800,
     48,
