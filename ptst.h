@@ -20464,8 +20464,7 @@ typedef struct ptst__eight {
 
 /* As __scalar, up to 4 x 24 sums in 12 registers, FMA; `count` of rows, `vectors` of 8 columns and
    whether A is packed are constants. Four k at a time: where another thread uses the same core,
-   each instruction that is no FMA or load costs speed. 4 x 24 takes fewer loads than 6 x 16, and
-   four packed rows are one stream from the last cache, which the processor reads ahead. Half a
+   each instruction that is no FMA or load costs speed. 4 x 24 takes fewer loads than 6 x 16. Half a
    cache line of Y is another tile's, so nothing is written past the caches: 12 % slower. */
 PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t, size_t count,
                                                    size_t vectors, bool packed) {

@@ -420,8 +420,9 @@ static void matmul_pack_blocks(void) {
         for (v = 0; v < 2000 && c != NULL; v++) {
             struct ptst__kernels plain = *c->kernels;
             ptst__matrix B = {blocks, LD, v & 1 ? PTST_I8 : PTST_I4, (v & 2) != 0};
-            size_t width = v & 4 ? 16 : 32, most = B.transposed ? ROWS : LD;
-            size_t at = ptst_rng_below(&r, (uint32_t)(most / 16)) * 16, k0, kc, cols;
+            size_t widths[] = {16, 32, c->kernels->a_width, c->kernels->tile_cols};
+            size_t width = widths[ptst_rng_below(&r, 4)], most = B.transposed ? ROWS : LD;
+            size_t at = ptst_rng_below(&r, (uint32_t)(most / 8)) * 8, k0, kc, cols;
             plain.pack_blocks = NULL;
             if (v % 100 < 2) { /* zeros among them, and scales of both signs */
                 for (i = 0; i < ROWS * LD; i++) {
