@@ -19192,9 +19192,10 @@ typedef struct ptst__tile {
     float alpha, beta;
     float *y;
     size_t ldy;
-    const char *ahead; /* a hint: what lies at ahead + i * ahead_step bytes is needed soon; the i-th
-                          is asked for after i * ahead_every k, which is 1 or asks_every */
-    size_t ahead_step, ahead_every;
+    const char *ahead; /* a hint: what lies at ahead + i * ahead_step bytes is needed soon (and, if
+                          asks_every is not 1, three times ahead_apart bytes further on); the i-th
+                          is asked for after i * ahead_every k, 1 or a multiple of asks_every */
+    size_t ahead_step, ahead_apart, ahead_every;
     bool stream;       /* a hint, only with beta = 0: y is too large to be kept near */
     size_t precision;  /* of products in parts: 3, 2 or 1 parts of a number take part */
 } ptst__tile;
@@ -19234,7 +19235,8 @@ struct ptst__kernels {
     bool direct;     /* so are rows of B, for few rows of A */
     size_t block_k;  /* of K at most, and of B's columns: so many floats stay near a core; */
     size_t own_cols, own_turned; /* the latter for a B that packing turns */
-    size_t asks_every; /* the tile asks ahead once in so many k, if it is not told to each time */
+    size_t asks_every; /* 1: the tile asks for one line each k, else, if it is not told to each
+                          time, for four once in some k, a multiple of this */
     bool far; /* `dots` takes four rows of w that are far apart, see ptst__dots_apart */
     /* Panel of K rows: dst[k * width + j] = src[k * ld + j], j < cols; 0 for cols <= j < width.
        width is a_width or tile_cols. */
@@ -20448,11 +20450,16 @@ typedef struct ptst__eight {
         __m256 b2 = vectors > 2 ? _mm256_loadu_ps(from + 16) : b0, ai;                             \
         PTST__ROWS_4(PTST__TILE_ROW)                                                               \
     }
-#define PTST__TILE_ASK _mm_prefetch(ahead, _MM_HINT_T1), ahead += ahead_step
-#define PTST__TILE_FOURS(ask)                                                                      \
-    for (; b != b_end; b += 96, a += 4 * step, a3 += 4) {                                          \
+#define PTST__TILE_ASK                                                                             \
+    _mm_prefetch(ahead, _MM_HINT_T1);                                                              \
+    _mm_prefetch(ahead + apart, _MM_HINT_T1);                                                      \
+    _mm_prefetch(ahead + 2 * apart, _MM_HINT_T1);                                                  \
+    _mm_prefetch(ahead + 3 * apart, _MM_HINT_T1);                                                  \
+    ahead += ahead_step
+#define PTST__TILE_FOURS(ask, b_stop)                                                              \
+    for (; b != b_stop; b += 96, a += 4 * step, a3 += 4) {                                         \
         __asm__("" : "+r"(ld)); /* unknown: or else a pointer for each row comes back */           \
-        PTST__TILE_ASK;                                                                            \
+        ask;                                                                                       \
         PTST__TILE_STEP(0)                                                                         \
         ask;                                                                                       \
         PTST__TILE_STEP(1)                                                                         \
@@ -20474,7 +20481,7 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     size_t ld = t->a_ld, step = packed ? 4 : 1;
     const float *a = t->a, *a3 = a + 3 * ld, *b = t->b, *b_end = b + 96 * (K / 4);
     const char *ahead = t->ahead;
-    size_t ldy = whole ? t->ldy : 24, ahead_step = t->ahead_step;
+    size_t ldy = whole ? t->ldy : 24, ahead_step = t->ahead_step, apart = t->ahead_apart;
     float alpha = whole ? t->alpha : 1, beta = whole ? t->beta : 0;
 #define PTST__X(i)                                                                                 \
     __m256 p##i = _mm256_setzero_ps(), q##i = p##i, r##i = p##i;                                   \
@@ -20484,10 +20491,14 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     }
     PTST__ROWS_4(PTST__X)
 #undef PTST__X
-    if (t->ahead_every == 4) {
-        PTST__TILE_FOURS((void)0)
-    } else {
-        PTST__TILE_FOURS(PTST__TILE_ASK)
+    if (t->ahead_every == 1) {
+        PTST__TILE_FOURS(PTST__TILE_ASK, b_end)
+    }
+    while (b != b_end) {
+        size_t some = ptst__min(24 * t->ahead_every, (size_t)(b_end - b));
+        const float *b_stop = b + some;
+        PTST__TILE_ASK;
+        PTST__TILE_FOURS((void)0, b_stop)
     }
     for (K %= 4; K > 0; K--, b += 24, a += step, a3++) {
         PTST__TILE_ASK;
@@ -22286,10 +22297,10 @@ typedef struct ptst__packed_part {
     bool direct;                      /* b is B itself, which lies as the micro-kernel wants it */
     size_t next_n, next_cols, next_k; /* of B, counted from its first row; no column: none */
     bool next_whole;                  /* all blocks of K, which lie one behind the other */
-    const char *next;                 /* where it begins; what each of the tiles of the part, */
-    size_t tiles, before, share, end; /* `before` others came first, asks for (in bytes, up to */
-    size_t lines, bands, high;        /* `end`): a share of columns, or, of rows, one of their */
-    size_t every, asks, step;         /* cache lines in a band so high; each so many k, so often, */
+    const char *next;                 /* where it begins; the tiles of the part, before which */
+    size_t tiles, before, skip;       /* there were others, ask for it, but not the first few: */
+    size_t share, end, step;          /* each from its share on, up to `end`, so many bytes */
+    size_t apart, every;              /* further each time (see ptst__tile) */
 } ptst__packed_part;                  /* so many bytes further on */
 
 /* What the thread packs after this: the rest of K, or else the columns of the next task of its
@@ -22314,52 +22325,77 @@ static void ptst__packed_next(const ptst__product *p, ptst__packed_part *part, s
     part->next_cols = ptst__min(p->task_cols, p->N - part->next_n);
 }
 
-/* How tiles ask for it: it is in memory, perhaps nowhere nearer, and packing would wait for each
-   line. If that is enough, a tile asks only each some k, so that memory is asked all the time and
-   never for much at once. Of columns that follow each other each tile asks for its share, of others
-   for one of them, of rows for one cache line of each: if it asks for each k, the first ones for
-   all, or else each from its band on, so that the last ones reach the last row. */
-static void ptst__packed_asks(const ptst__product *p, ptst__packed_part *part) {
-    const ptst__matrix *B = &p->B;
-    size_t line = ptst__dtype_bytes(B->dtype, B->ld), all = part->next_cols * line, lines = 0;
-    size_t row = ptst__dtype_bytes(B->dtype, part->next_cols), first, calls;
-    part->next = (const char *)B->data + (B->transposed ? part->next_n : part->next_k) * line;
-    part->next += ptst__dtype_bytes(B->dtype, B->transposed ? part->next_k : part->next_n);
-    first = line % 64 == 0 ? (uintptr_t)part->next % 64 : 63; /* where a row begins in a line */
-    part->lines = row == 0 ? 1 : ptst__ceil_div(first + row, 64); /* blocks may be longer */
-    calls = part->tiles * (part->next_whole ? ptst__ceil_div(p->K, p->k_step) : 1);
-    lines = part->next_whole ? all / 64 : B->transposed ? 0 : part->lines * part->kc;
-    part->every = p->kernels->asks_every;
-    if (part->direct || calls * (part->kc / part->every) <= lines) {
-        part->every = 1;
-    }
-    part->asks = part->kc / part->every;
-    part->bands = part->every == 1 ? 1 : ptst__ceil_div(part->tiles, part->lines);
-    part->high = ptst__ceil_div(part->kc, part->bands) * line;
-    part->before = 0;
-    part->share = B->transposed ? line : 0;
+/* A line each k: if it is columns, a tile asks for one of them, or, if these follow each other, for
+   its share of all, as evenly as it can; if it is rows, the first tiles for one line of each. */
+static void ptst__packed_asks_each(const ptst__product *p, ptst__packed_part *part, size_t calls,
+                                   size_t line, size_t row) {
+    size_t first = line % 64 == 0 ? (uintptr_t)part->next % 64 : 63; /* where a row begins in one */
+    part->every = 1;
+    part->share = p->B.transposed ? line : 64;
     part->step = line;
     if (part->next_whole) {
-        part->before = part->k / p->k_step * part->tiles;
-        part->share = ptst__ceil_div(ptst__ceil_div(all, calls), 64) * 64;
-        part->step = part->asks == 0 ? 0 : ptst__min(64, ptst__ceil_div(part->share, part->asks));
-    } else if (B->transposed) {
-        part->step = ptst__ceil_div(line, B->ld) * part->every;
+        part->share = ptst__ceil_div(ptst__ceil_div(part->end, calls), 64) * 64;
+        part->step = part->kc == 0 ? 0 : ptst__min(64, ptst__ceil_div(part->share, part->kc));
+    } else if (p->B.transposed) {
+        part->step = ptst__ceil_div(line, p->B.ld);
+    } else {
+        part->end = ptst__ceil_div(first + row, 64) * 64;
     }
-    part->end = all;
+}
+
+/* Four lines each some k, all that are needed once: each request is one more for the places where
+   loads from the second cache wait, too. The next lines of a column, or a row; not too early, since
+   rows of A come by in between, and of few tiles all must ask. */
+static void ptst__packed_asks_some(const ptst__product *p, ptst__packed_part *part, size_t calls,
+                                   size_t line, size_t row) {
+    size_t pieces = part->next_whole ? ptst__ceil_div(part->end, 256) : part->kc, each, often;
+    part->apart = 64;
+    part->step = 256;
+    part->share = line;
+    each = part->kc * line / p->B.ld / 256 + 1;
+    if (part->next_whole || !p->B.transposed) {
+        part->skip = 2 * 16 * pieces <= calls * part->kc ? calls / 2 : 0;
+        each = ptst__ceil_div(pieces, calls - part->skip);
+        part->share = each * 256;
+    }
+    if (!p->B.transposed) {
+        part->apart = ptst__min(64, row / 3);
+        part->step = line;
+        part->share = each * line;
+        part->end = part->kc * line;
+    }
+    often = each == 0 ? 0 : part->kc / each / p->kernels->asks_every;
+    part->every = often == 0 ? 1 : often * p->kernels->asks_every;
+}
+
+/* How tiles ask for it: it is in memory, perhaps nowhere nearer, and packing would wait for each
+   line. */
+static void ptst__packed_asks(const ptst__product *p, ptst__packed_part *part) {
+    const ptst__matrix *B = &p->B;
+    size_t line = ptst__dtype_bytes(B->dtype, B->ld);
+    size_t row = ptst__dtype_bytes(B->dtype, part->next_cols);
+    size_t calls = part->tiles * (part->next_whole ? ptst__ceil_div(p->K, p->k_step) : 1);
+    part->next = (const char *)B->data + (B->transposed ? part->next_n : part->next_k) * line;
+    part->next += ptst__dtype_bytes(B->dtype, B->transposed ? part->next_k : part->next_n);
+    part->before = part->next_whole ? part->k / p->k_step * part->tiles : 0;
+    part->skip = 0;
+    part->end = part->next_cols * line;
+    part->apart = 0;
+    if (p->kernels->asks_every == 1) {
+        ptst__packed_asks_each(p, part, calls, line, row);
+    } else {
+        ptst__packed_asks_some(p, part, calls, line, row);
+    }
+    part->end = part->next_cols == 0 ? 0 : part->end;
 }
 
 /* What the i-th of all tiles of a part asks for. */
 static void ptst__tile_ahead(const ptst__packed_part *part, ptst__tile *t, size_t i) {
-    size_t at = (part->before + i) * part->share;
-    bool any = at < part->end;
-    if (part->share == 0) {
-        size_t band = i / part->lines;
-        any = any && band < part->bands;
-        at = band * part->high + (i - band * part->lines) * 64;
-    }
+    size_t call = part->before + i, at = (call - part->skip) * part->share;
+    bool any = call >= part->skip && at < part->end;
     t->ahead = any ? part->next + at : (const char *)t->b;
     t->ahead_step = any ? part->step : 0;
+    t->ahead_apart = any ? part->apart : 0;
 }
 
 /* Multiplies a part, tile by tile: rows of A stay in the first cache while the panels of B pass by
