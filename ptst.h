@@ -19251,6 +19251,9 @@ struct ptst__kernels {
     void (*pack_blocks)(float *dst, size_t width, const struct ptst__matrix *B, size_t at,
                         size_t cols, size_t k0, size_t K);
     void (*tile)(size_t K, const ptst__tile *t);
+    /* The same for rows of A as they lie, Y turned: what is y[i * ldy + j] there is y[j * ldy + i].
+       It asks ahead for four lines once in ahead_every k, a multiple of 4. NULL: there is none. */
+    void (*tile_turned)(size_t K, const ptst__tile *t);
     /* The same for up to 4 x 3 of Y and a B of rows, A(i, k) = a[i * a_ld + k] and B(k, j) =
        b[j * b_step + k]; the sums are those of `dots`. It asks ahead once in 16 k. NULL: few rows
        are made by `dots` or `tile`. */
@@ -19875,6 +19878,8 @@ PTST__UNUSED static void ptst__convert_from_f32(const ptst_ctx *c, void *dst, co
        parts    with AMX: as sums of products of 16-bit parts; for few rows B is split while it is
                 multiplied
        few      some rows times F32, AVX2: 4 x 3 scalar products of rows, blocked
+       swap     some more rows times F32, AVX2: A and B change places. Rows of w are taken as they
+                lie, the rows of A are packed, and Y^T = w A^T is written turned
        dots     very few rows (decoding) or columns (adapters of low rank): `dots` makes 4 x 4
                 scalar products of rows as they lie in memory. If they are I8 or I4 and the caller
                 allows it, the other rows are in whole numbers, see ptst__whole__scalar. */
@@ -19896,6 +19901,8 @@ enum {
     PTST__SHORT = 96,       /* and up to so many rows pass by one panel of B's columns at a time */
     PTST__FEW_LEAST = 6,    /* so many rows times F32 are made by `tile_dots`; */
     PTST__FEW_MOST = 16,    /* with more packing pays */
+    PTST__SWAP_LEAST = 13,  /* if they can, A and B change places for so many rows */
+    PTST__SWAP_MOST = 48,   /* to so many */
     PTST__FEW_NEAR = 32 * 1024, /* a task of these takes so many numbers of w */
     PTST__PARTS_FEW = 64,   /* up to so many rows are made by `few_parts`; of BF16 half as many */
     PTST__PARTS_M = 1024,   /* rows of A that are split into parts at once, for so much of K; */
@@ -20521,10 +20528,83 @@ PTST__AVX2 PTST__INLINE void ptst__tile_rows__avx2(size_t K, const ptst__tile *t
     }
 }
 
+/* Turns four rows of 8 sums into 8 rows of four: y = beta y + alpha sum. */
+PTST__AVX2 PTST__INLINE void ptst__put_turned8__avx2(float *y, size_t ldy, __m256 x0, __m256 x1,
+                                                     __m256 x2, __m256 x3, float alpha,
+                                                     float beta) {
+    __m256 a = _mm256_set1_ps(alpha), y0 = _mm256_unpacklo_ps(x0, x1), z[4];
+    __m256 y1 = _mm256_unpackhi_ps(x0, x1), y2 = _mm256_unpacklo_ps(x2, x3);
+    __m256 y3 = _mm256_unpackhi_ps(x2, x3);
+    size_t j;
+    z[0] = _mm256_mul_ps(a, _mm256_shuffle_ps(y0, y2, 0x44));
+    z[1] = _mm256_mul_ps(a, _mm256_shuffle_ps(y0, y2, 0xEE));
+    z[2] = _mm256_mul_ps(a, _mm256_shuffle_ps(y1, y3, 0x44));
+    z[3] = _mm256_mul_ps(a, _mm256_shuffle_ps(y1, y3, 0xEE));
+    for (j = 0; j < 4; j++) {
+        float *low = y + j * ldy, *high = y + (j + 4) * ldy;
+        if (beta != 0) {
+            __m256 old = _mm256_castps128_ps256(_mm_loadu_ps(low));
+            old = _mm256_insertf128_ps(old, _mm_loadu_ps(high), 1);
+            z[j] = _mm256_fmadd_ps(_mm256_set1_ps(beta), old, z[j]);
+        }
+        _mm_storeu_ps(low, _mm256_castps256_ps128(z[j]));
+        _mm_storeu_ps(high, _mm256_extractf128_ps(z[j], 1));
+    }
+}
+
+/* 4 rows of A as they lie and 8 `vectors` columns, Y turned. */
+PTST__AVX2 PTST__INLINE void ptst__turned_rows_4__avx2(size_t K, const ptst__tile *t,
+                                                       size_t vectors) {
+    enum { count = 4, packed = false };
+    float edge[24 * 4];
+    bool whole = t->rows == 4 && t->cols == 8 * vectors;
+    float *y = whole ? t->y : edge;
+    size_t ld = t->a_ld, ldy = whole ? t->ldy : 4, step = 1, i, j;
+    const float *a = t->a, *a3 = a + 3 * ld, *b = t->b, *b_end = b + 96 * (K / 4);
+    const char *ahead = t->ahead;
+    size_t ahead_step = t->ahead_step, apart = t->ahead_apart;
+    float alpha = whole ? t->alpha : 1, beta = whole ? t->beta : 0;
+#define PTST__X(i) __m256 p##i = _mm256_setzero_ps(), q##i = p##i, r##i = p##i;
+    PTST__ROWS_4(PTST__X)
+#undef PTST__X
+    while (b != b_end) {
+        size_t some = ptst__min(24 * t->ahead_every, (size_t)(b_end - b));
+        const float *b_stop = b + some;
+        PTST__TILE_ASK;
+        PTST__TILE_FOURS((void)0, b_stop)
+    }
+    for (K %= 4; K > 0; K--, b += 24, a++, a3++) {
+        PTST__TILE_STEP(0)
+    }
+    ptst__put_turned8__avx2(y, ldy, p0, p1, p2, p3, alpha, beta);
+    if (vectors > 1) {
+        ptst__put_turned8__avx2(y + 8 * ldy, ldy, q0, q1, q2, q3, alpha, beta);
+    }
+    if (vectors > 2) {
+        ptst__put_turned8__avx2(y + 16 * ldy, ldy, r0, r1, r2, r3, alpha, beta);
+    }
+    for (j = 0; !whole && j < t->cols; j++) {
+        for (i = 0; i < t->rows; i++) {
+            float *to = t->y + j * t->ldy + i, sum = t->alpha * edge[4 * j + i];
+            *to = t->beta == 0 ? sum : t->beta * *to + sum;
+        }
+    }
+}
+
 #undef PTST__TILE_FOURS
 #undef PTST__TILE_ASK
 #undef PTST__TILE_STEP
 #undef PTST__TILE_ROW
+
+PTST__AVX2 static void ptst__tile_turned__avx2(size_t K, const ptst__tile *t) {
+    if (t->cols > 16) {
+        ptst__turned_rows_4__avx2(K, t, 3);
+    } else if (t->cols > 8) {
+        ptst__turned_rows_4__avx2(K, t, 2);
+    } else {
+        ptst__turned_rows_4__avx2(K, t, 1);
+    }
+}
 
 PTST__AVX2 static void ptst__tile__avx2(size_t K, const ptst__tile *t) {
     if (t->a_ld != 0) {
@@ -22607,6 +22687,117 @@ static size_t ptst__few_rows_cut(ptst__product *p) {
     return ptst__ceil_div(p->N, p->task_cols);
 }
 
+/* ---- products whose operands change places ---- */
+
+/* How many rows of A, from row m on, go into one panel: two of 16 are faster than 24 and 8. */
+static size_t ptst__swap_width(const ptst__product *p, size_t m) {
+    size_t left = p->M - m, most = p->kernels->tile_cols;
+    return left > most && left <= most + 8 ? ptst__min(16, left) : ptst__min(most, left);
+}
+
+/* The number of panels, and the first row of one of them. */
+static size_t ptst__swap_panels(const ptst__product *p, size_t panel, size_t *row) {
+    size_t m, n = 0;
+    for (m = 0; m < p->M; m += ptst__swap_width(p, m), n++) {
+        *row = n == panel ? m : *row;
+    }
+    return n;
+}
+
+/* Whether that is the way: w need not be packed, which costs as much as multiplying it by a dozen
+   rows. It must be F32, and not lie so that rows fight for the caches (see ptst__a_unpacked):
+   copying it costs more than packing. With many rows packing is cheap, and they do not stay near a
+   core. */
+static bool ptst__swap_fits(const ptst__product *p) {
+    size_t row = 0, panels = ptst__swap_panels(p, 0, &row);
+    return p->kernels->tile_turned != NULL && p->B.dtype == PTST_F32 && p->A.transposed &&
+           p->B.transposed && p->B.ld % 2048 != 0 && p->M >= PTST__SWAP_LEAST &&
+           p->M <= PTST__SWAP_MOST &&
+           panels * p->kernels->tile_cols * p->K <= (size_t)(p->own - p->packed_a);
+}
+
+/* Task: packs a block of K of a panel of A. Blocks lie one behind the other, their panels side by
+   side. */
+static void ptst__swap_pack_task(void *arg, size_t task, int thread) {
+    const ptst__product *p = (const ptst__product *)arg;
+    size_t cols = p->kernels->tile_cols, row = 0, panels, panel, k, kc;
+    (void)thread;
+    panels = ptst__swap_panels(p, 0, &row);
+    panel = task % panels;
+    k = task / panels * p->k_step;
+    kc = ptst__min(p->k_step, p->K - k);
+    ptst__swap_panels(p, panel, &row);
+    ptst__pack_panel(p->kernels, p->packed_a + (panels * k + panel * kc) * cols, cols, p->A, row,
+                     ptst__swap_width(p, row), k, kc);
+}
+
+static void ptst__swap_pack(ptst_ctx *c, ptst__product *p) {
+    size_t row = 0, blocks = ptst__ceil_div(p->K, p->k_step);
+    ptst__product_for(c, ptst__swap_panels(p, 0, &row) * blocks, ptst__swap_pack_task, p);
+}
+
+/* What the tiles for [k, k + kc) of four rows of w ask for: the same of the next four, four lines
+   at once, side by side or one of each row; how many bytes each tile. */
+static size_t ptst__swap_asks(const ptst__product *p, ptst__tile *t, size_t n, size_t k, size_t kc,
+                              size_t panels) {
+    size_t line = p->B.ld * sizeof(float), row = kc * sizeof(float), each;
+    bool together = kc == p->B.ld;
+    t->ahead = (const char *)p->B.data + (n + 4) * line + k * sizeof(float);
+    t->ahead_step = together ? 256 : 64;
+    t->ahead_apart = together ? 64 : line;
+    each = ptst__ceil_div(ptst__ceil_div(together ? 4 * row : row, t->ahead_step), panels);
+    t->ahead_every = kc / each < 4 ? 4 : kc / each / 4 * 4;
+    return each * t->ahead_step;
+}
+
+/* [k, k + kc) of t->rows rows of w from n on, four or, copied to own, fewer, times all rows of A. */
+static void ptst__swap_rows(const ptst__product *p, ptst__tile *t, size_t n, size_t k, size_t kc,
+                            float *own) {
+    size_t m, at, row = 0, panels = ptst__swap_panels(p, 0, &row), i;
+    size_t asks = ptst__swap_asks(p, t, n, k, kc, panels);
+    t->a = (const float *)p->B.data + n * p->B.ld + k;
+    t->a_ld = p->B.ld;
+    if (t->rows < 4) { /* rows that are missing are others once more */
+        for (i = 0; i < 4; i++) {
+            memcpy(own + i * kc, t->a + ptst__min(i, t->rows - 1) * t->a_ld, kc * sizeof *own);
+        }
+        t->a = own;
+        t->a_ld = kc;
+    }
+    t->beta = k == 0 ? p->beta : 1;
+    for (m = 0, at = panels * k; m < p->M; m += t->cols, at += kc) {
+        t->cols = ptst__swap_width(p, m);
+        t->b = p->packed_a + at * p->kernels->tile_cols;
+        t->y = p->Y + m * p->ldy + n;
+        p->kernels->tile_turned(kc, t);
+        t->ahead += asks;
+    }
+}
+
+/* Task: task_cols rows of w, by fours. */
+static void ptst__swap_task(void *arg, size_t task, int thread) {
+    const ptst__product *p = (const ptst__product *)arg;
+    float *own = p->own + (size_t)thread * ptst__own_floats(p->kernels);
+    size_t first = task * p->task_cols, end = ptst__min(first + p->task_cols, p->N), n, k;
+    ptst__tile t;
+    memset(&t, 0, sizeof t);
+    t.alpha = p->alpha;
+    t.ldy = p->ldy;
+    t.b_step = p->kernels->tile_cols;
+    for (k = 0; k < p->K; k += p->k_step) {
+        for (n = first; n < end; n += t.rows) {
+            t.rows = ptst__min(4, end - n);
+            ptst__swap_rows(p, &t, n, k, ptst__min(p->k_step, p->K - k), own);
+        }
+    }
+}
+
+static size_t ptst__swap_cut(ptst__product *p) {
+    size_t fair = ptst__ceil_div(ptst__ceil_div(p->N, 16 * p->threads), 4) * 4;
+    p->task_cols = ptst__min(fair, 64);
+    return ptst__ceil_div(p->N, p->task_cols);
+}
+
 /* ---- products of scalar products ---- */
 
 /* A group of four rows of w from row j on, beyond the end the last one again, and what is needed
@@ -23077,14 +23268,17 @@ static void ptst__scale_task(void *arg, size_t m, int thread) {
     }
 }
 
-enum { PTST__BY_SCALE, PTST__BY_DOTS, PTST__BY_DOTS_TURNED, PTST__BY_FEW, PTST__BY_TURNED,
-       PTST__BY_PACKED, PTST__BY_PARTS };
+enum { PTST__BY_SCALE, PTST__BY_DOTS, PTST__BY_DOTS_TURNED, PTST__BY_FEW, PTST__BY_SWAP,
+       PTST__BY_TURNED, PTST__BY_PACKED, PTST__BY_PARTS };
 
 /* The way that suits the shape of a product. The order of sums depends on the shape only. */
 static int ptst__gemm_way(const ptst__product *p) {
     size_t most = PTST__ROOM;
     if (p->K == 0 || p->alpha == 0) {
         return PTST__BY_SCALE;
+    }
+    if (ptst__swap_fits(p)) {
+        return PTST__BY_SWAP;
     }
     if (ptst__few_rows_fit(p)) {
         return PTST__BY_FEW;
@@ -23113,6 +23307,9 @@ static void ptst__gemm_run(ptst_ctx *c, ptst__product *p) {
         ptst__product_for(c, p->M, ptst__scale_task, p);
     } else if (way == PTST__BY_FEW) {
         ptst__product_for(c, ptst__few_rows_cut(p), ptst__few_rows_task, p);
+    } else if (way == PTST__BY_SWAP) {
+        ptst__swap_pack(c, p);
+        ptst__product_for(c, ptst__swap_cut(p), ptst__swap_task, p);
     } else if (way == PTST__BY_DOTS) {
         ptst__dots_begin(p);
         ptst__product_for(c, ptst__dots_cut(p), ptst__dots_task, p);
@@ -23167,6 +23364,8 @@ static bool ptst__group_cut(ptst_ctx *c, ptst__group *g) {
             tasks += ptst__dots_cut(p);
         } else if (way == PTST__BY_FEW) {
             tasks += ptst__few_rows_cut(p);
+        } else if (way == PTST__BY_SWAP) {
+            tasks += ptst__swap_cut(p);
         } else if (way == PTST__BY_PARTS && p->K <= PTST__PARTS_K &&
                    p->M <= ptst__parts_rows(p, p->K)) {
             p->keep = ptst__parts_keep(p) == PTST__KEEP_A ? PTST__KEEP_A : PTST__KEEP_NONE;
@@ -23181,10 +23380,13 @@ static bool ptst__group_cut(ptst_ctx *c, ptst__group *g) {
     }
     g->run = way == PTST__BY_DOTS    ? ptst__dots_task
              : way == PTST__BY_FEW ? ptst__few_rows_task
+             : way == PTST__BY_SWAP ? ptst__swap_task
              : way == PTST__BY_PACKED ? ptst__packed_task
                                      : ptst__parts_task;
     if (way == PTST__BY_DOTS) {
         ptst__dots_begin(&g->p[0]);
+    } else if (way == PTST__BY_SWAP) {
+        ptst__swap_pack(c, &g->p[0]);
     } else if (way == PTST__BY_PACKED) {
         ptst__pack_a(c, &g->p[0]);
     } else if (way == PTST__BY_PARTS) {
@@ -26207,6 +26409,7 @@ static const struct ptst__kernels ptst__kernels_scalar = {
     NULL,
     ptst__tile__scalar,
     NULL,
+    NULL,
     ptst__dots__scalar,
     PTST__DOTS,
     ptst__whole__scalar,
@@ -26252,6 +26455,7 @@ static const struct ptst__kernels ptst__kernels_avx2 = {
     ptst__pack_cols__avx2,
     ptst__pack_blocks__avx2,
     ptst__tile__avx2,
+    ptst__tile_turned__avx2,
     ptst__tile_dots__avx2,
     ptst__dots__avx2,
     PTST__DOTS,
@@ -26297,6 +26501,7 @@ static const struct ptst__kernels ptst__kernels_avx512 = {
     ptst__pack_cols__avx512,
     ptst__pack_blocks__avx2,
     ptst__tile__avx512,
+    NULL,
     NULL,
     ptst__dots__avx512,
     1,
@@ -26344,6 +26549,7 @@ static const struct ptst__kernels ptst__kernels_amx = {
     ptst__pack_blocks__avx2,
     ptst__tile__avx512,
     NULL,
+    NULL,
     ptst__dots__avx512,
     1,
     ptst__whole__avx2,
@@ -26390,6 +26596,7 @@ static const struct ptst__kernels ptst__kernels_neon = {
     ptst__pack_cols__neon,
     NULL,
     ptst__tile__neon,
+    NULL,
     NULL,
     ptst__dots__neon,
     PTST__DOTS,

@@ -367,7 +367,13 @@ static void matmul_sizes(void) {
 
 /* Beyond one block of K, N and M, and beyond one task, for each kind of product. */
 static void matmul_blocks(void) {
-    static const size_t shapes[][3] = {{PTST__FEW_MOST + 6, 33, PTST__BLOCK_K + 1}, /* packed */
+    static const size_t shapes[][3] = {{PTST__FEW_MOST + 6, 33, PTST__BLOCK_K + 1}, /* swap */
+                                       {PTST__SWAP_MOST, 71, 2 * PTST__BLOCK_K + 19},
+                                       {PTST__SWAP_LEAST, 1030, 70},
+                                       {32, 10, PTST__BLOCK_K + 6},     /* panels of 16 */
+                                       {PTST__SWAP_MOST, 5, 17200},     /* but too long, or too */
+                                       {PTST__SWAP_LEAST + 1, 9, 2048}, /* far apart: packed, few */
+                                       {PTST__SWAP_MOST + 1, 33, PTST__BLOCK_K + 1},
                                        {PTST__FEW_MOST - 3, 50, PTST__BLOCK_K + 23}, /* few */
                                        {16, 37, 3 * PTST__BLOCK_K + 9},
                                        {PTST__DOTS - 1, 29, PTST__BLOCK_K + 11},
@@ -893,7 +899,7 @@ static void matmul_empty(void) {
 static void matmul_threads(void) {
     static const size_t shapes[][3] = {{130, 70, 1400}, {7, 330, 700}, {1, 900, 333},
                                        {400, 8, 577},   {9, 70, 640},  {200, 2100, 40},
-                                       {97, 16, 1400},  {96, 64, 1400}};
+                                       {97, 16, 1400},  {96, 64, 1400}, {41, 150, 1400}};
     int s, threads;
     size_t i, v;
     for (s = 0; kernels_simds[s] != NULL; s++) {
