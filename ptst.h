@@ -22711,8 +22711,8 @@ static size_t ptst__swap_panels(const ptst__product *p, size_t panel, size_t *ro
 static bool ptst__swap_fits(const ptst__product *p) {
     size_t row = 0, panels = ptst__swap_panels(p, 0, &row);
     return p->kernels->tile_turned != NULL && p->B.dtype == PTST_F32 && p->A.transposed &&
-           p->B.transposed && p->B.ld % 2048 != 0 && p->M >= PTST__SWAP_LEAST &&
-           p->M <= PTST__SWAP_MOST &&
+           p->B.transposed && p->B.ld % 2048 != 0 && p->N > PTST__DOTS &&
+           p->M >= PTST__SWAP_LEAST && p->M <= PTST__SWAP_MOST &&
            panels * p->kernels->tile_cols * p->K <= (size_t)(p->own - p->packed_a);
 }
 
@@ -22750,7 +22750,7 @@ static size_t ptst__swap_asks(const ptst__product *p, ptst__tile *t, size_t n, s
     return each * t->ahead_step;
 }
 
-/* [k, k + kc) of t->rows rows of w from n on, four or, copied to own, fewer, times all rows of A. */
+/* [k, k + kc) of t->rows rows of w from n on, four or (copied to own) fewer, times all of A. */
 static void ptst__swap_rows(const ptst__product *p, ptst__tile *t, size_t n, size_t k, size_t kc,
                             float *own) {
     size_t m, at, row = 0, panels = ptst__swap_panels(p, 0, &row), i;
