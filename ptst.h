@@ -19900,8 +19900,8 @@ enum {
     PTST__DOTS = 8,         /* up to so many rows (of Y or its transpose) are made by `dots` ... */
     PTST__SHORT = 96,       /* and up to so many rows pass by one panel of B's columns at a time */
     PTST__FEW_LEAST = 6,    /* so many rows times F32 are made by `tile_dots`; */
-    PTST__FEW_MOST = 16,    /* with more packing pays */
-    PTST__SWAP_LEAST = 13,  /* if they can, A and B change places for so many rows */
+    PTST__FEW_MOST = 16,    /* with more packing pays, unless */
+    PTST__SWAP_LEAST = 13,  /* A and B can change places: they do for so many rows */
     PTST__SWAP_MOST = 48,   /* to so many */
     PTST__FEW_NEAR = 32 * 1024, /* a task of these takes so many numbers of w */
     PTST__PARTS_FEW = 64,   /* up to so many rows are made by `few_parts`; of BF16 half as many */

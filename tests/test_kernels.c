@@ -371,10 +371,11 @@ static void matmul_blocks(void) {
                                        {PTST__SWAP_MOST, 71, 2 * PTST__BLOCK_K + 19},
                                        {PTST__SWAP_LEAST, 1030, 70},
                                        {32, 10, PTST__BLOCK_K + 6},     /* panels of 16 */
-                                       {PTST__SWAP_MOST, 5, 17200},     /* but too long, or too */
-                                       {PTST__SWAP_LEAST + 1, 9, 2048}, /* far apart: packed, few */
+                                       {PTST__SWAP_MOST, 9, 17200},     /* but too long, or too */
+                                       {PTST__SWAP_LEAST + 1, 9, 2042}, /* far apart (6 more): few */
                                        {PTST__SWAP_MOST + 1, 33, PTST__BLOCK_K + 1},
-                                       {PTST__FEW_MOST - 3, 50, PTST__BLOCK_K + 23}, /* few */
+                                       {PTST__SWAP_LEAST - 1, 50, PTST__BLOCK_K + 23}, /* few */
+                                       {PTST__SWAP_LEAST - 3, 37, 3 * PTST__BLOCK_K + 9},
                                        {16, 37, 3 * PTST__BLOCK_K + 9},
                                        {PTST__DOTS - 1, 29, PTST__BLOCK_K + 11},
                                        {11, 2060, 50},
@@ -895,6 +896,43 @@ static void matmul_empty(void) {
     }
 }
 
+/* Rows of A and of w that change places have the bits of packed ones. */
+static void matmul_swap(void) {
+    int s;
+    size_t M;
+    for (s = 0; kernels_simds[s] != NULL; s++) {
+        ptst_ctx *c = kernels_open(kernels_simds[s], 2);
+        for (M = PTST__SWAP_LEAST; c != NULL && M <= PTST__SWAP_MOST; M++) {
+            const struct ptst__kernels *own = c->kernels;
+            struct ptst__kernels plain = *own;
+            kernels_case k;
+            kernels_data d;
+            float *first;
+            memset(&k, 0, sizeof k);
+            k.M = M;
+            k.N = 27 + M % 4;
+            k.K = PTST__BLOCK_K + 33;
+            k.b_transposed = true;
+            k.dtype = PTST_F32;
+            k.alpha = -0.5f;
+            k.beta = 0.25f;
+            kernels_fill(&k, &d, M);
+            first = (float *)malloc(d.size * sizeof *first);
+            kernels_multiply(c, &k, &d);
+            memcpy(first, d.Y, d.size * sizeof *first);
+            plain.tile_turned = NULL;
+            plain.tile_dots = NULL;
+            c->kernels = &plain;
+            kernels_multiply(c, &k, &d);
+            c->kernels = own;
+            CHECK(memcmp(first, d.Y, d.size * sizeof *first) == 0);
+            free(first);
+            kernels_release(&d);
+        }
+        ptst_close(c);
+    }
+}
+
 /* The same bits for 1, 2 and 3 threads, on every path. */
 static void matmul_threads(void) {
     static const size_t shapes[][3] = {{130, 70, 1400}, {7, 330, 700}, {1, 900, 333},
@@ -1123,6 +1161,7 @@ static void suite_kernels(void) {
     RUN(matmul_single);
     RUN(matmul_error);
     RUN(matmul_empty);
+    RUN(matmul_swap);
     RUN(matmul_threads);
     RUN(matmul_parts);
     RUN(matmul_few_parts);
